@@ -53,7 +53,7 @@ def w14(rounds: int, trees: dict[str, Path], n_prompts: int = 1000) -> Iterator[
             for kind, project in (("ten traits", True), ("--no-project", False)):
                 times[kind].append(_measured(tree, "tiny", n_prompts, project=project)["seconds"])
         what = f"{n_prompts:,} tiny prompts, ten traits / --no-project"
-        bounds = (1.5, 1.2) if name == "new" else (None, None)
+        bounds: tuple[float | None, float | None] = (1.5, 1.2) if name == "new" else (None, None)
         figures = ratios(times, "ten traits", "--no-project")
         yield Row("W14", what if name == "new" else f"{what}, earlier", figures, *bounds, note=medians(times))
 
@@ -69,7 +69,7 @@ def _measured(tree: Path, model: str, n_prompts: int, *, project: bool) -> dict[
     done = subprocess.run(command, capture_output=True, text=True, cwd=tree)
     for line in done.stdout.splitlines():
         if line.startswith(_FOUND):
-            return json.loads(line.removeprefix(_FOUND))  # type: ignore[no-any-return]
+            return json.loads(line.removeprefix(_FOUND))
     raise click.ClickException(f"a capture failed: {done.stderr[-800:]}")
 
 

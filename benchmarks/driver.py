@@ -103,6 +103,7 @@ def work(tree: Path, clock: Callable[[], float]) -> None:
         tokens, state = prompts(1), model.start(1)
         for _ in range(_GENERATED):
             found = model.step(tokens, torch.ones_like(tokens), state, hooks, want_logits=True)
+            assert found.logits is not None
             tokens = found.logits.argmax(dim=-1, keepdim=True)
 
     options: dict[str, Any] = {"max_new_tokens": _GENERATED, "do_sample": False, "stop_at_eos": False, "verbose": False}

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from tlcapture.traits.change_points import LEVEL, MARGIN, autoregressive, change_points
 
-Series = NDArray[np.float64]
+Series = NDArray[np.floating]
 Found = NDArray[np.int64]  # the change point of each series, -1 for none
 Finder = Callable[[Series], Found]
 

@@ -14,6 +14,7 @@ from implementations import Task
 from measure import Row, in_turn, medians, ratios, seconds
 from torch.nn import functional
 
+from tlcapture.generation.outcomes import Generation
 from tlcapture.models.embedded import embedded_folder
 from tlcapture.models.engines.hooked import HookedModel
 from tlcapture.models.loading import Model, from_hugging_face, load_model
@@ -257,6 +258,7 @@ def _check_hidden_states(bench: Bench) -> None:
     hooks = residual_hooks(bench.model.n_layers, bench.model.hook_names)
     greedy = Sampling(temperature=0)
     (found,) = generate(bench.model, [prompt], hooks=hooks, max_new_tokens=10, sampling=greedy)
+    assert isinstance(found, Generation)
     output = bench.reference.generate(
         torch.tensor([prompt.token_ids]),
         attention_mask=torch.ones(1, len(prompt.token_ids), dtype=torch.long),

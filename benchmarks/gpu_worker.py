@@ -119,12 +119,12 @@ class HuggingFace(Workloads):
             self.generate(int(batch), cache_implementation="static")  # compiles
             self.generate(int(batch), cache_implementation="static")
             return self.timed(lambda: self.generate(int(batch), cache_implementation="static"))
-        options: dict[str, Any] = {
+        options: dict[str, dict[str, Any]] = {
             "plain": {},
             "hidden states": {"output_hidden_states": True},
             "temperature 0.7": {"do_sample": True, "temperature": 0.7, "top_k": 0},
-        }[name]
-        return self.timed(lambda: self.generate(int(batch), **options))
+        }
+        return self.timed(lambda: self.generate(int(batch), **options[name]))
 
     def make(self) -> dict[str, Any]:
         """Make a model of random weights in the folder; returns facts of the machine and the model."""
@@ -227,6 +227,7 @@ class Ours(Workloads):
 
     def generate(self, prompts: list[Any], name: str, temperature: float = 0.0, new_tokens: int = NEW_TOKENS) -> int:
         from tlcapture.generation.loop import generate
+        from tlcapture.generation.outcomes import Generation
         from tlcapture.generation.sampling import Sampling
 
         outcomes = generate(
@@ -237,7 +238,12 @@ class Ours(Workloads):
             sampling=Sampling(temperature),
             batch_size=len(prompts),
         )
-        return sum(len(outcome.response_ids) for outcome in outcomes)
+        n_tokens = 0
+        for outcome in outcomes:
+            if not isinstance(outcome, Generation):
+                raise outcome.error(outcome.reason)
+            n_tokens += len(outcome.response_ids)
+        return n_tokens
 
     def capture_with_lens(self, batch: int) -> int:
         from inspect import signature

@@ -16,11 +16,12 @@ from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
+from tlcapture.names import PromptId
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.views.residual import residual_hooks, residual_view
 
-Found = dict[str, list[int]]
+Found = dict[PromptId, list[int]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Task:
 
 def ours(model: Model, task: Task) -> Found:
     """tlcapture: the residual stream at every point of every layer."""
-    hooks, found = residual_hooks(model.n_layers, model.hook_names), {}
+    hooks = residual_hooks(model.n_layers, model.hook_names)
+    found: Found = {}
     for outcome in generate(
         model,
         task.prompts,
@@ -80,7 +82,7 @@ def nnsight(wrapped: Any, task: Task) -> Found:
     def run(tokens: Tensor, mask: Tensor) -> Tensor:
         inputs = {"input_ids": tokens, "attention_mask": mask}
         with wrapped.generate(inputs, max_new_tokens=task.new_tokens, do_sample=False) as tracer:
-            kept = list().save()  # noqa: C408  nnsight traces calls, not literals
+            kept = list().save()  # type: ignore[attr-defined]  # noqa: C408  nnsight traces calls, not literals
             for _ in tracer.iter[: task.new_tokens]:
                 for layer in wrapped.model.layers:
                     kept.append(layer.output)
@@ -128,7 +130,8 @@ def own_stops(model: Model) -> frozenset[int]:
 
 def _batches(task: Task, run: Callable[[Tensor, Tensor], Tensor], stops: int | frozenset[int] | None) -> Found:
     """Run left-padded batches in the order of the prompts; tokens after a stop token are removed."""
-    ends, found = {stops} if isinstance(stops, int) else stops or set(), {}
+    ends = {stops} if isinstance(stops, int) else stops or set()
+    found: Found = {}
     for start in range(0, len(task.prompts), task.batch_size):
         batch = task.prompts[start : start + task.batch_size]
         width = max(len(prompt.token_ids) for prompt in batch)

@@ -155,11 +155,10 @@ def fake_model() -> Any:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     from tlcapture.models.engines import hooked, weight_layout
+    from tlcapture.models.engines.hooked_config import hooked_fields
 
     config = transformers.Gemma2Config(**SHAPE, architectures=["Gemma2ForCausalLM"])
-    cfg = HookedTransformerConfig(
-        **hooked.hooked_fields(config), model_name="gemma", device="cpu", dtype=torch.bfloat16
-    )
+    cfg = HookedTransformerConfig(**hooked_fields(config), model_name="gemma", device="cpu", dtype=torch.bfloat16)
     tl = HookedTransformer(cfg, move_to_device=False).requires_grad_(False)
     for prefix, module in tl.named_modules():
         for name, weight in module._parameters.items():

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 N_LAYERS, N_HEADS, N_TOKENS = 3, 4, 2000
 LAYER = 4 * N_HEADS * N_TOKENS**2  # bytes
@@ -70,8 +71,8 @@ def keep_nothing() -> None:
         def take(self, index: int, n_tokens: int) -> pattern_spools.PatternSpool:
             return self._spools[index]
 
-    recording.SpooledPatterns = Nothing  # type: ignore[misc]
-    outputs.write_attention_file = lambda layout, path, *of: write_json(path, {})  # type: ignore[assignment]
+    patch.object(recording, "SpooledPatterns", Nothing).start()
+    patch.object(outputs, "write_attention_file", lambda layout, path, *of: write_json(path, {})).start()
 
 
 def peak_of(root: Path, mode: str, n_prompt: int) -> int:

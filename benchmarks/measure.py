@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -55,7 +55,7 @@ HEAD = (
 )
 
 
-def in_turn(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
+def in_turn(works: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
     """Seconds of each implementation by round, in alternation (A B A B ...), after one unmeasured round."""
     for work in works.values():
         work()
@@ -83,13 +83,13 @@ class Clocked:
         return f"{ours} / {theirs}, {len(found)} rounds: {', '.join(parts)}"
 
 
-def clocked(works: dict[str, Work], rounds: int) -> Clocked:
+def clocked(works: Mapping[str, Work], rounds: int) -> Clocked:
     """Times by round, after one unmeasured round; each round runs them in the opposite order of the one before."""
     for work in works.values():
         work()
     found = Clocked({name: [] for name in works}, {name: [] for name in works})
     for number in range(rounds):
-        for name in list(works) if number % 2 == 0 else reversed(works):
+        for name in list(works) if number % 2 == 0 else reversed(list(works)):
             wall, processor = time.perf_counter(), time.process_time()
             works[name]()
             found.processor[name].append(time.process_time() - processor)

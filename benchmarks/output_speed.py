@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -180,11 +181,14 @@ def w7(bench: Bench) -> Iterator[Row]:
             write_json(path, make())
             lists = json.loads(path.read_bytes())
 
+            def write(make: Callable[[], Any]) -> None:
+                write_json(path, make())
+
             def dump(lists: Any = lists) -> None:
                 with path.open("w") as file:
                     json.dump(lists, file)
 
-            times = in_turn({"ours": lambda make=make: write_json(path, make()), "json.dump": dump}, bench.rounds)
+            times = in_turn({"ours": partial(write, make), "json.dump": dump}, bench.rounds)
             figures = ratios(times, "ours", "json.dump")
             yield Row("W7", f"{kind} file / json.dump", figures, 0.15, 0.08, note=medians(times, milli=True))
 

@@ -146,7 +146,11 @@ def samples(bench: Bench) -> Iterator[Row]:
     hooks = residual_hooks(bench.model.n_layers, bench.model.hook_names, attn_out=False)
 
     def run(chosen: Sequence[TokenizedPrompt]) -> Any:
-        options = {"max_new_tokens": bench.new_tokens, "sampling": Sampling(TEMPERATURE), "batch_size": 32}
+        options: dict[str, Any] = {
+            "max_new_tokens": bench.new_tokens,
+            "sampling": Sampling(TEMPERATURE),
+            "batch_size": 32,
+        }
         return lambda: list(generate(bench.model, chosen, hooks=hooks, **options))
 
     times = in_turn({"samples": run(sampled(prompts, 8)), "prompts": run(several)}, bench.rounds)

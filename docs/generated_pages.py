@@ -61,8 +61,8 @@ def write_generated(folder: Path) -> None:
     pages = {"commands.md": commands_page(), "api.md": api_page(), "fields.md": fields_page()}
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         pages[f"{path.stem}.md"] = notebook_page(path, folder)
-    for path, name in OUTSIDE.items():
-        pages[f"{name}.md"] = outside_page(TOP / path)
+    for outside, name in OUTSIDE.items():
+        pages[f"{name}.md"] = outside_page(TOP / outside)
     folder.mkdir(exist_ok=True)
     for name, text in pages.items():
         path = folder / name

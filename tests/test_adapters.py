@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tlcapture.doctor.run import run_doctor
@@ -322,6 +322,45 @@ def test_weights_of_an_adapter_that_were_rounded_without_a_scale_are_refused(
     rounded = {name: (weight * 50).to(dtype) for name, weight in lora().items()}
     folder = write_adapter(tmp_path / "lora", str(write_base(tmp_path / "base")), rounded)
     assert "its adapter has weights that are not of floating point: base_model." in one_line(folder)
+
+
+@needs_peft
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("named", [True, False])
+def test_an_adapter_with_weights_that_are_not_finite_is_refused_by_file_and_tensor(
+    named: bool, suffix: str, number: float, tmp_path: Path
+) -> None:
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
+    weights = {**lora(), name: lora()[name].clone()}
+    weights[name][2, 7] = number
+    base = str(write_base(tmp_path / "base"))
+    folder = Path(write_adapter(tmp_path / "lora", base, weights))
+    if suffix == "bin":
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save(weights, folder / "adapter_model.bin")
+    line = one_line(base, adapter=str(folder)) if named else one_line(str(folder))
+    assert f"adapter_model.{suffix}: {name} holds NaN or infinity: expected finite weights" in line
+
+
+@needs_peft
+def test_a_weight_of_the_base_that_is_not_finite_is_named_with_the_file_of_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TLCAPTURE_CACHE", str(tmp_path / "cache"))
+    base = write_base(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{base / 'model.safetensors'}: model\.norm\.weight holds NaN"):
+        load_model(write_adapter(tmp_path / "lora", str(base)))
+
+
+@needs_peft
+def test_a_weight_that_only_merging_makes_infinite_is_named(tmp_path: Path) -> None:
+    huge = {name: weight * (1e22 if "down_proj" in name else 1) for name, weight in lora().items()}
+    with pytest.raises(ModelError, match=r"cannot be used: model\.layers\.0\.mlp\.down_proj\.weight, .* hold NaN"):
+        load_model(write_adapter(tmp_path / "lora", str(write_base(tmp_path / "base")), huge))
 
 
 @needs_peft

@@ -199,6 +199,40 @@ def test_weights_of_a_quantised_type_need_a_quantisation(
         load_model(str(folder))
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("form", ["one file", "shards", "torch"])
+def test_a_weight_that_is_not_finite_is_named_with_its_file(
+    form: str, number: float, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where the sound checkpoint has passed the check before: their fingerprints may be the same."""
+    monkeypatch.setenv("TLCAPTURE_CACHE", str(tmp_path / "cache"))
+    folder = shutil.copytree(sound, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights[_TAKEN][3, 5] = number
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    {"one file": lambda folder: None, "shards": in_shards(lambda folder: None), "torch": in_torch()}[form](folder)
+    (path,) = [path for path in folder.glob("*model*") if path.suffix in (".safetensors", ".bin") and held(path)]
+    with pytest.raises(ModelError, match=rf"{path}: {_TAKEN} holds NaN or infinity: expected finite weights$"):
+        load_model(str(folder))
+
+
+def held(path: Path) -> bool:
+    weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+    return _TAKEN in weights
+
+
+def test_activations_beyond_the_range_of_a_dtype_are_no_fault_of_the_weights(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TLCAPTURE_CACHE", str(tmp_path / "cache"))
+    folder = shutil.copytree(sound, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 3e38 / weights["model.embed_tokens.weight"].abs().max()
+    weights["model.layers.0.mlp.down_proj.weight"] *= 1e38
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_model(str(folder)).n_layers == tiny.N_LAYERS
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_several_floating_types_are_loaded(dtype: torch.dtype, sound: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(sound, tmp_path / "model")

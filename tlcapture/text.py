@@ -17,6 +17,7 @@ from tlcapture.places import named
 NEWLINE = "\u23ce"
 REPLACEMENT = "\ufffd"  # a token of some bytes of a character decodes to it
 MOST_BYTES = 4  # of a character
+BYTE_ORDER_MARK = "\ufeff"  # in front of a text, as some editors write it
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _WRITTEN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)I?B?", re.ASCII | re.IGNORECASE)
 
@@ -24,6 +25,11 @@ _WRITTEN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)I?B?", re.ASCII | re.IG
 def printable(text: str) -> str:
     """The text with visible symbols in place of newlines and control characters, and folders by their names."""
     return "".join(c if c.isprintable() else {"\n": NEWLINE, "\t": " "}.get(c, REPLACEMENT) for c in named(text))
+
+
+def decoded(data: bytes, errors: str = "strict") -> str:
+    """UTF-8 text that somebody wrote, without a byte order mark; raises `UnicodeDecodeError` for anything else."""
+    return data.decode("utf-8", errors).removeprefix(BYTE_ORDER_MARK)
 
 
 def first_line(error: BaseException) -> str:

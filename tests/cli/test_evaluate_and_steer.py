@@ -197,7 +197,10 @@ def test_a_judge_replaces_the_likelihoods_of_the_trait_mean(
     words = ("steer", "--experiment", "exp", "--traits", "tone/loud", "--layers", 1, "--coefficients", "0.1")
     assert tlcapture(*words).exit_code == 0
     assert not asked
+    definition = vectors.parents[1] / "datasets" / "traits" / "tone" / "loud" / "definition.md"
+    definition.write_text("Shouting.", encoding="utf-8-sig")
     assert tlcapture(*words, "--judge", url).exit_code == 0
+    assert any("Shouting." in text for text in asked) and not any("ufeff" in ascii(text) for text in asked)
     value = read_json(vectors / "steering" / "tone" / "loud" / "results.json")
     assert value["metadata"]["scored_by"] == f"judge {url}"
     assert [run["result"]["trait_mean"] for run in value["runs"]] == [72.0]  # not mixed with likelihoods

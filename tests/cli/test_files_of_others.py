@@ -204,7 +204,9 @@ def test_a_set_in_a_subfolder_is_on_the_page(nested: Path, tlcapture: Run) -> No
     done = tlcapture("view", "--experiment", "exp", "--prompt-set", "general/mine", "--png", nested / "pictures")
     assert done.exit_code == 0, done.output
     drawn = {path.relative_to(nested / "pictures").as_posix() for path in (nested / "pictures").rglob("*.png")}
-    assert drawn == {f"tone/{name}/residual_stream/general/mine/1.png" for name in ("loud", "warm")}
+    assert drawn == {
+        f"tone/{name}/residual_stream/general/mine/exp_tone_{name}_general_mine_1.png" for name in ("loud", "warm")
+    }
 
 
 def test_of_all_sets_a_bad_one_is_named_and_the_others_run(
@@ -401,4 +403,4 @@ def test_pictures_are_drawn_of_all_files_but_a_bad_one(tlcapture: Run, root: Pat
     done = tlcapture("view", "--experiment", "exp", "--png", root / "pictures")
     assert done.exit_code == 1
     assert str(path) in done.stderr
-    assert [each.name for each in (root / "pictures").rglob("*.png")] == ["2.png"]
+    assert [each.name for each in (root / "pictures").rglob("*.png")] == ["exp_style_odd_odd_2.png"]

@@ -142,6 +142,11 @@ def test_settings_come_from_the_file_and_the_command_line_wins(root: Path, monke
     assert values(root, monkeypatch, command="view")["experiment"] == "mine"
 
 
+def test_the_file_may_begin_with_a_byte_order_mark(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "tlcapture.toml").write_text("seed = 3\n", encoding="utf-8-sig")
+    assert values(root, monkeypatch, "--prompt", "x")["seed"] == 3
+
+
 def test_the_file_is_that_of_the_root_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TLCAPTURE_ROOT", str(tmp_path))
     other = tmp_path / "other"

@@ -67,13 +67,3 @@ def test_a_failed_command_has_no_next_step(tlcapture: Run) -> None:
 def test_a_quiet_command_and_json_keep_it_from_standard_output(capture: Run) -> None:
     assert "next:" not in capture("--max-new-tokens", 1, "-q").output
     assert "next:" not in capture("--max-new-tokens", 1, "--json").stdout
-
-
-def test_a_trait_that_the_package_lacks_is_extracted_into_an_experiment_of_ones_own(tmp_path: Path) -> None:
-    from tlcapture.names import Trait
-    from tlcapture.storage.layout import Layout
-    from tlcapture.traits.missing_vectors import no_vectors_of_trait
-
-    said = str(no_vectors_of_trait(Layout(tmp_path, "packaged"), Trait("tone", "loud")))
-    assert said.startswith("no vectors for trait 'tone/loud' in the package; available traits: ")
-    assert said.endswith("run 'tlcapture extract --experiment NAME --traits tone/loud'")

@@ -512,6 +512,42 @@ def test_with_skip_existing_only_what_is_missing_or_has_changed_is_extracted(
     assert again("--seed", 1, "--position", "response_mean") == set()
 
 
+def test_the_list_of_traits_names_those_whose_examples_have_changed(
+    extract: Run, tlcapture: Run, vectors: Path, data: Path
+) -> None:
+    """What `extract --skip-existing` would extract again is the oracle."""
+    folder = data / "datasets" / "traits" / "tone" / "loud"
+    lines = (folder / "positive.jsonl").read_text().splitlines()
+    edited = [lines[0].replace("LOUD", "VERY LOUD"), *lines[1:]]
+    assert edited != lines
+
+    def listed() -> list[str]:
+        output = tlcapture("traits", "list", "--experiment", "exp").output
+        return [line for line in output.splitlines() if "examples have changed" in line]
+
+    assert extract().exit_code == 0
+    assert listed() == []
+    for changed in (edited, lines[1:], lines[::-1]):
+        (folder / "positive.jsonl").write_text("\n".join(changed))
+        assert listed() == [
+            "tone/loud: the examples have changed since the vectors were extracted: "
+            "run 'tlcapture extract --experiment exp --traits tone/loud'"
+        ]
+        assert "tone/loud: its vectors exist" not in extract("--skip-existing").output
+        assert listed() == []
+    (folder / "positive.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines[::-1]).encode())
+    assert listed() == []  # the same examples
+    assert "tone/loud: its vectors exist, from these examples: skipped" in extract("--skip-existing").output
+    metadata = json.loads((vectors / "metadata.json").read_text())
+    del metadata["examples_in_files"]  # as earlier versions wrote it
+    (vectors / "metadata.json").write_text(json.dumps(metadata))
+    assert listed() == []
+    (folder / "positive.jsonl").write_text("\n".join(lines[1:]))
+    assert len(listed()) == 1
+    (folder / "positive.jsonl").write_text("{")
+    assert listed() == []  # `traits check` says what is wrong
+
+
 def test_one_layer_for_all_traits_is_said_below_the_table(project: Run) -> None:
     assert "all vectors are of layer 2" in project("--layer", 2).stdout
 

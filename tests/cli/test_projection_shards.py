@@ -180,7 +180,10 @@ def test_dynamics_only_and_project_work_on_shards(
     drawn = tlcapture(*common, "--format", "compact", "--plot", data / "pictures")
     assert drawn.exit_code == 0
     pictures = data / "pictures"
-    drawn_of = {path.relative_to(pictures).with_suffix(".json").as_posix() for path in pictures.rglob("*.png")}
+    drawn_of = {
+        (path.relative_to(pictures).parent / f"{path.stem.rpartition('_')[2]}.json").as_posix()
+        for path in pictures.rglob("*.png")
+    }
     assert drawn_of == before.keys()
 
 

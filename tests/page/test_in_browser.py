@@ -16,10 +16,13 @@ from tests.browser import Watched, browser, server
 from tests.page.conftest import HOSTILE, N_HEADS, N_LAYERS, projection, write, write_experiment
 from tests.page.test_comparisons import comparison
 from tlcapture.captures.notes import Marked, add_note, read_notes
+from tlcapture.commands.plots import PERSISTS
+from tlcapture.explore.figures import trajectory_figure
 from tlcapture.page.export import export_page
 from tlcapture.storage.files import write_tensors
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import locked
+from tlcapture.traits.token_scores import TokenScores
 
 LONG = [f" w{number}" for number in range(40)]
 LONG[0], LONG[9], LONG[25], LONG[26] = "<bos>", HOSTILE, "שלום", "日本"
@@ -303,6 +306,27 @@ def test_every_colour_bar_says_what_it_is_of(page: Watched, view: str) -> None:
       .filter((trace) => trace.type === 'heatmap').map((trace) => trace.colorbar?.title?.text ?? null)"""
     titles = page.page.evaluate(code)
     assert titles and all(titles)
+
+
+def test_the_stretch_in_which_a_trait_persists_is_drawn_thick_over_its_line(page: Watched, root: Path) -> None:
+    """What figures of Python mark is the oracle."""
+    folder = root / "experiments" / "exp" / "inference" / "style" / "odd" / "residual_stream"
+    content = json.loads((folder / "odd" / "4.json").read_text())
+    for token, point in enumerate(content["projections"]["response"]):
+        point[:] = [[0.0, 0.0, 10.0 if 5 <= token < 12 else 1.0]] * N_LAYERS
+    content["dynamics"] |= {"persistence": 6, "commitment_point": None}
+    content["metadata"] |= {"prompt_set": "lasting", "definitions": 2}
+    write(folder / "lasting" / "4.json", content)
+    expected = TokenScores.read(folder / "lasting" / "4.json")
+    _, marked = trajectory_figure([expected]).data
+    page.open(f"view=dynamics&{HERE.replace('odd&prompt', 'lasting&prompt')}")
+    (line, *_), (thick,) = page.traces(), [each for each in page.traces() if each["name"] == "persists"]
+    assert thick["x"] == list(marked.x)
+    assert thick["y"] == list(marked.y)
+    assert thick["line"]["color"] == line["line"]["color"]
+    assert page.text("#marks") == f"Dashed: the response begins; {PERSISTS}."
+    page.open(f"view=dynamics&{HERE}")
+    assert page.text("#marks") == "Dashed: the response begins; diamond: commits."
 
 
 def test_terms_are_defined_in_tooltips_that_the_keyboard_reaches(page: Watched) -> None:

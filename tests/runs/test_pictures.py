@@ -11,13 +11,17 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from tests.samples import TOKENS, projected
 from tests.test_frames import write
+from tlcapture.commands import plots
 from tlcapture.commands.pictures import write_pictures
-from tlcapture.commands.plots import evaluation_heatmaps, projection_picture, steering_curves
+from tlcapture.commands.plots import PERSISTS, evaluation_heatmaps, projection_picture, steering_curves
 from tlcapture.errors import InputError, StorageError
+from tlcapture.explore.figures import trajectory_figure
 from tlcapture.names import Trait
+from tlcapture.page.assets import STATIC
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import EvaluationRow
 from tlcapture.traits.steering_files import SteeringResults
@@ -41,14 +45,32 @@ def colours(data: bytes) -> int:
     return len(np.unique(levels @ np.array([1 << 16, 1 << 8, 1])))
 
 
-def test_a_picture_is_a_png_at_the_path_of_its_projection(layout: Layout, tmp_path: Path) -> None:
+def test_a_picture_is_a_png_named_by_all_that_it_shows(layout: Layout, tmp_path: Path) -> None:
     paths = write_pictures(layout, "short", ["1", "2.5"], tmp_path / "out")
     assert sorted(str(path.relative_to(tmp_path / "out")) for path in paths) == [
-        "tone/loud/residual_stream/short/1.png",
-        "tone/loud/residual_stream/short/2.5.png",
-        "tone/warm/residual_stream/short/1.png",
+        "tone/loud/residual_stream/short/exp_tone_loud_short_1.png",
+        "tone/loud/residual_stream/short/exp_tone_loud_short_2.5.png",
+        "tone/warm/residual_stream/short/exp_tone_warm_short_1.png",
     ]
     assert colours(paths[0].read_bytes()) > 50
+
+
+def test_no_two_pictures_have_the_same_name(layout: Layout, tmp_path: Path) -> None:
+    other = Layout(tmp_path, "other")
+    for prompt_id in ("1", "1.s1"):
+        write(other, "tone/loud", prompt_id)
+        write(other, "style/loud", prompt_id)
+    out = tmp_path / "out"
+    paths = [*write_pictures(layout, "short", ["1", "2.5"], out), *write_pictures(other, "short", ["1", "1.s1"], out)]
+    assert len({path.name for path in paths}) == len(paths) == 7
+    assert len(list(out.rglob("*.png"))) == 7
+
+
+def test_a_picture_of_the_longest_names_is_written(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "e" * 128)
+    write(layout, f"{'c' * 60}/{'t' * 100}", "1" * 120)
+    (path,) = write_pictures(layout, "short", ["1" * 120], tmp_path / "out")
+    assert path.is_file() and path.stem == "1" * 120
 
 
 def test_heat_maps_of_an_evaluation_have_axes_for_each_component_even_where_no_effect_size_is_defined() -> None:
@@ -113,6 +135,19 @@ def test_the_sink_changes_only_its_label() -> None:
     assert images[0].shape == images[1].shape
     assert (images[0][height // 10 :] == images[1][height // 10 :]).all()
     assert (images[0] != images[1]).any()
+
+
+def test_persistence_is_marked_and_named_alike_in_all_figures() -> None:
+    line = projected(commitment_point=None, persistence=1)
+    axis = Figure().subplots()
+    plots._draw_trajectory(axis, line)
+    (whole, *_), (thick,) = axis.lines, [each for each in axis.lines if str(each.get_label()).startswith(PERSISTS)]
+    assert thick.get_label() == f"{PERSISTS}: 1 token from token 7"
+    (drawn, marked) = trajectory_figure([line]).data
+    assert list(thick.get_xdata()) == list(marked.x)
+    assert (thick.get_color(), thick.get_linewidth(), thick.get_alpha()) == (whole.get_color(), 5, marked.opacity)
+    assert (marked.line.color, marked.line.width) == (drawn.line.color, 5)
+    assert PERSISTS in (STATIC / "dynamics.js").read_text()
 
 
 def test_tokens_of_any_script_and_formulas_are_drawn_as_they_are() -> None:

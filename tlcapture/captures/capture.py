@@ -25,6 +25,7 @@ from tlcapture.captures.index import NAME as INDEX
 from tlcapture.captures.index import index_record, read_index
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
+from tlcapture.models.finite_weights import remedy
 from tlcapture.names import PromptId
 from tlcapture.prompts.spans import TokenSpan, labels_of
 from tlcapture.shapes import Residual
@@ -268,12 +269,13 @@ def storage_dtype(residual: ResidualStream, dtype: str) -> torch.dtype:
 
 def common_dtype(tensors: Sequence[Tensor], dtype: str) -> torch.dtype:
     """The dtype to store float tensors in together, by the rule and with the errors of `storage_dtype`."""
+    widest = max((tensor.dtype for tensor in tensors), key=lambda each: each.itemsize)
     extremes = [float(extreme) for tensor in tensors if tensor.numel() for extreme in tensor.aminmax()]
     largest = max((abs(extreme) for extreme in extremes), default=0.0)
     largest = float("nan") if any(isnan(extreme) for extreme in extremes) else largest
     if not largest < float("inf"):  # NaN too
-        raise NumericalError("the activations hold NaN or inf: try --dtype float32 or bfloat16")
-    target = _save_dtype(dtype, max((tensor.dtype for tensor in tensors), key=lambda each: each.itemsize), largest)
+        raise NumericalError(f"the activations hold NaN or inf: {remedy(widest)}")
+    target = _save_dtype(dtype, widest, largest)
     if largest > torch.finfo(target).max:
         raise NumericalError(
             f"an activation of {largest:.4g} does not fit {dtype} (at most {torch.finfo(target).max:.4g}): "

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from tlcapture.text import did_you_mean
+from tlcapture.text import decoded, did_you_mean
 
 SETTINGS = "tlcapture.toml"
 _OTHER = "Options"
@@ -158,7 +158,7 @@ def _read(path: Path) -> dict[str, Any]:
     from tlcapture.storage.remote_roots import local
 
     try:
-        return tomllib.loads(local(path).read_text(encoding="utf-8"))
+        return tomllib.loads(decoded(local(path).read_bytes()))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise click.UsageError(f"{path}: cannot be read: {error}") from None
 

@@ -12,6 +12,7 @@ import click
 from tlcapture.cli.grouping import together
 from tlcapture.cli.option_types import Text
 from tlcapture.errors import InputError, StorageError
+from tlcapture.text import decoded
 
 if TYPE_CHECKING:
     from tlcapture.prompts.prompt_sets import PromptSet
@@ -82,6 +83,6 @@ def _read(path: Path) -> tuple[str, Any]:
 def _text(data: bytes, name: str) -> str:
     """A text without byte order mark and last newlines; the line endings of Windows are newlines."""
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")
+        return decoded(data).replace("\r\n", "\n").rstrip("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from None

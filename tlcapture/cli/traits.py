@@ -135,8 +135,12 @@ def _cell(cue: Cue | None) -> str:
 @click.option("--component", type=click.Choice(["residual", "attn_out"]), default="residual", show_default=True)
 @one_line_errors
 def list_(location: Location, component: str) -> None:
-    """List the vector selected for each trait: how it was selected, its score, runner-up, verdict and origin."""
+    """List the vector selected for each trait: how it was selected, its score, runner-up, verdict and origin.
+
+    Names the traits whose examples have changed since their vectors were extracted.
+    """
     from tlcapture.storage.config import read_config
+    from tlcapture.storage.layout import Datasets
     from tlcapture.traits.packaged_vectors import packaged_layout, takes_packaged, vectors_layout
 
     layout = vectors_layout(location.root, location.experiment)
@@ -152,7 +156,7 @@ def list_(location: Location, component: str) -> None:
         Column("score", right=True),
         Column("runner-up"),
     ]
-    listed = _listed(layout, component)
+    listed = _listed(layout, component, Datasets(location.root))
     echo_table(columns, listed.rows)
     for note, names in listed.notes.items():
         click.secho(printable(f"{', '.join(names)}: {note}"), fg="yellow")
@@ -174,21 +178,27 @@ class _Listed:
     origins: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
-def _listed(layout: Layout, component: str) -> _Listed:
+def _listed(layout: Layout, component: str, datasets: Datasets) -> _Listed:
+    from tlcapture.extraction.changed_examples import have_changed
     from tlcapture.traits.evaluation_files import Evaluation
+    from tlcapture.traits.missing_vectors import how_to_extract
     from tlcapture.traits.origin import described_origin
     from tlcapture.traits.selection import n_layers_of_origin, runner_up, select
     from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 
     with_vectors, evaluated = traits_with_vectors(layout), Evaluation.read(layout.evaluation).by_trait
     listed = _Listed()
+    changed: list[str] = []
     for trait in with_vectors:
         folder = VectorFiles(layout, trait)
         if not folder.available(component):
             listed.rows.append((str(trait), "-", "-", f"no {component} vectors", "-", "-"))
             continue
         found = select(folder, component, n_layers_of_origin(folder, component))
-        listed.origins[described_origin(folder.metadata(component, found.method))].append(str(trait))
+        metadata = folder.metadata(component, found.method)
+        listed.origins[described_origin(metadata)].append(str(trait))
+        if have_changed(datasets, trait, metadata):
+            changed.append(str(trait))
         if found.warning is not None:
             listed.notes[found.warning].append(str(trait))
         judged = evaluated.get(str(trait))
@@ -199,6 +209,9 @@ def _listed(layout: Layout, component: str) -> _Listed:
         rival = runner_up(folder, component, found)
         second = "-" if rival is None else f"{rival.method} at layer {rival.layer}, {rival.score:.3f}"
         listed.rows.append((str(trait), found.method, str(found.layer), found.selected_by, score, second))
+    if changed:
+        note = f"the examples have changed since the vectors were extracted: {how_to_extract(layout, changed)}"
+        listed.notes[note] = changed
     return listed
 
 

@@ -21,6 +21,7 @@ from tlcapture.commands.known_views import PresentFile
 from tlcapture.commands.view_files import write_attention_file, write_lens_file
 from tlcapture.commands.view_parts import ViewParts
 from tlcapture.errors import NumericalError
+from tlcapture.models.finite_weights import remedy
 from tlcapture.models.loading import Model
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import token_texts
@@ -270,7 +271,7 @@ def _write_internals(path: Path, content: dict[str, Any], save_dtype: str) -> Wr
     floats = {name: value for name, value in content.items() if isinstance(value, Tensor) and value.is_floating_point()}
     for name, value in floats.items():
         if not value.isfinite().all():
-            raise NumericalError(f"{name} holds NaN or inf: try --dtype float32 or bfloat16")
+            raise NumericalError(f"{name} holds NaN or inf: {remedy(value.dtype)}")
     dtype = common_dtype(list(floats.values()), save_dtype)
     stored = {
         name: value if save_dtype == "auto" and value.itemsize <= dtype.itemsize else value.to(dtype)

@@ -30,8 +30,8 @@ from tlcapture.storage.config import read_config
 from tlcapture.storage.files import write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import ChosenVector, VectorChoice, VectorChooser
-from tlcapture.traits.missing_vectors import extract_command, no_vectors
-from tlcapture.traits.packaged_vectors import SAID, is_in_package, packaged_layout, takes_packaged, vectors_layout
+from tlcapture.traits.missing_vectors import extract_command, is_in_package, no_vectors
+from tlcapture.traits.packaged_vectors import SAID, packaged_layout, takes_packaged, vectors_layout
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.version import __version__

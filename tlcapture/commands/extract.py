@@ -12,6 +12,7 @@ from tlcapture.captures.provenance import model_record, now, template_record
 from tlcapture.commands.existing_vectors import has_vectors
 from tlcapture.errors import InputError, NumericalError
 from tlcapture.extraction.calibrating import calibrations
+from tlcapture.extraction.changed_examples import RECORDED, digest_of
 from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
 from tlcapture.extraction.kept_activations import KeptActivations, source_digest
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
@@ -276,5 +277,6 @@ def _metadata(
         "bos": bos_policy(model.tokenizer, prepared.typical.token_ids, chat_template=prepared.typical.chat_template),
         "split": prepared.examples.split_record(options.seed),
         "examples": prepared.digest,
+        RECORDED: digest_of(prepared.examples),
         **({} if prepared.examples.lines_as is None else {"examples_as": prepared.examples.lines_as}),
     }

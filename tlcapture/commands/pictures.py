@@ -11,8 +11,10 @@ from tlcapture.names import Trait
 from tlcapture.runs.display import Display
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.saved_projections import no_projections, projections_saved
+from tlcapture.traits.saved_projections import SavedProjection, no_projections, projections_saved
 from tlcapture.views.hooks import check_component
+
+_LONGEST_NAME = 200  # of the 255 bytes that file systems allow; a name is longer while it is written
 
 
 def write_pictures(
@@ -26,8 +28,9 @@ def write_pictures(
 ) -> list[Path]:
     """Write a picture for each prompt and trait (all traits where none is named); returns the files.
 
-    The paths below `folder` are those of the projections below the experiment's `inference/`:
-    `{category}/{trait}/residual_stream/{prompt_set}/{id}.png`. Prompts without projections are left out.
+    They lie below `folder` as projections do below the experiment's `inference/`, and their names say what they show:
+    `{category}/{trait}/residual_stream/{prompt_set}/{experiment}_{category}_{trait}_{prompt_set}_{id}.png`. Prompts
+    without projections are left out.
 
     Raises:
         InputError: none of the prompts has a projection; the message names the command that projects.
@@ -49,10 +52,19 @@ def write_pictures(
             except StorageError as error:
                 failures.append(str(error))
                 continue
-            picture = folder / file.place.relative_to(layout.folder / "inference").with_suffix(".png")
+            picture = folder / _place(layout, file, prompt_set)
             write_bytes(picture, projection_picture(scores))
             written.append(picture)
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise StorageError(f"{len(written)} of {len(files)} pictures of {prompt_set} were drawn: {failures[0]}{more}")
     return written
+
+
+def _place(layout: Layout, file: SavedProjection, prompt_set: str) -> Path:
+    """Where a picture lies; one whose name would be too long for a file system is called by its prompt alone."""
+    below = file.place.relative_to(layout.folder / "inference")
+    component = "" if file.component == "residual" else f"_{file.component}"
+    shown = f"{file.trait.category}_{file.trait.name}{component}_{prompt_set.replace('/', '_')}_{below.stem}"
+    name = f"{layout.experiment}_{shown}"
+    return below.with_name(f"{name if len(name) <= _LONGEST_NAME else below.stem}.png")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tlcapture.text import printable
+from tlcapture.text import counted, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,9 +25,10 @@ _DPI = 150
 _MOST_LABELS = 150  # tokens labelled along an axis; of longer sequences every second, third, ...
 _LONGEST_LABEL = 14
 _WIDEST = 18.0
-_BOUNDARY, _COMMITMENT, _PERSISTENCE = "#555555", "#2ca02c", "#ff7f0e"
+_BOUNDARY, _COMMITMENT, _LINE = "#555555", "#2ca02c", "#1f77b4"
 _FONTS = ("DejaVu Sans Mono", "DejaVu Sans")  # installed with Matplotlib
 _MORE_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans", "Arial Unicode MS")
+PERSISTS = "thick: persists from the peak of the smoothed response"  # how all figures mark persistence
 _MEASURES = {"val_effect_size": "effect size (Hedges' g)", "val_auroc": "AUROC"}
 
 
@@ -132,7 +133,7 @@ def _families() -> list[str]:
 def _draw_trajectory(axis: Axes, projection: TokenScores) -> None:
     positions, calibrated = np.arange(len(projection.tokens)), projection.calibrated
     scores = projection.trajectory if calibrated is None else calibrated
-    axis.plot(positions[1:], scores[1:], color="#1f77b4", linewidth=1.2, marker=".", markersize=3)
+    axis.plot(positions[1:], scores[1:], color=_LINE, linewidth=1.2, marker=".", markersize=3)
     axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axis.plot([], [], color=_BOUNDARY, linewidth=1, linestyle="--", label="response begins")
     if calibrated is not None:
@@ -140,8 +141,8 @@ def _draw_trajectory(axis: Axes, projection: TokenScores) -> None:
     if projection.peak is not None:
         span = slice(projection.peak, projection.peak + (projection.persistence or 0))
         axis.plot(
-            positions[span], scores[span], color=_PERSISTENCE, linewidth=5, alpha=0.4, marker="o", markersize=4,
-            label=f"persistence: {projection.persistence} tokens from the peak, token {projection.peak}",
+            positions[span], scores[span], color=_LINE, linewidth=5, alpha=0.35, marker="o", markersize=4,
+            label=f"{PERSISTS}: {counted(projection.persistence or 0, 'token')} from token {projection.peak}",
         )  # fmt: skip
     if projection.commitment_point is not None:
         axis.plot([], [], color=_COMMITMENT, linewidth=1, label=f"commitment point: {projection.commitment_point}")

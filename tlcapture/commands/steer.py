@@ -36,6 +36,7 @@ from tlcapture.storage.config import read_config
 from tlcapture.storage.files import read_bytes, read_json, write_bytes
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.storage.validation import first_problem
+from tlcapture.text import decoded
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import COHERENT, select
 from tlcapture.traits.steering_files import SteeringResults, SteeringRun
@@ -314,7 +315,7 @@ def _vectors(layout: Layout, trait: Trait, model: Model, options: SteerOptions) 
 
 def _definition(datasets: Datasets, trait: Trait) -> str:
     path = datasets.trait_folder(trait) / "definition.md"
-    return read_bytes(path).decode("utf-8", "replace").strip() if path.is_file() else ""
+    return decoded(read_bytes(path), "replace").strip() if path.is_file() else ""
 
 
 def draw_curves(layout: Layout, traits: Sequence[Trait], report: RunReport) -> None:

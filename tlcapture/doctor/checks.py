@@ -21,6 +21,7 @@ from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.sampling import Sampling
 from tlcapture.models.deviation import BOUNDS, allowed, deviation
+from tlcapture.models.finite_weights import not_finite, remedy, said_of
 from tlcapture.models.loading import Model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, tokenize
@@ -222,7 +223,7 @@ def check_range(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
     caches = [teacher_force(model, prompt.token_ids, hooks) for prompt in prompts]
     for point in hooks:
         if not all(cache[point].isfinite().all() for cache in caches):
-            return Check("range", FAILED, f"{point} is NaN or inf in {name}: try {_wider(model.dtype)}")
+            return Check("range", FAILED, f"{point} is NaN or inf in {name}: {_cause(model)}")
     largest = max(float(cache[point].float().abs().max()) for cache in caches for point in hooks)
     stored = torch.float16 if model.dtype == torch.float32 else model.dtype  # what --save-dtype auto prefers
     share = largest / torch.finfo(stored).max
@@ -305,8 +306,11 @@ def _larger(worst: float, value: float) -> float:
     return worst if value <= worst else value  # NaN stays
 
 
-def _wider(dtype: torch.dtype) -> str:
-    return "bfloat16 or float32" if dtype == torch.float16 else "other weights, as these are damaged"
+def _cause(model: Model) -> str:
+    """Why activations are not finite: weights that are not, or the range of the dtype."""
+    names = not_finite(model.tl.named_parameters())
+    unusable = [name.replace("._original_component", "") for name in names]
+    return said_of(unusable) if unusable else remedy(model.dtype)
 
 
 def _shared(ours: Sequence[int], theirs: Sequence[int]) -> int:

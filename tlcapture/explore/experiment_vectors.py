@@ -20,7 +20,7 @@ from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges, did_you_mean
-from tlcapture.traits.missing_vectors import no_vectors_of_trait
+from tlcapture.traits.missing_vectors import no_vectors_by_method, no_vectors_of_trait
 from tlcapture.traits.selection import Selection, n_layers_of_origin, select
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.views.hooks import check_component
@@ -50,6 +50,8 @@ class ExperimentVectors(Mapping[str, "TraitVectors"]):
     def __getitem__(self, trait: str) -> TraitVectors:
         parsed = Trait.parse(trait)
         if not VectorFiles(self._layout, parsed).available(self.component):
+            if parsed in self._layout.traits():
+                raise no_vectors_by_method(self._layout, parsed, self.component, None)
             raise no_vectors_of_trait(self._layout, parsed)
         return TraitVectors(self._layout, parsed, self.component)
 

@@ -16,6 +16,7 @@ import plotly.colors
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from tlcapture.commands.plots import PERSISTS
 from tlcapture.errors import InputError
 from tlcapture.explore.attention_heads import AttentionHeads
 from tlcapture.explore.logit_lens_table import LogitLensTable
@@ -63,7 +64,7 @@ def _marks(projections: Sequence[TokenScores]) -> list[str]:
     """The meaning of the marks that a figure of trajectories has."""
     marks = {
         "diamond: commits": any(each.commitment_point is not None for each in projections),
-        "thick: persists from the peak of the smoothed response": any(each.peak is not None for each in projections),
+        PERSISTS: any(each.peak is not None for each in projections),
     }
     return [mark for mark, is_drawn in marks.items() if is_drawn]
 

@@ -62,7 +62,7 @@ from tlcapture.storage.remote_roots import check_local
 from tlcapture.storage.validation import first_problem
 from tlcapture.traits.choice import VectorChoice
 from tlcapture.traits.interventions import TraitIntervention
-from tlcapture.traits.packaged_vectors import is_in_package
+from tlcapture.traits.missing_vectors import is_in_package
 from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_view
 from tlcapture.views.kept_points import KeptPoints

@@ -24,6 +24,7 @@ from tlcapture.storage.files import read_bytes
 from tlcapture.storage.json_text import lost
 from tlcapture.storage.layout import Datasets
 from tlcapture.storage.validation import first_problem
+from tlcapture.text import decoded
 
 HELD_OUT_SHARE = 0.2
 TEXTS, AUTO = "texts", "auto"  # what the lines of a .txt file are, or "scenarios"; auto: texts, a guess
@@ -160,7 +161,7 @@ def _read_side(folder: Path, name: str, lines_as: str) -> list[Example]:
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     try:
-        text = read_bytes(path).decode("utf-8-sig")
+        text = decoded(read_bytes(path))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start}: not valid UTF-8") from None
     return [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]

@@ -23,6 +23,7 @@ from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
 from tlcapture.extraction.examples import Example
 from tlcapture.generation.padding import right_pad
 from tlcapture.generation.typical_norms import TypicalNorms
+from tlcapture.models.finite_weights import remedy
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, is_out_of_memory, release_memory
 from tlcapture.prompts.tokenization import TokenizedPrompt, encode, place_response
@@ -155,7 +156,7 @@ def read_out(
         on_examples(len(batch))
     for part, values in means.items():
         if not values.isfinite().all():
-            raise NumericalError(f"{part} activations of the examples contain NaN or inf: try --dtype float32")
+            raise NumericalError(f"{part} activations of the examples contain NaN or inf: {remedy(model.dtype)}")
     return means
 
 

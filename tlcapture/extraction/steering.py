@@ -34,6 +34,7 @@ from tlcapture.generation.loop import continue_from, prefill
 from tlcapture.generation.outcomes import Failure, Outcome
 from tlcapture.generation.padding import right_pad
 from tlcapture.generation.sampling import GREEDY, STOP_TOKEN
+from tlcapture.models.finite_weights import remedy
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import bytes_per_prompt, free_memory
 from tlcapture.prompts.tokenization import TokenizedPrompt, decode, place_response, unknown_token
@@ -270,7 +271,7 @@ class SteeringScorer:
         positive_cost, negative_cost = (self._cost(each.repeated(copies), interventions) for each in sides)
         found = (negative_cost - positive_cost).sigmoid().where(self._is_scored.repeat(copies), torch.nan)
         if not found[self._is_scored.repeat(copies)].isfinite().all():
-            raise NumericalError("steering: the model's logits are NaN or inf: try --dtype float32")
+            raise NumericalError(f"steering: the model's logits are NaN or inf: {remedy(self._model.dtype)}")
         return list(found.split(len(self._prompts)))
 
     def _score(self, copies: int, interventions: Sequence[Intervention]) -> list[SteeringScore]:

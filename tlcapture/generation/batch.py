@@ -33,6 +33,7 @@ from tlcapture.generation.sampling import (
 from tlcapture.generation.stop_texts import StopTexts
 from tlcapture.generation.transfers import Download, upload
 from tlcapture.models.engines.base import Step
+from tlcapture.models.finite_weights import remedy
 from tlcapture.models.loading import Model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt
@@ -308,7 +309,7 @@ class Batch:
     def _not_finite(self, index: int) -> Failure:
         self._recorder.forget(index)
         position = len(self.prompts[index].read_ids) + len(self._responses[index])
-        reason = f"the model's logits are NaN or inf at token {position}: try --dtype float32"
+        reason = f"the model's logits are NaN or inf at token {position}: {remedy(self._model.dtype)}"
         return Failure(self.prompts[index], reason, NumericalError)
 
 

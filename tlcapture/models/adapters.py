@@ -17,7 +17,9 @@ from typing import Any
 
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoint_files import PLAIN_TYPES, damage
+from tlcapture.models.finite_weights import not_finite, said_of
 from tlcapture.models.untaken import listed
+from tlcapture.text import decoded
 
 CONFIG = "adapter_config.json"
 GIVEN = "adapter"  # a folder in that of a model with an adapter for it, likewise
@@ -122,7 +124,7 @@ def _last(name: str) -> str:
 def _named_base(path: Path) -> tuple[str, str | None]:
     """The name of the model that an adapter's config states, and its revision if it states one."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(decoded(path.read_bytes()))
         base, revision = config["base_model_name_or_path"], config.get("revision")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         base, revision = None, None
@@ -176,6 +178,9 @@ def _merged(model: Any, adapter: Adapter, name: str) -> Any:
     ]
     if rounded:
         raise ModelError(f"model {name!r}: its adapter has weights that are not of floating point: {listed(rounded)}")
+    if unusable := not_finite(weights.items()):
+        path = next(Path(adapter.source) / each for each in _OWN_WEIGHTS if (Path(adapter.source) / each).exists())
+        raise ModelError(f"model {name!r}: its adapter cannot be merged: {path}: {said_of(unusable)}")
     _resize(model, weights, name)
     device = str(model.device)
     adapted = peft.PeftModel.from_pretrained(model, adapter.source, torch_device=device)

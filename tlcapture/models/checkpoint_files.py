@@ -71,6 +71,19 @@ def stored_types(folder: Path) -> dict[str, str]:
     return found
 
 
+def weights_of(path: Path) -> Iterator[tuple[str, Any]]:
+    """The names and weights in a file of a checkpoint, one after another; none where it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    with suppress(OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError):
+        if path.suffix == ".bin":
+            yield from _weights(path).items()
+            return
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  not a mapping
+                yield name, opened.get_tensor(name)
+
+
 def _weights(path: Path) -> Mapping[str, Any]:
     """The weights in a file of `torch.save`, mapped, where they are in the format of today."""
     import torch

@@ -159,6 +159,14 @@ def fetch_weights(
     return model if adapter is None else adapters.merged(model, adapter, name)
 
 
+def weight_folders(name: str, source: str) -> list[Path]:
+    """The folders whose files have the weights of a model: its own, and those of the models that adapters are for."""
+    adapter = adapters.adapter_of(source)
+    if adapter is None or adapter.base == source:
+        return [Path(source)]
+    return [Path(source), *weight_folders(adapter.base, _base_of(adapter, name, weights=True))]
+
+
 def _whole_config(name: str, source: str) -> Any:
     adapter = adapters.adapter_of(source)
     if adapter is not None and adapter.base != source:

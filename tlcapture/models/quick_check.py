@@ -49,6 +49,11 @@ class QuickReference:
     logits: Float[Tensor, "n_tokens d_vocab"]
     rounding: tuple[float, ...] | None = None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no activation and no logit is NaN or infinity."""
+        return all(bool(each.isfinite().all()) for each in (*self.hidden, self.logits))
+
     @classmethod
     def of(cls, hf_model: Any) -> QuickReference:
         """Run the short prompt. A model in 16 bits runs in float32 as well, if memory allows; its dtype is restored."""

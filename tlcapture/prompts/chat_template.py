@@ -16,7 +16,7 @@ from tlcapture.errors import InputError
 from tlcapture.prompts.bounded_templates import bound_templates
 from tlcapture.prompts.message_spans import Message, Span, find_messages
 from tlcapture.prompts.step_limit import StepLimitError, step_limit
-from tlcapture.text import first_line
+from tlcapture.text import BYTE_ORDER_MARK, first_line
 
 ADVICE = "use --no-chat-template"
 
@@ -207,6 +207,8 @@ def _render(
     try:
         with step_limit(MAX_STEPS):
             rendered = str(tokenizer.apply_chat_template(messages, **options))
+        if _has_mark(tokenizer):
+            rendered = rendered.removeprefix(BYTE_ORDER_MARK)
         rendered.encode()  # fails for half of a surrogate pair
     except StepLimitError as error:
         raise InputError(f"the model's chat template {error}: {ADVICE}") from None
@@ -216,6 +218,13 @@ def _render(
             raise _RenderingError(f"refuses the prompt ({reason})") from None
         raise _RenderingError(f"fails ({type(error).__name__}: {reason})") from None
     return rendered
+
+
+def _has_mark(tokenizer: Any) -> bool:
+    """Whether a file of a chat template began with a byte order mark, which transformers takes for text."""
+    template = getattr(tokenizer, "chat_template", None)
+    templates = template.values() if isinstance(template, dict) else [template]
+    return any(str(each).startswith(BYTE_ORDER_MARK) for each in templates)
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:

@@ -9,8 +9,8 @@ from typing import Any
 import orjson
 
 from tlcapture.errors import StorageError
+from tlcapture.text import BYTE_ORDER_MARK
 
-_MARK = b"\xef\xbb\xbf"  # in front of UTF-8, as some editors write it
 _OTHERS = {
     b"\x1f\x8b": "it is compressed by gzip: decompress it",
     b"\xff\xfe": "it is UTF-16: save it as UTF-8",
@@ -25,7 +25,7 @@ def parsed(data: bytes, path: Path, *, exact: bool = False) -> Any:
     With `exact`, also for text of which reading would lose something.
     """
     try:
-        text = data.removeprefix(_MARK)
+        text = data.removeprefix(BYTE_ORDER_MARK.encode())
         value = orjson.loads(text)
         if exact and (reason := lost(text)):
             raise StorageError(f"{path}: {reason}")

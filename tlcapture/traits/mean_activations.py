@@ -17,7 +17,7 @@ from tlcapture.shapes import Vector
 from tlcapture.storage.files import Written, read_tensors, write_tensors
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.tensors import described, is_plain
-from tlcapture.traits.missing_vectors import extract_command
+from tlcapture.traits.missing_vectors import how_to_extract
 from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import TraitVector
@@ -34,8 +34,8 @@ def check_means(layout: Layout, traits: Sequence[Trait], component: str) -> None
     without = [each.trait for each in files if each.available(component) and not each.mean_file(component).is_file()]
     if without:
         raise InputError(
-            f"no mean activation to subtract for --centered: {', '.join(map(str, without))}: run "
-            f"'{extract_command(layout, without)}', or choose other traits with --traits"
+            f"no mean activation to subtract for --centered: {', '.join(map(str, without))}: "
+            f"{how_to_extract(layout, without)}, or choose other traits with --traits"
         )
 
 
@@ -49,7 +49,7 @@ def mean_activation(root: Path, vector: TraitVector) -> Vector:
     if not path.is_file():
         raise VectorError(
             f"{path}: the mean activation that --centered subtracts is missing: "
-            f"run '{extract_command(layout, [vector.trait])}'"
+            f"{how_to_extract(layout, [vector.trait])}"
         )
     means = read_tensors(path)
     if not is_plain(means) or means.ndim != 2 or not means.isfinite().all():

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tlcapture.errors import InputError, VectorError
 from tlcapture.models.embedded import NAME as EMBEDDED
+from tlcapture.models.embedded import cache_folder
 from tlcapture.names import Trait
 from tlcapture.storage.config import read_config
 from tlcapture.storage.layout import Layout, shipped_datasets
@@ -14,26 +15,44 @@ from tlcapture.text import as_ranges, beside, did_you_mean
 PACKAGED = "packaged"  # the name of the experiment that comes with the package
 
 
-def extract_command(layout: Layout, traits: Iterable[object] = ()) -> str:
-    """The command that extracts an experiment's vectors, of all traits if none is named."""
+def is_in_package(layout: Layout) -> bool:
+    """Whether an experiment is `packaged`, unpacked from the package: nothing is saved or extracted into it."""
+    return layout.experiment == PACKAGED and layout.root.parent == cache_folder()
+
+
+def extract_command(layout: Layout, traits: Iterable[object] = (), method: str | None = None) -> str:
+    """The command that extracts an experiment's vectors, of all traits if none is named.
+
+    For the packaged vectors it names no experiment.
+    """
     named = ",".join(map(str, traits))
-    experiment = "NAME" if layout.experiment == PACKAGED else layout.experiment  # nobody extracts into the package
-    return f"tlcapture extract --experiment {experiment}" + (f" --traits {named}" if named else "")
+    options = {
+        "experiment": None if is_in_package(layout) else layout.experiment,
+        "traits": named or None,
+        "methods": method,
+    }
+    return " ".join(["tlcapture extract", *(f"--{name} {value}" for name, value in options.items() if value)])
+
+
+def how_to_extract(layout: Layout, traits: Iterable[object] = (), method: str | None = None) -> str:
+    """What to do for vectors that an experiment, or the package, does not have."""
+    command = f"'{extract_command(layout, traits, method)}'"
+    return f"extract your own in an experiment of yours with {command}" if is_in_package(layout) else f"run {command}"
 
 
 def _place(layout: Layout) -> str:
-    return "the package" if layout.experiment == PACKAGED else str(layout.folder)
+    return "the package" if is_in_package(layout) else str(layout.folder)
 
 
 def no_vectors(layout: Layout) -> InputError:
     """The error for an experiment without any vectors."""
-    return InputError(f"experiment {layout.experiment!r} has no trait vectors: run '{extract_command(layout)}'")
+    return InputError(f"experiment {layout.experiment!r} has no trait vectors: {how_to_extract(layout)}")
 
 
 def no_vectors_of_trait(layout: Layout, trait: Trait) -> InputError:
     """The error for a trait without vectors, naming the traits that have some, and the one that was probably meant."""
     traits = [*map(str, layout.traits())]
-    extract = "" if did_you_mean(str(trait), traits) else f"; run '{extract_command(layout, [trait])}'"
+    extract = "" if did_you_mean(str(trait), traits) else f"; {how_to_extract(layout, [trait])}"
     if extract and _has_packaged(layout, trait):
         extract += f", or take those that come with the package, vector experiment '{PACKAGED}'"
     return InputError(
@@ -44,24 +63,36 @@ def no_vectors_of_trait(layout: Layout, trait: Trait) -> InputError:
 
 def _has_packaged(layout: Layout, trait: Trait) -> bool:
     """Whether a trait's vectors come with the package, for the model of an experiment that is not `packaged` itself."""
-    is_theirs = layout.experiment != PACKAGED and read_config(layout).inference_model == EMBEDDED
+    is_theirs = not is_in_package(layout) and read_config(layout).inference_model == EMBEDDED
     return is_theirs and (shipped_datasets() / PACKAGED / "vectors" / f"{trait}.safetensors").is_file()
 
 
 def no_component_vectors(layout: Layout, component: str) -> InputError:
     """The error for an experiment whose vectors are all of another component."""
     return InputError(
-        f"no {component} vectors in {_place(layout)}; available traits: {_available(layout)}; "
-        f"run '{extract_command(layout)}'"
+        f"no {component} vectors in {_place(layout)}; available traits: {_available(layout)}; {how_to_extract(layout)}"
     )
 
 
-def no_vectors_by_method(layout: Layout, trait: Trait, component: str, method: str | None) -> VectorError:
-    """The error for a trait without vectors of a component, or without any by a method."""
-    by = "" if method is None else f" by {method!r}"
+def no_vectors_by_method(
+    layout: Layout,
+    trait: Trait,
+    component: str,
+    method: str | None,
+    available: Sequence[str] = (),
+    known: Sequence[str] = (),
+) -> VectorError:
+    """The error for a trait without vectors of a component, or without any by a method.
+
+    `available` holds the methods that it has vectors by, and `known` those by which vectors are extracted.
+    """
+    extract = how_to_extract(layout, [trait], method if method in known else None)
+    if method is None or not available:
+        return VectorError(f"no {component} vectors for {trait} in {_source(layout)}: {extract}")
+    there = beside(method, available, "available methods")
     return VectorError(
-        f"no {component} vectors{by} for {trait} in experiment {layout.experiment!r}: "
-        f"run '{extract_command(layout, [trait])}'"
+        f"no {component} vectors by {method!r} for {trait} in {_source(layout)}{there}"
+        + (f"; {extract}" if method in known else "")
     )
 
 
@@ -71,9 +102,13 @@ def no_vector(
     """The error for one missing vector; `available` holds the layers that have one, by method."""
     listed = "; ".join(f"{name}: {as_ranges(layers)}" for name, layers in available.items()) or "none"
     return VectorError(
-        f"no {component} vector of {trait} by {method!r} at layer {layer} in experiment {layout.experiment!r}; "
+        f"no {component} vector of {trait} by {method!r} at layer {layer} in {_source(layout)}; "
         f"available layers: {listed}"
     )
+
+
+def _source(layout: Layout) -> str:
+    return "the package" if is_in_package(layout) else f"experiment {layout.experiment!r}"
 
 
 def _available(layout: Layout) -> str:

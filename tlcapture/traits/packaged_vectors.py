@@ -31,11 +31,6 @@ def vectors_layout(root: Path, experiment: str) -> Layout:
     return own if experiment != PACKAGED or own.folder.is_dir() else packaged_layout()
 
 
-def is_in_package(layout: Layout) -> bool:
-    """Whether an experiment is `packaged`, unpacked from the package: nothing is saved into it."""
-    return layout.experiment == PACKAGED and layout.root.parent == cache_folder()
-
-
 def takes_packaged(layout: Layout, model: str | None) -> bool:
     """Whether an experiment has no vectors, and the package has some for its model, given by name."""
     return model == NAME and not layout.traits() and packaged_files().is_dir()

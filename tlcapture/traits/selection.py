@@ -18,7 +18,7 @@ from tlcapture.errors import InputError
 from tlcapture.traits.evaluation_files import EvaluationRow, read_evaluation
 from tlcapture.traits.missing_vectors import no_vector, no_vectors_by_method
 from tlcapture.traits.steering_files import SteeringResults, SteeringRun, largest_by_chance
-from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vector_files import METHODS, VectorFiles
 
 COHERENT = 70
 FALLBACK_LAYER = 16
@@ -60,11 +60,10 @@ def select(
         InputError: `layer` is another word.
         StorageError: a file with scores is damaged.
     """
-    available = files.available(component)
-    if method is not None:
-        available = {name: layers for name, layers in available.items() if name == method}
+    every = files.available(component)
+    available = {name: layers for name, layers in every.items() if method in (None, name)}
     if not available:
-        raise no_vectors_by_method(files.layout, files.trait, component, method)
+        raise no_vectors_by_method(files.layout, files.trait, component, method, [*every], METHODS)
     if not isinstance(layer, str):
         layer = index(layer)  # a NumPy integer is valid too
         best = next(_ranked(files, component, available), None) if method is None else None

@@ -44,6 +44,7 @@ class VectorMetadata(FileContent):
     position: str | None = None
     model_fingerprint: str | None = None
     examples: str | None = None
+    examples_in_files: str | None = None
     examples_as: Literal["texts", "scenarios"] | None = None
     split: VectorSplit | None = None
     calibration: Calibrations | None = None

@@ -69,15 +69,19 @@ tl.views.dynamics = {
         marker: { symbol: "diamond", size: 11, color: committed.map((each) => colours.trait(all, each.trait)), line: { color: colours.css("--panel"), width: 1.5 } },
         hovertemplate: "%{text}<extra></extra>",
       });
+      const persisting = ofShown.filter((each) => tl.persistenceOf(each));
+      for (const each of persisting) {
+        const [peak, last] = tl.persistenceOf(each), color = colours.trait(all, each.trait);
+        traces.push({
+          x: data.tokens.map((_, index) => index).slice(peak, last + 1), y: values.get(each.trait).slice(peak, last + 1), mode: "lines+markers", name: "persists",
+          line: { color, width: 8 }, marker: { color, size: 8 }, opacity: 0.35, hoverinfo: "skip",
+        });
+      }
       const own = ofShown.find((each) => each.trait === state.trait);
       const ofSamples = own && spread && !state.normalise ? drawSpread(spread, data, own, calibrated, colours.trait(all, own.trait)) : [];
       traces.unshift(...ofSamples);
       marks = [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--faint"), "dash", 1)];
       if (calibrated) marks.push({ type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: 0.5, y1: 0.5, line: { color: colours.css("--faint"), width: 1, dash: "dot" } });
-      if (own && tl.persistenceOf(own)) {
-        const [peak, last] = tl.persistenceOf(own);
-        marks.push({ type: "rect", xref: "x", yref: "paper", x0: peak - 0.5, x1: last + 0.5, y0: 0, y1: 1, line: { width: 0 }, fillcolor: colours.trait(all, own.trait), opacity: 0.13 });
-      }
       const seen = [...[...values.values()].flatMap((line) => line.slice(state.response ? data.n_prompt_tokens : 1)), ...ofSamples.flatMap((trace) => trace.y)].filter((value) => value !== null);
       const low = Math.min(...seen), high = Math.max(...seen), pad = (high - low || 1) * 0.07;
       notes.replaceChildren();
@@ -87,6 +91,8 @@ tl.views.dynamics = {
         const listed = off.map((each) => `${each.trait} ${number(values.get(each.trait)[0])}`).join(", ");
         notes.append(element("p", { className: "note" }, `The first token, an attention sink, is off the scale: ${listed}.`));
       }
+      const meant = [...(committed.length ? ["diamond: commits"] : []), ...(persisting.length ? ["thick: persists from the peak of the smoothed response"] : [])];
+      if (meant.length) notes.append(element("p", { className: "note", id: "marks" }, `Dashed: the response begins; ${meant.join("; ")}.`));
       const kept = ofShown.find((each) => each.kept)?.kept;
       if (ofSamples.length) {
         const over = (value) => (calibrated ? tl.calibrated(own, value) : value), scale = calibrated ? Math.abs(own.calibration.positive_mean - own.calibration.negative_mean) : 1;

@@ -1,0 +1,40 @@
+"""Whether a trait's examples are still those that its vectors were extracted from, told without a model or torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any
+
+from tlcapture.errors import InputError
+from tlcapture.extraction.examples import AUTO, Examples, read_examples
+from tlcapture.names import Trait
+from tlcapture.storage.layout import Datasets
+
+RECORDED = "examples_in_files"  # in the metadata of vectors
+
+
+def digest_of(examples: Examples) -> str:
+    """A digest of examples as their files state them, 16 hex digits."""
+    rows = [[item.positive, *item.example.model_dump().values()] for item in examples.items]
+    return blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
+
+
+def have_changed(datasets: Datasets, trait: Trait, metadata: Mapping[str, Any]) -> bool:
+    """Whether a trait's examples are known to be others than those of vectors with this metadata.
+
+    Metadata of earlier versions has no digest: examples that were added or taken away are noticed all the same.
+    Examples that cannot be read are not known to be others.
+    """
+    split = metadata.get("split")
+    if not isinstance(split, Mapping):
+        return False
+    seed = split.get("seed") or 0
+    try:
+        examples = read_examples(datasets, trait, seed=seed, examples_as=metadata.get("examples_as") or AUTO)
+    except InputError:
+        return False
+    if RECORDED in metadata:
+        return bool(metadata[RECORDED] != digest_of(examples))
+    return any(split[name] != value for name, value in examples.split_record(seed).items() if name in split)
