@@ -65,7 +65,7 @@ class Watched:
         self.base = base
         self.page = context.new_page()
         self.wrong: list[str] = []
-        self.page.on("console", lambda message: message.type == "error" and self.wrong.append(message.text))
+        self.page.on("console", lambda message: self.wrong.extend([message.text] * (message.type == "error")))
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("request", lambda request: self._note(request.url))
         self.page.on("dialog", lambda dialog: self.wrong.append(f"dialog {dialog.message}"))

@@ -167,8 +167,9 @@ def logit_lens_view(
         return _predictions(unembed(residuals), torch.cat([next_ids[rows] for _, rows in chunk]), top_k)
 
     pieces = [predictions(chunk) for chunk in _chunks(len(layers), len(next_ids), size)]
-    found = (torch.cat(column).unflatten(0, (len(layers), len(next_ids))).cpu() for column in zip(*pieces, strict=True))
-    return LogitLens(*found, positions, tuple(only) or None, n_layers)
+    columns = (torch.cat(each).unflatten(0, (len(layers), len(next_ids))).cpu() for each in zip(*pieces, strict=True))
+    top_ids, top_probs, rank, prob = columns
+    return LogitLens(top_ids, top_probs, rank, prob, positions, tuple(only) or None, n_layers)
 
 
 def _chunks(n_layers: int, n_predictions: int, size: int) -> Iterator[list[tuple[int, slice]]]:
