@@ -21,7 +21,7 @@ tl.views.dynamics = {
     const choose = (point) => tl.state.set({ token: point.x === undefined ? null : Math.round(point.x) });
     const lines = tl.figure({ name: "dynamics", height: 330, onClick: choose });
     const motion = tl.figure({ name: "velocity", height: 210, onClick: choose });
-    container.append(controls, chips, lines.element, facts, motion.element, notes);
+    container.append(controls, chips, lines.element, notes, facts, motion.element);
     let marks = [];
 
     const shownTraits = (state, all) => {
