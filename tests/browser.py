@@ -105,6 +105,6 @@ class Watched:
         return str(self.page.inner_text(selector))
 
     def traces(self, number: int = 0) -> list[dict[str, Any]]:
-        """The data of a figure, as Plotly has them."""
-        code = "number => document.querySelectorAll('.plot')[number].data.map(t => JSON.parse(JSON.stringify(t)))"
-        return list(self.page.evaluate(code, number))
+        """The data of a figure, as Plotly has them, once it is drawn: what stands out may let a view be drawn anew."""
+        code = "number => document.querySelectorAll('.plot')[number]?.data?.map(t => JSON.parse(JSON.stringify(t)))"
+        return list(self.page.wait_for_function(code, arg=number, timeout=20_000).json_value())

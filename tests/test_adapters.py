@@ -357,7 +357,8 @@ def test_a_weight_of_the_base_that_is_not_finite_is_named_with_the_file_of_the_b
 
 
 @needs_peft
-def test_a_weight_that_only_merging_makes_infinite_is_named(tmp_path: Path) -> None:
+def test_a_weight_that_only_merging_makes_infinite_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLCAPTURE_CACHE", str(tmp_path / "cache"))
     huge = {name: weight * (1e22 if "down_proj" in name else 1) for name, weight in lora().items()}
     with pytest.raises(ModelError, match=r"cannot be used: model\.layers\.0\.mlp\.down_proj\.weight, .* hold NaN"):
         load_model(write_adapter(tmp_path / "lora", str(write_base(tmp_path / "base")), huge))

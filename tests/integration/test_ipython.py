@@ -391,6 +391,6 @@ def test_project_plots_its_projections(embedded_root: Path, tmp_path: Path) -> N
     result = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     pictures = sorted((tmp_path / "pictures").rglob("*.png"))
-    assert [path.stem for path in pictures] == ["1", "2"]
+    assert [path.stem for path in pictures] == [f"exp_style_formality_single_trait_{number}" for number in (1, 2)]
     assert len(np.unique(matplotlib.image.imread(pictures[0]))) > 50
     assert "2 pictures in" in result.stdout

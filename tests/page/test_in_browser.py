@@ -320,7 +320,8 @@ def test_the_stretch_in_which_a_trait_persists_is_drawn_thick_over_its_line(page
     expected = TokenScores.read(folder / "lasting" / "4.json")
     _, marked = trajectory_figure([expected]).data
     page.open(f"view=dynamics&{HERE.replace('odd&prompt', 'lasting&prompt')}")
-    (line, *_), (thick,) = page.traces(), [each for each in page.traces() if each["name"] == "persists"]
+    line, *others = page.traces()
+    (thick,) = [each for each in others if each["name"] == "persists"]
     assert thick["x"] == list(marked.x)
     assert thick["y"] == list(marked.y)
     assert thick["line"]["color"] == line["line"]["color"]

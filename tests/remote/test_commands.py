@@ -189,7 +189,7 @@ def test_the_page_shows_what_another_machine_captured(s3: Any, captured: str, mo
     from tlcapture.page import server
     from tlcapture.storage.remote_roots import root_folder
 
-    monkeypatch.setattr(server, "_FRESH", 0.0)
+    monkeypatch.setattr(server, "FRESH", 0.0)
     page = TestClient(server.page_app(root_folder(captured)), base_url="http://localhost")
     assert [each["name"] for each in page.get("/api/experiments").json()] == ["default"]
     for path in s3.find(f"{captured}/experiments/default"):

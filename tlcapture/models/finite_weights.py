@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from tlcapture.models.checkpoint_files import weights_of
 from tlcapture.models.untaken import listed
+
+if TYPE_CHECKING:
+    import torch
 
 _FILES = ("*.safetensors", "*.bin")
 
@@ -40,6 +41,8 @@ def said_of(names: list[str]) -> str:
 
 def remedy(dtype: torch.dtype) -> str:
     """What to do about activations of a dtype that are NaN or infinity."""
+    import torch
+
     if dtype == torch.float16:
         return "try --dtype bfloat16 or float32"
     if dtype == torch.bfloat16:
@@ -55,6 +58,8 @@ def _files(folders: Iterable[Path]) -> Iterator[Path]:
 
 def _is_finite(weight: torch.Tensor) -> bool:
     """Whether all numbers are finite; packed types are not looked at. A sum is five times as fast as `isfinite`."""
+    import torch
+
     if not weight.is_floating_point() or weight.element_size() < 2:
         return True
     total = weight.detach().sum(dtype=torch.promote_types(weight.dtype, torch.float32))
