@@ -94,8 +94,9 @@ def _quick_evaluations() -> Iterator[None]:
 
 
 @pytest.fixture(scope="package")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedCluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[SimulatedCluster]:
     """A cluster that runs until the end of these tests."""
+    load_model(str(tiny_folder))  # so that workers and drivers, which are forks, have everything imported
     warm = tmp_path_factory.mktemp("workers") / "socket"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")  # as Ray tells the children of the process that starts a cluster
@@ -118,7 +119,6 @@ def ray_address(cluster: SimulatedCluster) -> str:
 @pytest.fixture(scope="package")
 def busy_template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, cluster: SimulatedCluster) -> Path:
     """A root with a prompt set of twelve prompts, two traits, their vectors, and the model itself."""
-    load_model(str(tiny_folder))  # so that a fork has everything imported
     import_module("ray")
     root = tmp_path_factory.mktemp("busy")
     shutil.copytree(tiny_folder, root / "model")
