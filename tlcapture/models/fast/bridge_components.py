@@ -63,7 +63,7 @@ def make_components_fast(bridge: Any) -> None:
             kind = _FastNorm if isinstance(each, NormalizationBridge) else _FastBlock if is_open_block else _Fast
             each.__class__ = _faster(type(each), kind)  # type: ignore[arg-type]
     if not isinstance(bridge, _FastBridge):
-        bridge.__class__ = _faster(type(bridge), _FastBridge)
+        bridge.__class__ = _faster(type(bridge), _FastBridge)  # type: ignore[arg-type]
 
 
 @cache
