@@ -139,7 +139,7 @@ def _make_a_conversation_of_the_first(path: Path) -> None:
 
 def words_of(root: Path) -> tuple[object, ...]:
     return (
-        "capture", "--root", root, "--experiment", "exp", "--prompt-set", "busy", "--max-new-tokens", 40,
+        "capture", "--root", root, "--experiment", "exp", "--prompt-set", "busy", "--max-new-tokens", 60,
         "--batch-size", 2, "--attention", "--logit-lens",
     )  # fmt: skip
 
