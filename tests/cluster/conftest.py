@@ -17,8 +17,8 @@ from tests.cli.conftest import make_prompt_set, make_trait
 from tests.cluster import start_worker
 from tests.cluster.warm_workers import raylet_of, warm_workers
 from tests.conftest import quick_evaluations, unrendered_figures
-from tests.faults.commands import contents
-from tests.faults.conftest import run_here
+from tests.faults.commands import Command, contents
+from tlcapture.models.loading import load_model
 
 TEXTS = [f"tell me {'more ' * number}of it" for number in range(12)]
 
@@ -94,8 +94,8 @@ def _quick_evaluations() -> Iterator[None]:
 
 
 @pytest.fixture(scope="package")
-def cluster(tmp_path_factory: pytest.TempPathFactory, by_one_process: dict[str, Any]) -> Iterator[SimulatedCluster]:
-    """A cluster that runs until the end of these tests; it starts when this process, which forks, has run commands."""
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedCluster]:
+    """A cluster that runs until the end of these tests."""
     warm = tmp_path_factory.mktemp("workers") / "socket"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")  # as Ray tells the children of the process that starts a cluster
@@ -116,16 +116,20 @@ def ray_address(cluster: SimulatedCluster) -> str:
 
 
 @pytest.fixture(scope="package")
-def busy_template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, libraries_found_once: None) -> Path:
+def busy_template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, cluster: SimulatedCluster) -> Path:
     """A root with a prompt set of twelve prompts, two traits, their vectors, and the model itself."""
+    load_model(str(tiny_folder))  # so that a fork has everything imported
+    import_module("ray")
     root = tmp_path_factory.mktemp("busy")
     shutil.copytree(tiny_folder, root / "model")
     make_prompt_set(root, "busy", TEXTS)
     _make_a_conversation_of_the_first(root / "datasets/inference/busy.json")
     for trait, words in (("loud", ("LOUD", "soft")), ("warm", ("warm", "cold"))):
         make_trait(root, f"tone/{trait}", *words)
-    traits = ("--traits", "tone/loud,tone/warm")
-    run_here("extract", "--root", root, "--experiment", "exp", "--model", root / "model", *traits)
+    done = Command(root / "output", "extract", "--root", root, "--experiment", "exp", "--model", root / "model",
+                   "--traits", "tone/loud,tone/warm").end()  # fmt: skip
+    assert done.code == 0, done.stderr
+    shutil.rmtree(root / "output")
     return root
 
 
@@ -148,12 +152,11 @@ def words_of(root: Path) -> tuple[object, ...]:
 def by_one_process(busy_template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The files of a local run that uses one thread, as workers do."""
     root = Path(shutil.copytree(busy_template, tmp_path_factory.mktemp("local") / "root"))
-    run_here(*words_of(root), "--model", busy_template / "model")
+    done = Command(root.parent / "output", *words_of(root), "--model", busy_template / "model").end()
+    assert done.code == 0, done.stderr
     return contents(root / "experiments" / "exp")
 
 
 @pytest.fixture
-def busy(busy_template: Path, tmp_path: Path, cluster: SimulatedCluster) -> Path:
-    """A copy of the template, in a process whose forks need not import Ray."""
-    import_module("ray")
+def busy(busy_template: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(busy_template, tmp_path / "root"))
