@@ -63,7 +63,7 @@ $(DOCS_READY): $(READY)
 	@touch $@
 
 test: $(READY) chromium ## Run all tests
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder $(FLAGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder $(FLAGS)
 
 test-tl4: $(READY_TL4) ## The tests of the model with TransformerLens 4, in an environment of its own
 	$(VENV_TL4)/bin/python -m pytest $(TESTS_TL4) $(FLAGS)

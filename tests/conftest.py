@@ -96,7 +96,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Leave what is imported by now out of garbage collections, which would go through a million objects each time."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
 

@@ -164,6 +164,7 @@ def test_added_tokens_get_the_rows_of_the_adapter(tmp_path: Path) -> None:
     assert_equals_merged(model, tuned.merge_and_unload(), [*IDS, tiny.VOCABULARY, tiny.VOCABULARY + 1])
 
 
+@pytest.mark.usefixtures("quick_collections")
 @needs_peft
 def test_doctor_compares_with_the_merged_model(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "adapter", str(write_base(tmp_path / "base")))

@@ -363,6 +363,7 @@ def test_the_estimate_of_attention_and_raw_files_fits_what_is_written(
         assert 0.7 < ratio < 1.4, (kind, ratio)
 
 
+@pytest.mark.usefixtures("quick_collections")
 @pytest.mark.parametrize("family", ["Mamba", "Jamba", "RWKV", "Zamba2"])
 def test_doctor_says_what_it_cannot_check(
     family: str, folder: Callable[[str], Path], tlcapture: Callable[..., Result]

@@ -227,6 +227,7 @@ def test_a_model_that_hugging_face_cannot_run_is_loaded_with_a_warning(
         load_model(saved(tiny.hf_model("llama"), tmp_path / "llama"))
 
 
+@pytest.mark.usefixtures("quick_collections")
 @pytest.mark.usefixtures("without_own_adapters")
 def test_doctor_reports_what_the_quick_check_refuses(tmp_path: Path) -> None:
     """Its own checks say more, so that a model that fails the quick check is loaded all the same."""

@@ -118,6 +118,7 @@ def test_samples_end_at_stop_texts_of_their_own_and_can_be_steered() -> None:
         assert (stop in model.tokenizer.decode(list(each.response_ids))) == (each.stop_reason == "stop_text")
 
 
+@pytest.mark.usefixtures("quick_collections")
 @pytest.mark.parametrize("fails_at", [0, 1, 4])
 def test_samples_go_on_after_an_out_of_memory_error(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama")

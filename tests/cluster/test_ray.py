@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import re
@@ -61,7 +62,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(each) for key, each in value.items() if key not in named}
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
-    return value.hex() if isinstance(value, bytes) else value
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else value
 
 
 @pytest.fixture

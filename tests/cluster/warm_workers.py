@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -10,6 +11,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,20 @@ import torch
 
 from tests.faults.commands import import_commands
 
+_IMPORTED_BY_RAY = (
+    "attr", "colorama", "google.protobuf.descriptor_pool", "google.protobuf.internal.builder", "jsonschema", "msgpack",
+    "peft", "pydantic.v1", "requests", "wcwidth",
+)  # fmt: skip
+
 
 @contextmanager
 def warm_workers(path: Path) -> Iterator[None]:
     """Fork a process that starts workers for `start_worker`, as long as the context lasts; it listens at the path."""
     import_commands()
+    for name in _IMPORTED_BY_RAY:
+        with suppress(ImportError):
+            import_module(name)
+    gc.freeze()
     assert "ray" not in sys.modules, "it reads its settings from the environment when it is imported"
     tests = os.getpid()
     with socket.socket(socket.AF_UNIX) as listener:

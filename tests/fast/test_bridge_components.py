@@ -40,6 +40,28 @@ def test_activations_and_logits_have_the_bits_of_transformer_lens(name: str, mon
     assert all(torch.equal(cache[each], expected_cache[each]) for each in cache)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_of_hooks_are_resolved_once_and_again_when_there_are_others(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, own = copy.deepcopy(tiny.model(name, "bridge").tl), plain(name, monkeypatch).tl
+    resolved: list[str] = []
+    collect = type(own)._add_aliases_to_hooks
+    patched = lambda bridge, hooks: (resolved.append(name), collect(bridge, hooks))  # noqa: E731
+    monkeypatch.setattr(type(own), "_add_aliases_to_hooks", patched)
+    fast.hook_dict.clear()  # whose dict is the caller's
+    assert fast.hook_dict.keys() == own.hook_dict.keys()
+    assert {each: point.name for each, point in fast.hook_dict.items()} == {
+        each: point.name for each, point in own.hook_dict.items()
+    }
+    resolved.clear()
+    fast.run_with_cache(tokens())
+    assert resolved == []
+    fast._hook_registry["more"] = fast.hook_dict["blocks.0.hook_out"]
+    assert fast.hook_dict["more"] is fast.hook_dict["blocks.0.hook_out"]
+    assert resolved == [name]
+
+
 @pytest.mark.filterwarnings("ignore:.*norm.*")  # of TransformerLens, where a hook edits what a norm divides by
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("point", ["ln1.hook_scale", "ln2.hook_normalized", "hook_out"])

@@ -67,12 +67,12 @@ class Command:
 
     def end(self) -> Ended:
         """Wait until the process ends."""
-        deadline = time.monotonic() + _TIMEOUT
-        while time.monotonic() < deadline:
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < _TIMEOUT:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 return Ended(os.waitstatus_to_exitcode(status), *(path.read_text() for path in self._outputs))
-            time.sleep(0.002)
+            time.sleep(min(max(waited / 20, 0.002), 0.05))
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         raise AssertionError(f"the process hangs; its output is {[path.read_text() for path in self._outputs]}")

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from tests.cli.conftest import make_prompt_set, make_trait
 from tests.conftest import quick_evaluations, unrendered_figures
 from tests.faults.commands import Command, contents
+from tlcapture.cli.main import main
 from tlcapture.runs.display import Display
 from tlcapture.runs.model_loader import ModelLoader
 
@@ -27,28 +29,22 @@ def _quick_evaluations() -> Iterator[None]:
         yield
 
 
+def run_here(*words: object) -> None:
+    """Run a command in this process: what it computes once per process, forks need not compute again."""
+    done = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+
+
 @pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+def template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, libraries_found_once: None) -> Path:
     """A root with a prompt set, two traits and their vectors, and no captures."""
     ModelLoader(str(tiny_folder), Display())()  # so that a fork has everything imported, and the model
     root = tmp_path_factory.mktemp("template")
     make_prompt_set(root, "short", TEXTS)
     make_trait(root, "tone/loud", "LOUD", "soft")
     make_trait(root, "tone/warm", "warm", "cold")
-    words = (
-        "extract",
-        "--root",
-        root,
-        "--experiment",
-        "exp",
-        "--model",
-        tiny_folder,
-        "--traits",
-        "tone/loud,tone/warm",
-    )
-    done = Command(root / "output", *words).end()
-    assert done.code == 0, done.stderr
-    shutil.rmtree(root / "output")
+    traits = ("--traits", "tone/loud,tone/warm")
+    run_here("extract", "--root", root, "--experiment", "exp", "--model", tiny_folder, *traits)
     return root
 
 
@@ -57,8 +53,7 @@ def uninterrupted(template: Path, tiny_folder: Path, tmp_path_factory: pytest.Te
     """The files of a capture that is not interrupted."""
     root = tmp_path_factory.mktemp("uninterrupted") / "root"
     shutil.copytree(template, root)
-    done = Command(root.parent, *capture_words(root, tiny_folder)).end()
-    assert done.code == 0, done.stderr
+    run_here(*capture_words(root, tiny_folder))
     return contents(root / "experiments" / "exp")
 
 

@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 
+# The application of S3 alone, since that of all services compares each request with the patterns of hundreds.
 _SERVER = (
-    "import sys, threading\n"
-    "from moto.server import ThreadedMotoServer\n"
-    "server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)\n"
-    "server.start()\n"
-    "print(*server.get_host_and_port(), flush=True)\n"
+    "import logging, sys, threading\n"
+    "from moto.moto_server.werkzeug_app import MotoRequestHandler, create_backend_app\n"
+    "from werkzeug.serving import make_server\n"
+    "logging.getLogger('werkzeug').setLevel(logging.ERROR)\n"
+    "MotoRequestHandler.protocol_version = 'HTTP/1.1'\n"  # keeps connections
+    "server = make_server('127.0.0.1', 0, create_backend_app('s3'), True, request_handler=MotoRequestHandler)\n"
+    "threading.Thread(target=server.serve_forever, daemon=True).start()\n"
+    "print(*server.server_address[:2], flush=True)\n"
     "sys.stdin.read()\n"
 )
 

@@ -144,7 +144,7 @@ def _noncentrality(t: np.ndarray, freedom: np.ndarray, share: float) -> np.ndarr
     with np.errstate(invalid="ignore"):
         at = t[:, None] * np.sqrt(2 * gammaincinv(freedom[:, None] / 2, (nodes + 1) / 2) / freedom[:, None])
         low, high = t - 12 - 4 * np.abs(t), t + 12 + 4 * np.abs(t)
-        for _ in range(60):
+        for _ in range(44):
             middle = (low + high) / 2
             below = ndtr(at - middle[:, None]) @ (weights / 2) > share
             low, high = np.where(below, middle, low), np.where(below, high, middle)

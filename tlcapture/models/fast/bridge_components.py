@@ -1,7 +1,7 @@
 """Components of a TransformerBridge without the work whose results are not used; outputs are bit-identical.
 
-Left out are the scale and the normalised input of a norm while they have no hooks, the check in each pass of which
-arguments a block takes, and the move of offloaded weights if none are offloaded.
+Left out are the scale and the normalised input of a norm while they have no hooks, the checks in each pass of which
+arguments a block takes and of the names of its hooks, and the move of offloaded weights if none are offloaded.
 """
 
 from __future__ import annotations
@@ -41,8 +41,19 @@ class _FastBlock(_Fast):
         return kwargs
 
 
+class _FastBridge:
+    """Resolves the other names of its hooks, which each pass asks for several times, once for the same hooks."""
+
+    @property
+    def hook_dict(self: Any) -> dict[str, Any]:
+        found = vars(self).get("_found_hooks")
+        if found is None or found[0] != self._hook_registry:
+            found = vars(self)["_found_hooks"] = (dict(self._hook_registry), super().hook_dict)  # type: ignore[misc]
+        return dict(found[1])
+
+
 def make_components_fast(bridge: Any) -> None:
-    """Give the components of a TransformerBridge a faster class, in place."""
+    """Give a TransformerBridge and its components faster classes, in place."""
     from transformer_lens.model_bridge.generalized_components import BlockBridge, NormalizationBridge
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
@@ -51,6 +62,8 @@ def make_components_fast(bridge: Any) -> None:
             is_open_block = isinstance(each, BlockBridge) and _takes_any(each.original_component)
             kind = _FastNorm if isinstance(each, NormalizationBridge) else _FastBlock if is_open_block else _Fast
             each.__class__ = _faster(type(each), kind)  # type: ignore[arg-type]
+    if not isinstance(bridge, _FastBridge):
+        bridge.__class__ = _faster(type(bridge), _FastBridge)  # type: ignore[arg-type]
 
 
 @cache
