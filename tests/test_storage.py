@@ -164,6 +164,17 @@ def test_temporaries_of_running_processes_and_other_machines_are_kept(tmp_path: 
     assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere])
 
 
+def test_a_temporary_of_a_process_that_has_ended_is_removed_before_anybody_waits_for_it(tmp_path: Path) -> None:
+    """A container without an init process keeps such processes for good."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    own = _temporary(tmp_path / "x.pt")
+    (tmp_path / own.name.replace(f".{os.getpid()}.", f".{ended.pid}.")).touch()
+    sweep_temporaries(tmp_path)
+    assert not list(tmp_path.iterdir())
+    ended.wait()
+
+
 def test_folders_and_pipes_are_not_replaced(tmp_path: Path) -> None:
     pipe, folder, link = tmp_path / "pipe", tmp_path / "folder", tmp_path / "link"
     os.mkfifo(pipe)

@@ -32,7 +32,7 @@ from tlcapture.storage.object_stores import is_url
 from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
 from tlcapture.storage.working_copies import HOST as _HOST
-from tlcapture.storage.working_copies import is_copy
+from tlcapture.storage.working_copies import is_copy, is_running
 from tlcapture.text import format_bytes
 
 _log = get_logger(__name__)
@@ -257,7 +257,7 @@ def sweep_temporaries(folder: Path) -> None:
     """
     for path in [folder / f"{stem}.tmp" for stem in stems_in(folder, ".tmp")]:
         match = _TEMPORARY.fullmatch(path.name)
-        if match and not _is_running(int(match[1])):
+        if match and not is_running(int(match[1])):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             with suppress(OSError):
@@ -388,9 +388,3 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-
-
-def _is_running(pid: int) -> bool:
-    import psutil
-
-    return bool(psutil.pid_exists(pid))

@@ -22,7 +22,7 @@ import orjson
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.logger import get_logger
 from tlcapture.storage.object_stores import Store, Version
-from tlcapture.storage.working_copies import HOST
+from tlcapture.storage.working_copies import HOST, is_running
 
 _log = get_logger(__name__)
 _BEAT = 15.0  # seconds between two writes of the holder
@@ -53,9 +53,7 @@ class Holder:
     @property
     def has_ended(self) -> bool:
         """Whether the holder was a process of this machine that has ended."""
-        import psutil
-
-        return self.host == HOST and not psutil.pid_exists(self.process)
+        return self.host == HOST and not is_running(self.process)
 
     def to_json(self) -> bytes:
         """The content of the object."""

@@ -269,15 +269,25 @@ class _Cache:
                 size -= n_bytes
 
 
-def new_copy(cache: Path) -> Path:
-    """The empty folder of a new working copy of this process; removes those of processes that were killed."""
+def is_running(process: int) -> bool:
+    """Whether a process of this machine runs: one that has ended runs no more, even if nobody has waited for it."""
     import psutil
 
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def new_copy(cache: Path) -> Path:
+    """The empty folder of a new working copy of this process; removes those of processes that were killed."""
     copies = cache / "remote" / "copies"
     (cache / "remote" / "versions").mkdir(parents=True, exist_ok=True)
     for each in copies.glob(f"{HOST}-*-*"):
         number = each.name.removeprefix(f"{HOST}-").partition("-")[0]
-        if number.isdecimal() and not psutil.pid_exists(int(number)):
+        if number.isdecimal() and not is_running(int(number)):
             shutil.rmtree(each, ignore_errors=True)
     own = copies / f"{HOST}-{os.getpid()}-{secrets.token_hex(4)}"
     for name in ("staging", "root"):
