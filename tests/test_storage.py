@@ -170,6 +170,7 @@ def test_a_temporary_of_a_process_that_has_ended_is_removed_before_anybody_waits
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
     own = _temporary(tmp_path / "x.pt")
     (tmp_path / own.name.replace(f".{os.getpid()}.", f".{ended.pid}.")).touch()
+    (tmp_path / own.name.replace(f".{os.getpid()}.", f".{10**30}.")).touch()  # no process has that number
     sweep_temporaries(tmp_path)
     assert not list(tmp_path.iterdir())
     ended.wait()

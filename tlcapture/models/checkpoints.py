@@ -49,8 +49,8 @@ def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
             ) from None
         reason = " ".join((f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error)).split())
         raise ModelError(
-            f"model {name!r} cannot be loaded: expected {embedded.NAME!r}, a folder of Hugging Face weights or the "
-            f"name of a model on the hub: {reason[:300]}"
+            f"model {name!r} cannot be loaded: expected {embedded.NAME!r}, a folder of Hugging Face weights, a GGUF "
+            f"file, or the name of a model on the hub: {reason[:300]}"
         ) from None
 
 

@@ -274,8 +274,8 @@ def is_running(process: int) -> bool:
     import psutil
 
     try:
-        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
+        return bool(psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except (psutil.NoSuchProcess, OverflowError):  # a number that no process can have
         return False
     except psutil.AccessDenied:
         return True
