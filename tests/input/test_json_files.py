@@ -23,8 +23,6 @@ from tlcapture.commands.project import ProjectOptions, run_project
 from tlcapture.commands.steer import draw_curves, read_questions
 from tlcapture.commands.top_traits import summary_of
 from tlcapture.errors import StorageError, TlcaptureError
-from tlcapture.explore.attention_heads import heads_of_file
-from tlcapture.explore.logit_lens_table import table_of_file
 from tlcapture.names import Trait, is_safe_name
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.runs.report import RunReport
@@ -35,6 +33,8 @@ from tlcapture.traits.selection import effect_sizes, select, steering_runs
 from tlcapture.traits.token_scores import TokenScores
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import read_vector, write_vector
+from tlcapture.views.saved_attention import read_attention
+from tlcapture.views.saved_lens import read_lens
 
 ODD = Trait.parse(TRAIT)
 
@@ -373,7 +373,7 @@ def test_damaged_attention_files(tmp_path: Path, evidence: Evidence) -> None:
         content = reads(path, lambda: read_json(path))
         if not isinstance(content, dict):
             return
-        patterns = reads(path, lambda: heads_of_file(content, path, 1))
+        patterns = reads(path, lambda: read_attention(path).heads(1))
         if patterns is None:
             return
         n_tokens = len(content["tokens"])
@@ -384,7 +384,8 @@ def test_damaged_attention_files(tmp_path: Path, evidence: Evidence) -> None:
                 assert patterns[head, token, : token + 1].tolist() == pytest.approx(weights, abs=1e-6)
 
     try_all(evidence, "attention file", damaged_json(attention()), check)
-    assert heads_of_file(attention(), path, 1).shape[0] == N_HEADS
+    path.write_text(json.dumps(attention()))
+    assert read_attention(path).heads(1).shape[0] == N_HEADS
 
 
 def test_damaged_logit_lens_files(tmp_path: Path, evidence: Evidence) -> None:
@@ -395,15 +396,16 @@ def test_damaged_logit_lens_files(tmp_path: Path, evidence: Evidence) -> None:
         content = reads(path, lambda: read_json(path))
         if not isinstance(content, dict):
             return
-        table = reads(path, lambda: table_of_file(content, path, "odd", "1"))
-        if table is None:
+        found = reads(path, lambda: read_lens(path).numbers())
+        if found is None:
             return
-        assert table.n_layers == content["n_layers"] == len(content["predictions"][0]["by_layer"])
+        assert len(found.top_probs) == content["n_layers"] == len(content["predictions"][0]["by_layer"])
         for token, entry in enumerate(content["predictions"]):
             for layer, cell in enumerate(entry["by_layer"]):
-                assert table.actual_rank[layer, token] == cell["actual_rank"] >= 1
-                assert table.top_probs[layer, token].tolist() == [top["prob"] for top in cell["top_k"]]
+                assert found.actual_rank[layer, token] == cell["actual_rank"] >= 1
+                assert found.top_probs[layer, token].tolist() == [top["prob"] for top in cell["top_k"]]
                 assert all(is_number(top["prob"]) and 0 <= top["prob"] <= 1 for top in cell["top_k"])
 
     try_all(evidence, "logit-lens file", damaged_json(logit_lens()), check)
-    assert table_of_file(logit_lens(), path, "odd", "1").n_layers == N_LAYERS
+    path.write_text(json.dumps(logit_lens()))
+    assert len(read_lens(path).numbers().top_probs) == N_LAYERS

@@ -22,9 +22,6 @@ from numpy.typing import NDArray
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId
 from tlcapture.text import printable
-from tlcapture.views.saved_attention import heads_of_file
-
-__all__ = ["AttentionHeads", "heads_of_file"]
 
 _MOST_TOKENS = 160  # circuitsvis draws a rectangle per weight
 _BUNDLE = Path("dist", "cdn", "iife.js")

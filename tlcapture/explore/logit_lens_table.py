@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +13,7 @@ from numpy.typing import NDArray
 from tlcapture.errors import StorageError
 from tlcapture.names import PromptId
 from tlcapture.text import printable
-from tlcapture.views.json_files import LensHead
-from tlcapture.views.saved_lens import LensNumbers, SavedLens, lens_numbers
+from tlcapture.views.saved_lens import SavedLens
 
 if TYPE_CHECKING:
     from tlcapture.views.logit_lens import LogitLens
@@ -142,23 +140,9 @@ class LogitLensTable:
         return f'<td title="{title}" style="{colour}">{likeliest}</td>'
 
 
-def table_of_file(content: Mapping[str, Any], path: Path, prompt_set: str, prompt_id: PromptId) -> LogitLensTable:
-    """The table of the parsed JSON of a logit-lens file.
-
-    Raises `StorageError` if the content does not have that form.
-    """
-    head = LensHead.of({key: value for key, value in content.items() if key != "predictions"}, path)
-    found = content.get("predictions")
-    numbers = lens_numbers(found if isinstance(found, list) else [], head, path)
-    return _table(head, numbers, path, prompt_set, prompt_id)
-
-
 def table_of(saved: SavedLens, prompt_set: str, prompt_id: PromptId) -> LogitLensTable:
     """The table of a logit-lens file of either form; raises `StorageError` if it is damaged."""
-    return _table(saved.head, saved.numbers(), saved.path, prompt_set, prompt_id)
-
-
-def _table(head: LensHead, numbers: LensNumbers, path: Path, prompt_set: str, prompt_id: PromptId) -> LogitLensTable:
+    head, numbers = saved.head, saved.numbers()
     held = head.positions_held
     return LogitLensTable(
         prompt_set=prompt_set,
@@ -169,7 +153,7 @@ def _table(head: LensHead, numbers: LensNumbers, path: Path, prompt_set: str, pr
         top_probs=numbers.top_probs,
         actual_rank=numbers.actual_rank,
         actual_prob=numbers.actual_prob,
-        source=path.name,
+        source=saved.path.name,
         positions=None if held.is_all else held.kept,
         layers=head.layers,
     )

@@ -60,12 +60,19 @@ class SavedAttention(ABC):
     def entry(self, token: int) -> AttentionEntry:
         """The weights of a query; raises `InputError` for one that the file does not have."""
 
-    @abstractmethod
     def heads(self, layer: int) -> NDArray[np.float32]:
         """A layer's weights `[n_heads, query, key]`, 0 after the query, NaN in the rows of queries not kept.
 
         Raises `InputError` for a layer without weights, and `StorageError` if the file is damaged.
         """
+        if self.token_indices != list(self.head.positions_held.kept):
+            raise StorageError(f"{self.path}: it does not have one entry per token")
+        rows, n_tokens = list(self.rows([layer])), len(self.head.tokens)  # read before a damaged head is relied on
+        patterns = np.full((self.head.n_heads, n_tokens, n_tokens), np.nan, dtype=np.float32)
+        for _, query, weights in rows:
+            patterns[:, query] = 0
+            patterns[:, query, : query + 1] = weights
+        return patterns
 
     @property
     @abstractmethod
@@ -93,9 +100,6 @@ class _JsonAttention(SavedAttention):
     def entry(self, token: int) -> AttentionEntry:
         return AttentionEntry.of(self._entries[token], self.path, self.head)
 
-    def heads(self, layer: int) -> NDArray[np.float32]:
-        return _heads(self._entries, self.head, self.path, layer)
-
     @property
     def present_layers(self) -> list[int]:
         entry: Mapping[str, Any] = next(iter(self._entries), {})
@@ -109,43 +113,11 @@ class _JsonAttention(SavedAttention):
                 yield layer, query, _row(row, query, self.head, self.path)
 
 
-def heads_of_file(content: Mapping[str, Any], path: Path, layer: int) -> NDArray[np.float32]:
-    """A layer's weights, as `SavedAttention.heads`, from the parsed JSON of an attention file."""
-    head = AttentionHead.of({key: value for key, value in content.items() if key != "attention"}, path)
-    entries = content.get("attention")
-    return _heads(entries if isinstance(entries, list) else [], head, path, layer)
-
-
-def _heads(entries: Iterable[Any], head: AttentionHead, path: Path, layer: int) -> NDArray[np.float32]:
-    held, rows = head.positions_held, list[NDArray[np.float32]]()
-    for entry in entries:
-        token = entry.get("token_idx") if isinstance(entry, dict) else None
-        if len(rows) == len(held.kept) or token != held.kept[len(rows)] or isinstance(token, bool):
-            raise _not_one_entry_per_token(path)
-        rows.append(_row(pattern_of_layer(entry, layer, path, head.layers), token, head, path))
-    if len(rows) != len(held.kept):
-        raise _not_one_entry_per_token(path)
-    patterns = _empty(head)
-    for token, weights in zip(held.kept, rows, strict=True):
-        patterns[:, token] = 0
-        patterns[:, token, : token + 1] = weights
-    return patterns
-
-
 def _row(weights: list[list[float]], query: int, head: AttentionHead, path: Path) -> NDArray[np.float32]:
     """The weights `[n_heads, query + 1]` of a query."""
     if len(weights) != head.n_heads or any(len(each) != query + 1 for each in weights):
         raise StorageError(f"{path}: expected patterns of {head.n_heads} heads and {len(head.tokens)} tokens")
     return np.array(weights, dtype=np.float32)
-
-
-def _not_one_entry_per_token(path: Path) -> StorageError:
-    return StorageError(f"{path}: it does not have one entry per token")
-
-
-def _empty(head: AttentionHead) -> NDArray[np.float32]:
-    n_tokens, held = len(head.tokens), head.positions_held
-    return np.full((head.n_heads, n_tokens, n_tokens), 0 if held.is_all else np.nan, dtype=np.float32)
 
 
 class _CompactAttention(SavedAttention):
@@ -178,21 +150,14 @@ class _CompactAttention(SavedAttention):
         content = {"token_idx": token, "context_size": token + 1, "by_layer": by_layer}
         return AttentionEntry.of(content, self.path, self.head)
 
-    def heads(self, layer: int) -> NDArray[np.float32]:
-        if layer not in self._present:
-            raise no_weights(layer, self.head.layers, self._present)
-        patterns, weights = _empty(self.head), self._array(layer)
-        for row, query in enumerate(self._held.kept):
-            patterns[:, query] = 0
-            patterns[:, query, : query + 1] = self._checked(weights[self._ends[row] : self._ends[row + 1]]).T
-        return patterns
-
     @property
     def present_layers(self) -> list[int]:
         return self._present
 
     def rows(self, layers: Sequence[int]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         for layer in layers:
+            if layer not in self._present:
+                raise no_weights(layer, self.head.layers, self._present)
             weights = self._array(layer)
             for row, query in enumerate(self._held.kept):
                 own = self._checked(weights[self._ends[row] : self._ends[row + 1]])
