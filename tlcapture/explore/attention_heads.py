@@ -98,7 +98,6 @@ class AttentionHeads:
             return f"<code>{escape(repr(self))}</code> <small>{escape(why)}</small>"
         return _element(
             bundle,
-            "AttentionHeads",
             {
                 "attention": np.round(self.patterns.astype(np.float64), 4).tolist(),
                 "attentionHeadNames": [f"L{self.layer}H{head}" for head in range(self.n_heads)],
@@ -116,11 +115,11 @@ def _circuitsvis() -> str | None:
     return files[0].read_text(encoding="utf-8").replace("</script", "<\\/script") if files else None
 
 
-def _element(bundle: str, name: str, properties: Mapping[str, Any]) -> str:
+def _element(bundle: str, properties: Mapping[str, Any]) -> str:
     """A circuitsvis element, its properties escaped so that none of them is parsed as markup."""
     element_id = f"circuits-vis-{secrets.token_hex(6)}"
     data = json.dumps(properties).replace("<", "\\u003c")
     return (
         f'<div id="{element_id}" style="margin:15px 0"></div>\n<script type="module">\n{bundle}\n'
-        f'CircuitsVis.render("{element_id}", CircuitsVis.{name}, {data});\n</script>'
+        f'CircuitsVis.render("{element_id}", CircuitsVis.AttentionHeads, {data});\n</script>'
     )

@@ -74,7 +74,6 @@ def rises_frame(layout: Layout, prompt_set: str, component: str) -> DataFrame:
     if not summary.tops:
         raise no_projections(layout, prompt_set, component)
     causes = Doubts(layout.root).by_cause(summary.vectors)
-    layers = {each.trait: each.layer for each in summary.vectors}
     doubts = {trait: cause for cause, traits in causes.items() for trait in traits}
     layers = layers_of(summary.vectors)
     rows = [

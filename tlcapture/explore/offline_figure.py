@@ -6,6 +6,7 @@ may be confidential and cluster nodes are often offline, so these figures embed 
 
 from __future__ import annotations
 
+import json
 import tempfile
 import webbrowser
 from base64 import b64encode
@@ -83,15 +84,9 @@ class OfflineFigure(go.Figure):
 
         # Where a notebook is shown without a front end that draws figures, on GitHub or by nbconvert, the PNG is.
         static = {"image/png": b64encode(picture(self, "png")).decode(), "text/plain": repr(self)}
-        drawn = {_MIME: self._as_json()} if renderers & _TAKES_DATA else {"text/html": self._repr_html_()}
+        drawn = {_MIME: json.loads(self.to_json())} if renderers & _TAKES_DATA else {"text/html": self._repr_html_()}
         display({**drawn, **static}, raw=True)
         return True
-
-    def _as_json(self) -> Any:
-        """The figure as JSON values, as a notebook stores it."""
-        import orjson
-
-        return orjson.loads(self.to_json())
 
     def _ipython_display_(self) -> None:
         if not self._display():

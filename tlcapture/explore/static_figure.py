@@ -21,7 +21,6 @@ _MOST_MARKED = 60  # points that have markers of the usual size; more have small
 _LONGEST_LABEL = 14
 _SYMBOLS = {"diamond": "D", "circle": "o"}
 _DASHES = {"dash": "--", "dot": ":", "dashdot": "-.", None: "-", "solid": "-"}
-_SCALES = {"RdBu_r": "RdBu_r", "Blues": "Blues"}
 
 
 def picture(figure: go.Figure, form: str) -> bytes:
@@ -116,9 +115,9 @@ def _write_cells(axis: Axes, texts: Any, values: Any, first: float) -> None:
 
 
 def _colours(scale: Any) -> Any:
-    """A Plotly colour scale, by its name or as its list of colours."""
-    if isinstance(scale, str) or scale is None:
-        return _SCALES.get(str(scale), "viridis")
+    """A Plotly colour scale, which Plotly keeps as a list of colours."""
+    if scale is None:
+        return "viridis"
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("scale", [(float(at), _rgb(colour)) for at, colour in scale])
