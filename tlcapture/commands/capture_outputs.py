@@ -282,10 +282,9 @@ def _write_internals(path: Path, content: dict[str, Any], save_dtype: str) -> Wr
 
 def _internals_content(capture: Capture, cache: Cache, layer: int, positions: Positions) -> dict[str, Any]:
     metadata = {key: value for key, value in capture.metadata.items() if key != "positions"}
-    view = internals_view(cache, layer) if positions.is_all else internals_view(cache, layer, positions)
     return {
         **positions.record(),
-        **view,
+        **internals_view(cache, layer, positions),
         "tokens": capture.tokens,
         "token_ids": capture.token_ids,
         "n_prompt_tokens": len(capture.prompt.tokens),

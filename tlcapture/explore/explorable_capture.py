@@ -109,23 +109,11 @@ class ExplorableCapture(ABC):
             InputError: the trait has no vectors; the message names the traits that have.
             VectorError: the vector does not fit the capture.
         """
-        layers = _several(layer)
-        how = {"method": method, "component": component, "vector_experiment": vector_experiment}
-        found: list[Projection] = []
-        for at in layers:
-            if isinstance(trait, str):
-                found += self._project([trait], layer=at, **how)  # type: ignore[arg-type]
-            elif isinstance(trait, Sequence):
-                found += self._project(trait, layer=at, **how)  # type: ignore[arg-type]
-            else:
-                found.append(self._project_direction(trait, at, component))
-        is_one = layers == [layer] and (isinstance(trait, str) or not isinstance(trait, Sequence))
-        return found[0] if is_one else found
-
-    def _project_direction(self, direction: Tensor, layer: Any, component: str) -> Projection:
-        from tlcapture.explore.projecting import project_own
-
-        return project_own(self._captured, self._vectors(), direction, layer, component)
+        layers, is_own = _several(layer), not isinstance(trait, Sequence)
+        named = [] if is_own else [trait] if isinstance(trait, str) else trait
+        how: dict[str, Any] = {"method": method, "component": component, "vector_experiment": vector_experiment}
+        found = self._project(named, [trait] if is_own else [], layer=layers, **how)
+        return found[0] if layers == [layer] and (is_own or isinstance(trait, str)) else found
 
     def projected(self, *traits: str | Tensor, **how: Any) -> list[TokenScores]:
         """Projections with their tokens, as figures and frames need them; onto all traits with vectors by default.
@@ -137,13 +125,9 @@ class ExplorableCapture(ABC):
         """
         named = [each for each in traits if isinstance(each, str)]
         own = [each for each in traits if not isinstance(each, str)]
-        found: list[Projection] = []
-        for layer in _several(how.pop("layer", "auto")):
-            found += self._project(named, layer=layer, **how) if named or not own else []
-            found += [self._project_direction(each, layer, how.get("component", "residual")) for each in own]
         from tlcapture.explore.projecting import with_tokens
 
-        return [with_tokens(self._captured, projection) for projection in found]
+        return [with_tokens(self._captured, projection) for projection in self._project(named, own, **how)]
 
     def by_span(self, trait: str, **how: Any) -> list[dict[str, Any]]:
         """The mean and the dynamics of the projection onto a trait within each turn, the thinking and the answer.
@@ -154,7 +138,7 @@ class ExplorableCapture(ABC):
         """
         from tlcapture.traits.span_dynamics import by_span
 
-        trajectory = self._project([trait], **how)[0].trajectory.double().numpy()
+        trajectory = self._project([trait], [], **how)[0].trajectory.double().numpy()
         return by_span(trajectory[None], self._captured.spans)[0]
 
     def coloured(self, trait: str | None = None, **how: Any) -> ColouredTokens:
@@ -279,7 +263,7 @@ class ExplorableCapture(ABC):
             positions=capture.positions,
             device=model.last_device,
         )
-        return table_of_view(lens, model.tokenizer, self._positions, self._labels())
+        return table_of_view(lens, model.tokenizer, capture.positions.stated, self._labels())
 
     def _layer(self, layer: SupportsIndex) -> int:
         """A layer of the model, negative ones counted from the last; raises `InputError` for any other."""
@@ -308,25 +292,24 @@ class ExplorableCapture(ABC):
         return AttentionHeads(**self._labels(), layer=layer, patterns=saved.heads(layer), source=saved.path.name)
 
     def _computed_heads(self, layer: int) -> AttentionHeads:
-        from tlcapture.explore.attention_heads import AttentionHeads
-
         name = hook("pattern", layer)
         if name not in self._model().hook_names:
             raise InputError(f"layer {layer} has no attention: layers {as_ranges(self._model().attention_layers)} have")
-        patterns = self._forced([name])[name].float().numpy()
-        if self._positions is not None:  # those of a file would lack the same
-            patterns[:, [token for token in range(len(patterns[0])) if token not in self._positions]] = float("nan")
-        return AttentionHeads(**self._labels(), layer=layer, patterns=patterns, source="a forward pass")
+        return self._heads_in(self._forced([name]), layer, "a forward pass")
+
+    def _heads_in(self, cache: Cache, layer: int, source: str) -> AttentionHeads:
+        """The heads of a layer in a cache; as in files, without the rows of tokens that the capture does not hold."""
+        from tlcapture.explore.attention_heads import AttentionHeads
+
+        patterns, held = cache[hook("pattern", layer)].float().numpy(), self._captured.positions
+        if not held.is_all:
+            patterns = patterns.copy()
+            patterns[:, [token for token in range(held.n_tokens) if token not in held.kept]] = float("nan")
+        return AttentionHeads(**self._labels(), layer=layer, patterns=patterns, source=source)
 
     def _forced(self, names: Sequence[str]) -> Cache:
         """Activations of a pass over the tokens, under the interventions that the capture was made with."""
         return self._applied().forced(self._model(), self._captured, names)
-
-    @property
-    def _positions(self) -> tuple[int, ...] | None:
-        """The tokens whose activations the capture holds; `None` if it holds all."""
-        held = self._captured.positions
-        return None if held.is_all else held.kept
 
     def _labels(self) -> dict[str, Any]:
         """Fields that `AttentionHeads` and `LogitLensTable` have in common."""
@@ -342,17 +325,25 @@ class ExplorableCapture(ABC):
 
     def _project(
         self,
-        traits: Sequence[str],
+        named: Sequence[str],
+        own: Sequence[Any],
         *,
-        layer: SupportsIndex | str = "auto",
+        layer: Any = "auto",
         method: str | None = None,
         component: str = "residual",
         vector_experiment: str | None = None,
     ) -> list[Projection]:
-        from tlcapture.explore.projecting import project_traits
+        """Projections onto named traits and own directions, by layer; onto all traits with vectors without either."""
+        from tlcapture.explore.projecting import project_own, project_traits
 
         how: dict[str, Any] = {"method": method, "component": component, "vector_experiment": vector_experiment}
-        return project_traits(self._captured, self._source(vector_experiment), traits, layer=layer, **how)
+        found: list[Projection] = []
+        for at in _several(layer):
+            if named or not own:
+                found += project_traits(self._captured, self._source(vector_experiment), named, layer=at, **how)
+            for direction in own:
+                found.append(project_own(self._captured, self._vectors(), direction, at, component))
+        return found
 
     def _source(self, vector_experiment: str | None) -> Layout:
         own = self._vectors()

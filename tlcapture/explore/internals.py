@@ -46,7 +46,7 @@ def computed_internals(
     `forced` returns the activations of these names from a forward pass over its tokens.
     """
     cache = forced(internals_hooks(layer, model.hook_names))
-    return internals_view(cache, layer, None if capture.positions.is_all else capture.positions)
+    return internals_view(cache, layer, capture.positions)
 
 
 def stored_hooks(

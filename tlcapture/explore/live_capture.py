@@ -149,19 +149,13 @@ class LiveCapture(Capture, ExplorableCapture):
     def _saved_internals(self, layer: int) -> dict[str, Tensor] | None:
         if self.more is None or layer not in self.more.wanted.internals:
             return None
-        return internals_view(self.more.cache, layer, None if self.positions.is_all else self.positions)
+        return internals_view(self.more.cache, layer, self.positions)
 
     def _saved_heads(self, layer: int) -> AttentionHeads | None:
-        from tlcapture.explore.attention_heads import AttentionHeads
-
-        name = hook("pattern", layer)
-        if self.more is None or not self.more.wanted.attention or name not in self.more.cache:
+        more = self.more
+        if more is None or not more.wanted.attention or hook("pattern", layer) not in more.cache:
             return None
-        patterns = self.more.cache[name].float().numpy()
-        if not self.positions.is_all:
-            patterns = patterns.copy()
-            patterns[:, [token for token in range(self.n_tokens) if token not in self.positions.kept]] = float("nan")
-        return AttentionHeads(**self._labels(), layer=layer, patterns=patterns, source="the capture")
+        return self._heads_in(more.cache, layer, "the capture")
 
     def _lens(self) -> LogitLens | None:
         return None if self.more is None else self.more.lens

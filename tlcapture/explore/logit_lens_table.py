@@ -143,7 +143,6 @@ class LogitLensTable:
 def table_of(saved: SavedLens, prompt_set: str, prompt_id: PromptId) -> LogitLensTable:
     """The table of a logit-lens file of either form; raises `StorageError` if it is damaged."""
     head, numbers = saved.head, saved.numbers()
-    held = head.positions_held
     return LogitLensTable(
         prompt_set=prompt_set,
         prompt_id=prompt_id,
@@ -154,7 +153,7 @@ def table_of(saved: SavedLens, prompt_set: str, prompt_id: PromptId) -> LogitLen
         actual_rank=numbers.actual_rank,
         actual_prob=numbers.actual_prob,
         source=saved.path.name,
-        positions=None if held.is_all else held.kept,
+        positions=head.positions_held.stated,
         layers=head.layers,
     )
 

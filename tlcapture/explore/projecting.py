@@ -80,7 +80,7 @@ def project_own(capture: Capture, own: Layout | None, direction: Tensor, layer: 
 
 def with_tokens(capture: Capture, projection: Projection) -> TokenScores:
     """A projection with the capture's tokens, as figures and frames need it."""
-    dynamics, calibration, held = projection.dynamics, projection.calibration, capture.positions
+    dynamics, calibration = projection.dynamics, projection.calibration
     return TokenScores(
         prompt_set=capture.capture_set,
         prompt_id=capture.prompt_id,
@@ -97,7 +97,7 @@ def with_tokens(capture: Capture, projection: Projection) -> TokenScores:
         persistence=dynamics.persistence,
         calibration=None if calibration is None else Calibration.of_record(CalibrationRecord(**calibration)),
         spans=capture.spans,
-        positions=None if held.is_all else held.kept,
+        positions=capture.positions.stated,
         sample=capture.sample,
         experiment=projection.vector.experiment,
     )

@@ -190,7 +190,7 @@ class TokenScores:
             calibration=content.calibration,
             definitions=metadata.definitions,
             spans=tuple(content.spans),
-            positions=None if held.is_all else held.kept,
+            positions=held.stated,
             sample=metadata.sample,
             experiment=source.experiment,
         )

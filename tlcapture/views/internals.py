@@ -34,7 +34,7 @@ def internals_view(cache: Cache, layer: int, positions: Positions | None = None)
     all heads). Patterns are `[n_heads, n_tokens, n_tokens]`, router scores `[n_tokens, n_experts]`.
     """
     found = {name: cache[name] for name in layer_hooks(layer) if name in cache}
-    if positions is None:
+    if positions is None or positions.is_all:
         return {name: tensor.clone() for name, tensor in found.items()}
     rows = torch.tensor(positions.kept, dtype=torch.long)
     return {name: tensor.index_select(1 if is_pattern(name) else 0, rows) for name, tensor in found.items()}

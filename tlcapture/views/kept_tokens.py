@@ -54,6 +54,11 @@ class Positions:
         return len(self.kept) == self.n_tokens
 
     @property
+    def stated(self) -> tuple[int, ...] | None:
+        """The held tokens as files state them, and as `of` takes them: `None` if all are held."""
+        return None if self.is_all else self.kept
+
+    @property
     def prompt(self) -> tuple[int, ...]:
         """The tokens of the prompt."""
         return tuple(each for each in self.kept if each < self.n_prompt)
