@@ -7,7 +7,8 @@ its stored activations, which are rounded, so that the files are those of an uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,7 +30,6 @@ from tlcapture.commands.kept_positions import wanted_positions
 from tlcapture.commands.known_files import KnownFiles
 from tlcapture.commands.known_views import with_facts
 from tlcapture.commands.memory_need import PromptSize, check_sizes
-from tlcapture.commands.out_of_memory import attempt, within_memory
 from tlcapture.commands.replay import InterventionsAgain, Pass, as_prompt, check_replayable, replayed
 from tlcapture.commands.view_files import WENT_COMPACT, weights_in_memory, went_compact
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed, without_effect
@@ -38,6 +38,7 @@ from tlcapture.generation.pattern_spools import Spooling
 from tlcapture.generation.recording import n_bytes_of
 from tlcapture.generation.sampling import GREEDY, Sampling
 from tlcapture.models.loading import Model
+from tlcapture.models.memory import within_memory
 from tlcapture.models.streams import own_stream
 from tlcapture.names import PromptId
 from tlcapture.prompts.template_args import has_switch
@@ -178,7 +179,7 @@ class CaptureWorker:
                 if isinstance(outcome, Failure):
                     self.run.failed(name, outcome.reason)
                     continue
-                with attempt(self.run, name):
+                with _attempt(self.run, name):
                     # On a CPU the lens is computed here, with all threads; other devices compute it beside the model.
                     on_cpu = model.last_device.type == "cpu"
                     lens = self._lens(outcome, wanted) if wanted.logit_lens and on_cpu else None
@@ -201,7 +202,7 @@ class CaptureWorker:
 
     def _write(self, name: str, generation: Generation, fresh: _Fresh, lens: LogitLens | None, run: Run) -> None:
         """Write all files of a prompt, in a thread of the writer."""
-        with attempt(run, name), own_stream(self.model.last_device):
+        with _attempt(run, name), own_stream(self.model.last_device):
             self._write_files(name, generation, fresh, lens, run)
 
     def _check_replaceable(self, capture_set: str, name: PromptId) -> None:
@@ -244,7 +245,7 @@ class CaptureWorker:
         for write in add_ons(
             self.layout, capture, wanted, self.model, cache, cache, save_dtype=options.save_dtype, lens=lens
         ):
-            with run.attempt(name), within_memory():
+            with run.attempt(name), within_memory("out of memory while its files were written"):
                 self._wrote(run, write())
         if len(run.report.failures) == n_failures:
             remove([marker])
@@ -270,7 +271,7 @@ class CaptureWorker:
                 if self.options.projections_only and not of_prompt.captured_ns:
                     self.run.report.n_skipped += 1
                     continue
-                with attempt(self.run, name):
+                with _attempt(self.run, name):
                     n_failures = len(self.run.report.failures)
                     if not wanted and self._projections.are_finished(of_prompt):
                         self.run.report.n_skipped += len(self.run.report.failures) == n_failures
@@ -290,7 +291,7 @@ class CaptureWorker:
                 replayed(self.model, sequences, self.options.batch_size, self._spooling) if sequences else ()
             ):
                 name, raw, wanted = names[outcome.prompt.id]
-                with attempt(self.run, name):
+                with _attempt(self.run, name):
                     if isinstance(outcome, Failure):
                         raise outcome.error(outcome.reason)
                     self._submit_saved(writer, name, Capture.open(raw), wanted, outcome.cache, files)
@@ -323,7 +324,7 @@ class CaptureWorker:
         run: Run,
     ) -> None:
         """Write what a saved capture lacks, in a thread of the writer."""
-        with attempt(run, name):
+        with _attempt(run, name):
             if wanted.needs_pass or wanted.logit_lens:
                 save_dtype = self.options.save_dtype
                 if save_dtype == "auto" and capture.prompt.residual.points.dtype == torch.float32:
@@ -339,3 +340,10 @@ class CaptureWorker:
         if not run.report.failures:
             run.report.n_prompts += run.report.n_files > 0
             run.report.n_skipped += run.report.n_files == 0
+
+
+@contextmanager
+def _attempt(run: Run, name: str) -> Iterator[None]:
+    """Work on one prompt, whose failure, including lack of memory, does not stop the run."""
+    with run.attempt(name), within_memory("out of memory: the outputs for this prompt do not fit in memory"):
+        yield

@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcapture.errors import OutOfMemoryError
 from tlcapture.models.checkpoints import cast, fetch_weights, quiet_loading
 from tlcapture.models.deviation import deviation
 from tlcapture.models.layer_inputs import layer_inputs
-from tlcapture.models.memory import is_out_of_memory
+from tlcapture.models.memory import within_memory
 from tlcapture.models.sources import source_of
 
 _NEW_TOKENS = 3
@@ -50,11 +51,10 @@ def reference_runs(hf_model: Any, prompts: Sequence[Sequence[int]]) -> list[Refe
     if next(hf_model.parameters()).dtype == torch.float32:
         return runs
     try:
-        cast(hf_model, torch.float32)
-        return [_exact(hf_model, run) for run in runs]
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
+        with within_memory("out of memory in float32"):
+            cast(hf_model, torch.float32)
+            return [_exact(hf_model, run) for run in runs]
+    except OutOfMemoryError:
         return runs
 
 

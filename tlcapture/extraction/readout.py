@@ -25,7 +25,7 @@ from tlcapture.generation.padding import right_pad
 from tlcapture.generation.typical_norms import TypicalNorms
 from tlcapture.models.finite_weights import remedy
 from tlcapture.models.loading import Model
-from tlcapture.models.memory import fitting_batch_size, is_out_of_memory, release_memory
+from tlcapture.models.memory import fitting_batch_size, within_memory
 from tlcapture.prompts.tokenization import TokenizedPrompt, encode, place_response
 from tlcapture.views.hooks import component_hooks
 
@@ -140,15 +140,13 @@ def read_out(
     while waiting:
         batch = waiting[:size]
         try:
-            rest = [readings[number] for number in batch]
-            read = _read_batch(model, model.branch(state, [0] * len(batch)), prefix, rest, names, hooks, norms)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
+            with within_memory(f"out of memory with an example of up to {longest} tokens on its own"):
+                rest = [readings[number] for number in batch]
+                read = _read_batch(model, model.branch(state, [0] * len(batch)), prefix, rest, names, hooks, norms)
+        except OutOfMemoryError:
             if size == 1:
-                raise OutOfMemoryError(f"out of memory with an example of up to {longest} tokens on its own") from None
+                raise
             size = max(1, min(size, len(batch)) // 2)
-            release_memory()
             continue
         for part, values in read.items():
             means[part][torch.tensor(layers[part])[:, None], torch.tensor(batch)] = values

@@ -12,6 +12,7 @@ pass, so that every token has its activations.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from tlcapture.generation.samples import n_together
 from tlcapture.generation.sampling import Sampling
 from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model
-from tlcapture.models.memory import fitting_batch_size, is_out_of_memory, release_memory
+from tlcapture.models.memory import fitting_batch_size, release_memory, within_memory
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import TokenizedPrompt, unknown_token
 from tlcapture.views.cache import Cache
@@ -98,14 +99,10 @@ def generate(
     paused: list[_InFlight] = []  # the next one last
     while paused or queue:
         in_flight = paused.pop() if paused else _InFlight.of(model, queue.next_batch(), settings, names)
-        try:
+        with suppress(OutOfMemoryError), within_memory("out of memory"):
             yield from in_flight.run(on_tokens)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-        else:
             continue
-        # Outside the handler: the error's traceback refers to the batch, whose memory is to be released.
+        # Outside the context: the error's traceback refers to the batch, whose memory is to be released.
         in_flight.batch.pause()
         model.release()
         release_memory()

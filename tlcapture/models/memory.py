@@ -8,13 +8,15 @@ memory, where the activations of every running prompt then are.
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
+from tlcapture.errors import OutOfMemoryError
 from tlcapture.models.loading import Model
 from tlcapture.models.sizes import Measures
 from tlcapture.views.hooks import HOOKS, at_any_layer, is_pattern
@@ -146,12 +148,18 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that an accelerator or the machine ran out of memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text
+@contextmanager
+def within_memory(message: str) -> Iterator[None]:
+    """Raise `OutOfMemoryError` with this message where an accelerator or the machine runs out of memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        is_known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not (is_known or "out of memory" in text or "can't allocate memory" in text):
+            raise
+        release_memory()
+        raise OutOfMemoryError(message) from None
 
 
 def release_memory() -> None:
