@@ -114,8 +114,7 @@ class CaptureOptions:
             InputError: internals, layers or points that the model does not have.
         """
         everything = self.internals == ALL_LAYERS
-        asked = range(n_layers) if self.internals == ALL_LAYERS else (int(layer) for layer in self.internals)
-        layers = tuple(sorted(set(asked)))
+        layers = tuple(sorted(set(range(n_layers) if everything else map(int, self.internals))))
         for layer in layers:
             if layer >= n_layers:
                 raise InputError(f"--layer-internals {layer}: the model has layers 0 to {n_layers - 1}")

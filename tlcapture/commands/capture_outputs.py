@@ -196,17 +196,18 @@ def add_ons(
     wanted: Outputs,
     model: Model,
     cache: Cache,
-    residual_cache: Cache | None,
     save_dtype: str,
+    *,
+    fresh: bool,
     lens: LogitLens | None = None,
 ) -> Iterator[Write]:
     """Compute the add-ons of a capture one after another; yields a function that writes each one's file.
 
     Args:
         cache: the activations named by `Outputs.pass_hooks`.
-        residual_cache: the computed residual stream for the logit lens; `None` to use that of the capture, which is
-            rounded to the dtype in which it was saved.
         save_dtype: the dtype of internals in their files, or `auto`.
+        fresh: whether the cache also has the residual stream of all tokens, which the logit lens is computed from;
+            otherwise from that of the capture, which is rounded to the dtype in which it was saved.
         lens: the logit lens, if it was computed already.
     """
     names: dict[str, Any] = {
@@ -217,24 +218,15 @@ def add_ons(
         "n_prompt_tokens": len(capture.prompt.tokens),
     }
     where = (capture.capture_set, capture.name)
-    tokens, n_prompt = capture.tokens, len(capture.prompt.tokens)
-    positions = wanted_positions(wanted.tokens, capture, fresh=residual_cache is not None)
+    positions = wanted_positions(wanted.tokens, capture, fresh=fresh)
     parts = wanted.parts
     if wanted.attention:
         path, only = layout.attention(*where), parts.attention_layers
         yield partial(write_attention_file, layout, path, names, cache, model.n_layers, positions, only, parts.form)
     if wanted.logit_lens:
-        held = capture.positions if residual_cache is None else Positions.of(None, n_prompt, len(tokens))
-        found = lens or lens_of(
-            model,
-            capture.token_ids,
-            lambda layer: (
-                capture.residual(layer) if residual_cache is None else residual_cache[hook("residual_out", layer)]
-            ),
-            positions,
-            held,
-            parts,
-        )
+        if lens is None and fresh:
+            lens = lens_of(model, capture.token_ids, len(capture.prompt.tokens), cache, wanted)
+        found = lens or lens_of_saved(model, capture, wanted)
         texts = partial(token_texts, model.tokenizer)
         yield partial(write_lens_file, layout, layout.logit_lens(*where), names, found, texts, parts.form)
     for layer in wanted.internals:
@@ -242,7 +234,19 @@ def add_ons(
         yield partial(_write_internals, path, content, save_dtype)
 
 
-def lens_of(
+def lens_of(model: Model, token_ids: Sequence[int], n_prompt: int, cache: Cache, wanted: Outputs) -> LogitLens:
+    """The wanted logit lens of a prompt and its response, from the residual stream of all tokens in a cache."""
+    kept, whole = (kept_of(tokens, n_prompt, len(token_ids)) for tokens in (wanted.tokens, None))
+    return _lens(model, token_ids, lambda layer: cache[hook("residual_out", layer)], kept, whole, wanted.parts)
+
+
+def lens_of_saved(model: Model, capture: Capture, wanted: Outputs) -> LogitLens:
+    """The wanted logit lens of a capture, from the activations that it holds."""
+    kept = wanted_positions(wanted.tokens, capture, fresh=False)
+    return _lens(model, capture.token_ids, capture.residual, kept, capture.positions, wanted.parts)
+
+
+def _lens(
     model: Model,
     token_ids: Sequence[int],
     residual_out: Callable[[int], Residual],

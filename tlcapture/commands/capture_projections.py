@@ -77,8 +77,7 @@ class CaptureProjections:
         """
         if not self.options.project:
             return
-        components = ["residual"] + (["attn_out"] if capture.prompt.residual.attn_out is not None else [])
-        for component in components:
+        for component in capture.prompt.residual.components:
             vectors = self._vectors(run, capture, component)
             if files is not None:
                 vectors = without_projection(files, vectors, self.options.existing)

@@ -210,12 +210,13 @@ def n_projections(layout: Layout, options: CaptureOptions) -> int:
     if not options.projects:
         return 0
     source = options.vectors.layout(layout)
-    components = ["residual", *(["attn_out"] if options.capture_attn else [])]
     try:
         traits = traits_with_vectors(source, options.vectors.traits)
     except InputError:
         return 0
-    return sum(bool(VectorFiles(source, trait).available(component)) for trait in traits for component in components)
+    return sum(
+        bool(VectorFiles(source, trait).available(component)) for trait in traits for component in options.components
+    )
 
 
 def _kept_of_saved(raw: Path, tokens: KeptTokens | None) -> Positions:

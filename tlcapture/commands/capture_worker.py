@@ -22,7 +22,7 @@ from tlcapture.captures.from_generation import capture_of
 from tlcapture.captures.provenance import dropped_warning, no_answer_warning
 from tlcapture.commands.capture_interventions import with_norms
 from tlcapture.commands.capture_options import CaptureOptions
-from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, remove_stale, write_capture
+from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, lens_of_saved, remove_stale, write_capture
 from tlcapture.commands.capture_projections import CaptureProjections
 from tlcapture.commands.capture_tasks import CaptureTask
 from tlcapture.commands.given_responses import generate_or_force, longest_forced
@@ -54,8 +54,6 @@ from tlcapture.traits.intervention_records import thinking_doubt
 from tlcapture.traits.resolved_interventions import ResolvedIntervention
 from tlcapture.traits.saved_projections import merged_files
 from tlcapture.views.cache import Cache
-from tlcapture.views.hooks import hook
-from tlcapture.views.kept_tokens import kept_of
 from tlcapture.views.logit_lens import LogitLens
 
 
@@ -181,18 +179,13 @@ class CaptureWorker:
                     continue
                 with _attempt(self.run, name):
                     # On a CPU the lens is computed here, with all threads; other devices compute it beside the model.
-                    on_cpu = model.last_device.type == "cpu"
-                    lens = self._lens(outcome, wanted) if wanted.logit_lens and on_cpu else None
+                    is_now = wanted.logit_lens and model.last_device.type == "cpu"
+                    ids, n_prompt = outcome.token_ids, len(outcome.prompt.token_ids)
+                    lens = lens_of(model, ids, n_prompt, outcome.cache, wanted) if is_now else None
                     job = partial(self._write, name, outcome, fresh, lens)
                     writer.submit(job, 2 * n_bytes_of(outcome.cache))
                 n_new = len(outcome.response_ids)
                 progress.advance(fresh.max_new_tokens - n_new, done=f"{name}: {n_new} tokens, {outcome.stop_reason}")
-
-    def _lens(self, generation: Generation, wanted: Outputs) -> LogitLens:
-        ids, n_prompt = generation.token_ids, len(generation.prompt.token_ids)
-        kept, whole = (kept_of(tokens, n_prompt, len(ids)) for tokens in (wanted.tokens, None))
-        cache, parts = generation.cache, wanted.parts
-        return lens_of(self.model, ids, lambda layer: cache[hook("residual_out", layer)], kept, whole, parts)
 
     @cached_property
     def _spooling(self) -> Spooling | None:
@@ -241,10 +234,8 @@ class CaptureWorker:
         self._projections.make(run, whole, only=not wanted.raw, kept=capture.positions, device=self.model.last_device)
         del whole
         run.report.n_prompts += 1
-        cache, n_failures = generation.cache, len(run.report.failures)
-        for write in add_ons(
-            self.layout, capture, wanted, self.model, cache, cache, save_dtype=options.save_dtype, lens=lens
-        ):
+        n_failures, made_by = len(run.report.failures), (self.model, generation.cache, options.save_dtype)
+        for write in add_ons(self.layout, capture, wanted, *made_by, fresh=True, lens=lens):
             with run.attempt(name), within_memory("out of memory while its files were written"):
                 self._wrote(run, write())
         if len(run.report.failures) == n_failures:
@@ -308,8 +299,7 @@ class CaptureWorker:
     ) -> None:
         lens = None
         if wanted.logit_lens and self.model.last_device.type == "cpu":  # where it has all threads
-            kept = wanted_positions(wanted.tokens, capture, fresh=False)
-            lens = lens_of(self.model, capture.token_ids, capture.residual, kept, capture.positions, wanted.parts)
+            lens = lens_of_saved(self.model, capture, wanted)
         job = partial(self._complete_saved, name, capture, wanted, cache, lens, files)
         writer.submit(job, 2 * (n_bytes_of(cache) + capture.response.residual.points.nbytes))
 
@@ -330,9 +320,8 @@ class CaptureWorker:
                 if save_dtype == "auto" and capture.prompt.residual.points.dtype == torch.float32:
                     save_dtype = "float32"  # as the capture was saved
                 with own_stream(self.model.last_device):
-                    for write in add_ons(
-                        self.layout, capture, wanted, self.model, cache, None, save_dtype=save_dtype, lens=lens
-                    ):
+                    made_by = (self.model, cache, save_dtype)
+                    for write in add_ons(self.layout, capture, wanted, *made_by, fresh=False, lens=lens):
                         self._wrote(run, write())
             if not self.options.replay:
                 found = files.of(capture.name) if self.options.skip_existing else None

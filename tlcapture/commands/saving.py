@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.adhoc_prompts import numbered_on
 from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, write_capture
 from tlcapture.commands.known_views import with_facts
-from tlcapture.commands.projections import ChanceLevels, project_capture, report_choice
+from tlcapture.commands.projections import ChanceLevels, project_capture, vector_chooser
 from tlcapture.generation.outcomes import Generation
 from tlcapture.models.loading import Model
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
@@ -22,10 +20,8 @@ from tlcapture.storage.config import settle_model, update_config
 from tlcapture.storage.file_index import remember
 from tlcapture.storage.files import remove, write_bytes
 from tlcapture.storage.layout import Layout, derived_files
-from tlcapture.traits.choice import VectorChoice, VectorChooser
+from tlcapture.traits.choice import VectorChoice
 from tlcapture.views.cache import Cache
-from tlcapture.views.hooks import hook
-from tlcapture.views.kept_tokens import kept_of
 from tlcapture.views.logit_lens import LogitLens
 
 
@@ -43,12 +39,8 @@ def add_ons_of(outcome: Generation, model: Model, wanted: Outputs, save_dtype: s
     """The add-ons of a generation that are wanted, if any; its residual stream is not kept for them."""
     if not (wanted.needs_pass or wanted.logit_lens):
         return None
-    lens = None
-    if wanted.logit_lens:
-        n_prompt, n_tokens = len(outcome.prompt.token_ids), len(outcome.token_ids)
-        kept, whole = (kept_of(tokens, n_prompt, n_tokens) for tokens in (wanted.tokens, None))
-        residual_out = lambda layer: outcome.cache[hook("residual_out", layer)]  # noqa: E731
-        lens = lens_of(model, outcome.token_ids, residual_out, kept, whole, wanted.parts)
+    ids, n_prompt = outcome.token_ids, len(outcome.prompt.token_ids)
+    lens = lens_of(model, ids, n_prompt, outcome.cache, wanted) if wanted.logit_lens else None
     return AddOns(wanted, {name: outcome.cache[name] for name in wanted.pass_hooks(model)}, lens, save_dtype)
 
 
@@ -106,20 +98,13 @@ def _write(run: Run, capture: Capture, model: Model, more: AddOns | None, choice
     marker = layout.unfinished(*where)
     write_bytes(marker, b"")
     run.wrote(write_capture(layout, capture))
-    for component in _components(capture):
-        chooser = VectorChooser(layout, choice, on_chosen=partial(report_choice, run))
-        vectors = chooser.vectors(capture, component)
+    for component in capture.prompt.residual.components:
+        vectors = vector_chooser(run, choice).vectors(capture, component)
         if vectors:
             project_capture(run, capture, vectors, ChanceLevels(run))
     if more is not None:
-        made = add_ons(
-            layout, capture, more.wanted, model, more.cache, None, save_dtype=more.save_dtype, lens=more.lens
-        )
-        for write in made:
+        made_by = (model, more.cache, more.save_dtype)
+        for write in add_ons(layout, capture, more.wanted, *made_by, fresh=False, lens=more.lens):
             run.wrote(with_facts(layout, write()))
     remove([marker])
     remember(layout, run.report.learned)
-
-
-def _components(capture: Capture) -> Iterable[str]:
-    return ("residual",) if capture.prompt.residual.attn_out is None else ("residual", "attn_out")

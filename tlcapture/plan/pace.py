@@ -116,9 +116,7 @@ def _capture(
         if wanted.raw:
             write_capture(layout, capture)
         project_capture(run, capture, chosen, levels)
-        for write in add_ons(
-            layout, capture, wanted, model, outcome.cache, residual_cache=outcome.cache, save_dtype=options.save_dtype
-        ):
+        for write in add_ons(layout, capture, wanted, model, outcome.cache, options.save_dtype, fresh=True):
             write()
         n_new += len(outcome.response_ids)
     return n_new

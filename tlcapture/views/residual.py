@@ -18,7 +18,7 @@ from tlcapture.errors import InputError
 from tlcapture.shapes import LayerOutputs, Residual, ResidualPoints
 from tlcapture.text import as_ranges
 from tlcapture.views.cache import Cache, stacked
-from tlcapture.views.hooks import attention_layers, hook, mixer_hook
+from tlcapture.views.hooks import COMPONENTS, attention_layers, hook, mixer_hook
 from tlcapture.views.kept_points import KeptPoints
 
 # Raises `StorageError` if any of the rows of a buffer, given with its name, is not what was written to its file.
@@ -64,6 +64,11 @@ class ResidualStream:
     def output_layers(self) -> tuple[int, ...]:
         """The kept layers that have attention: the rows of `attn_out`."""
         return layers_with_attention(self.kept, self.with_attention)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components that can be projected: `residual`, and `attn_out` if it was captured."""
+        return ("residual",) if self.attn_out is None else COMPONENTS
 
     @property
     def n_tokens(self) -> int:
