@@ -14,6 +14,7 @@ from tlcapture.generation.interventions import Add
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.typical_norms import norms_over_prompts
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.views.hooks import hook
 from tlcapture.views.residual import residual_hooks
@@ -82,3 +83,9 @@ def test_what_does_not_fit_the_model_fails_by_prompt_and_what_is_mixed_is_refuse
     ):
         with pytest.raises(ValueError, match="expected a forced response of 1 to max_new_tokens tokens"):
             run(model, wrong)
+
+
+def test_typical_norms_are_those_of_the_prompts_where_one_of_the_given_responses_is_empty() -> None:
+    model, plain = tiny.model("llama", tiny.ENGINES[0]), prompts()
+    given = [replace(plain[0], given=()), *(replace(each, forced=(3, 4)) for each in plain[1:])]
+    assert norms_over_prompts(model, given, [0, 1]) == norms_over_prompts(model, plain, [0, 1])

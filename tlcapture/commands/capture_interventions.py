@@ -79,15 +79,19 @@ def _variant_of_adapter(options: CaptureOptions) -> str | None:
 
 
 def with_norms(
-    options: CaptureOptions, model: Model, prompts: Sequence[TokenizedPrompt], warn: Callable[[str], object]
-) -> Sequence[ResolvedIntervention]:
-    """The interventions of the options, whose typical norms are measured on prompts where the vectors have none."""
-    layers = sorted({layer for each in options.resolved if each.lacks_norms for layer in each.layers})
+    resolved: tuple[ResolvedIntervention, ...],
+    model: Model,
+    prompts: Sequence[TokenizedPrompt],
+    batch_size: int | None,
+    tell: Callable[[str], object],
+) -> tuple[ResolvedIntervention, ...]:
+    """Interventions, whose typical norms are measured on prompts where the vectors have none."""
+    layers = sorted({layer for each in resolved if each.lacks_norms for layer in each.layers})
     if not layers:
-        return options.resolved
-    warn(NORMS_MEASURED)
-    norms = norms_over_prompts(model, prompts, layers, options.batch_size)
-    return [each.with_norms(norms) for each in options.resolved]
+        return resolved
+    tell(NORMS_MEASURED)
+    norms = norms_over_prompts(model, prompts, layers, batch_size)
+    return tuple(each.with_norms(norms) for each in resolved)
 
 
 def check_same_interventions(files: KnownFiles, options: CaptureOptions) -> None:

@@ -139,7 +139,8 @@ class CaptureWorker:
                 self.run.warn(dropped_warning(prompt.dropped))
         if options.projections_only:
             self._projections.check_vectors(self.model, wanted)
-        resolved = with_norms(options, model, self._norm_prompts.get(task.prompt_set.name, ()), self.run.warn)
+        norm_prompts = self._norm_prompts.get(task.prompt_set.name, ())
+        resolved = with_norms(options.resolved, model, norm_prompts, options.batch_size, self.run.warn)
         doubt = thinking_doubt(options.intervention_records, thinks=any(prompt.thinks for prompt in task.batched))
         if doubt is not None:
             self.run.warn(doubt)

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from tlcapture.captures.capture import Capture
+from tlcapture.commands.capture_interventions import with_norms
 from tlcapture.commands.replay import as_prompt
 from tlcapture.errors import InputError
 from tlcapture.explore.applied_interventions import AppliedInterventions
 from tlcapture.explore.captured_sets import Captures
 from tlcapture.explore.explorable_capture import ExplorableCapture
 from tlcapture.generation.interventions import HookFunction
-from tlcapture.generation.typical_norms import NORMS_MEASURED, norms_over_prompts
 from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model
 from tlcapture.prompts.known_tokens import KnownTokens
@@ -53,11 +53,7 @@ def live_interventions(
     for doubt in (*(doubt for each in resolved for doubt in each.doubts), of_thinking):
         if doubt is not None:
             _log.warning(doubt)
-    layers = sorted({layer for each in resolved if each.lacks_norms for layer in each.layers})
-    if layers:
-        _log.info(NORMS_MEASURED)
-        norms = norms_over_prompts(model, [replace(each, given=None) for each in prompts], layers, batch_size)
-        resolved = tuple(each.with_norms(norms) for each in resolved)
+    resolved = with_norms(resolved, model, prompts, batch_size, _log.info)
     return AppliedInterventions(resolved, tuple(_own_hooks(model, hooks)))
 
 

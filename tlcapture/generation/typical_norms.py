@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,22 +34,22 @@ class TypicalNorms:
 
     def medians(self) -> dict[int, float]:
         """The median of each layer; for an even number, the mean of the middle two."""
-        return {layer: _median(torch.cat(norms)) for layer, norms in sorted(self._norms.items())}
+        return {
+            layer: float(np.median(torch.cat(norms).double().numpy())) for layer, norms in sorted(self._norms.items())
+        }
 
 
 def norms_over_prompts(
     model: Model, prompts: Sequence[TokenizedPrompt], layers: Sequence[int], batch_size: int | None = None
 ) -> Mapping[int, float]:
-    """The typical norms over all tokens of prompts, by layer; prompts that the model cannot run are left out."""
-    prompts = [replace(prompt, forced=None) for prompt in prompts]
+    """The typical norms over all tokens of prompts without their responses, by layer.
+
+    Prompts that the model cannot run are left out.
+    """
+    prompts = [replace(prompt, forced=None, given=None) for prompt in prompts]
     found, hooks = TypicalNorms(), {layer: hook("residual_out", layer) for layer in layers}
     for outcome in generate(model, prompts, hooks=list(hooks.values()), max_new_tokens=0, batch_size=batch_size):
         if not isinstance(outcome, Failure):
             for layer, name in hooks.items():
                 found.add(layer, outcome.cache[name])
     return found.medians()
-
-
-def _median(values: Tensor) -> float:
-    ordered, middle = values.double().sort().values, len(values) // 2
-    return float(ordered[[middle - 1, middle]].mean() if len(values) % 2 == 0 else ordered[middle])
