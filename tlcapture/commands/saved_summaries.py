@@ -21,6 +21,7 @@ from tlcapture.names import COMPACT
 from tlcapture.storage.files import FileState, read_json, write_json
 from tlcapture.storage.folders import names_in
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.projection_shards import MERGED
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.verdicts import UsedVector
 from tlcapture.version import __version__
@@ -52,7 +53,7 @@ def _digest(layout: Layout, prompt_set: str, component: str, seen: Mapping[Path,
     files = KnownFiles(layout, prompt_set, 0)
     folders = [(files.projections(*pair), ".json") for pair in files.projected if pair[1] == component]
     shards = files.shards[component]
-    folders += [(shards, COMPACT), (shards / "+", COMPACT)]
+    folders += [(shards, COMPACT), (shards / MERGED, COMPACT)]
     paths = (folder / name for folder, ending in folders for name in names_in(folder) if name.endswith(ending))
     states = [[str(path.relative_to(layout.folder)), seen.get(path) or _state(path)] for path in sorted(paths)]
     return digest([__version__, DEFINITIONS, states])

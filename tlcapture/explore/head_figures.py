@@ -27,11 +27,7 @@ def heads_figure(capture: ExplorableCapture, measure: str) -> OfflineFigure:
     path = capture._add_on("attention")
     if path is None:
         raise InputError("no attention of this capture is stored: capture with --attention, or add it with --replay")
-    saved, own = read_attention(path), capture._captured
-    n_prompt, n_tokens = len(own.prompt.tokens), len(own.tokens)
-    found, part = summarised(saved, range(n_prompt, n_tokens)), "response"
-    if not found.n_queries:
-        found, part = summarised(saved, range(n_tokens)), "prompt"
+    found, own = summarised(read_attention(path)), capture._captured
     unit = _UNITS.get(measure, "weight")
     figure = OfflineFigure()
     figure.add_trace(
@@ -42,6 +38,7 @@ def heads_figure(capture: ExplorableCapture, measure: str) -> OfflineFigure:
             hovertemplate="layer %{y}, head %{x}: %{z:.3g}<extra></extra>",
         )
     )
-    title = f"{own.capture_set}/{own.name}: {measure} of every head, mean over {found.n_queries} tokens of the {part}"
+    over = f"mean over {found.n_queries} tokens of the {found.part}"
+    title = f"{own.capture_set}/{own.name}: {measure} of every head, {over}"
     figure.update_layout(title=plotly_text(title), xaxis_title="head", yaxis_title="layer", template="plotly_white")
     return figure

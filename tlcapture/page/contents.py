@@ -34,7 +34,7 @@ from tlcapture.storage.remote_roots import shown
 from tlcapture.traits.intervention_records import described
 from tlcapture.traits.saved_projections import all_saved, saved_projection
 from tlcapture.traits.verdicts import Doubts
-from tlcapture.views.hooks import COMPONENTS
+from tlcapture.views.hooks import check_component
 from tlcapture.views.json_files import head_of
 from tlcapture.views.kept_tokens import spread_rows
 
@@ -145,7 +145,7 @@ class Contents(NoteContents):
     def overview(self, experiment: str, prompt_set: str, component: str) -> dict[str, Any]:
         """What stands out in each prompt of a set; without projections, the answers."""
         layout, captures = self._layout(experiment), self.prompt_set(experiment, prompt_set)["prompts"]
-        found = overview_of(layout, prompt_set, _component(component), captures)
+        found = overview_of(layout, prompt_set, check_component(component), captures)
         absent = {} if found["traits"] else {"missing": missing.projections(layout, prompt_set).to_json()}
         named = {name: [self.problem(StorageError(each)) for each in found[name]] for name in ("problems", "unread")}
         return {**found, **absent, **named}
@@ -200,7 +200,7 @@ class Contents(NoteContents):
         `layers` are the kept layers, if the file holds only some tokens.
         """
         layout, trait = self._layout(experiment), Trait.parse(f"{category}/{name}")
-        saved = saved_projection(layout, trait, _component(component), prompt_set, prompt_id)
+        saved = saved_projection(layout, trait, check_component(component), prompt_set, prompt_id)
         if saved is None:
             raise missing.projections(layout, prompt_set)
         content = saved.read()
@@ -242,7 +242,7 @@ class Contents(NoteContents):
         for each in names:
             OTHERS.give_way()
             try:
-                saved = saved_projection(layout, Trait.parse(trait), _component(component), prompt_set, each)
+                saved = saved_projection(layout, Trait.parse(trait), check_component(component), prompt_set, each)
                 content = None if saved is None else saved.read()
             except StorageError as error:
                 problems.append(self.problem(error))
@@ -313,12 +313,6 @@ class Contents(NoteContents):
             }
         except TlcaptureError:
             return {}
-
-
-def _component(component: str) -> str:
-    if component not in COMPONENTS:
-        raise InputError(f"no component {component!r}: choose one of {', '.join(COMPONENTS)}")
-    return component
 
 
 def _projected_traits(layout: Layout) -> set[str]:

@@ -52,7 +52,7 @@ class _Carried:
             try:
                 packed = _pack(path, self.read(name, parameters))
             except MissingError as error:
-                missing[path] = {"what": error.what, "command": error.command}
+                missing[path] = error.to_json()
                 continue
             except (TlcaptureError, OSError) as error:
                 missing[path] = {"what": self.contents.problem(error), "command": ""}

@@ -93,8 +93,6 @@ def _states(layout: Layout, prompt_set: str, component: str) -> _States:
         with suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.endswith(ending):
-                    state = (
-                        entry.stat(follow_symlinks=True) if entry.is_symlink() else entry.stat(follow_symlinks=False)
-                    )
+                    state = entry.stat()
                     found[entry.path] = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
     return found

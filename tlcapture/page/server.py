@@ -163,7 +163,7 @@ def _answered(root: Path, read: Callable[..., Any]) -> Callable[..., Response]:
             return _json(200, read(**parameters))
         except MissingError as error:
             # Not a failure: the page shows what is missing and the command that creates it.
-            return _json(200, {"absent": {"what": error.what, "command": error.command}})
+            return _json(200, {"absent": error.to_json()})
         except NoteChangedError as error:
             return _refusal(409, str(error))
         except ClosedError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from os.path import lexists
 from pathlib import Path
@@ -18,8 +19,8 @@ from tlcapture.page.internals import contributions_of, internals_of, internals_o
 from tlcapture.storage.layout import Layout
 from tlcapture.views.head_summary import summarised, weights_of
 from tlcapture.views.json_files import PerTokenHead
-from tlcapture.views.saved_attention import read_attention
-from tlcapture.views.saved_lens import read_lens
+from tlcapture.views.saved_attention import SavedAttention, read_attention
+from tlcapture.views.saved_lens import SavedLens, read_lens
 
 _NUMBER = re.compile("[0-9]{1,9}")
 
@@ -36,7 +37,7 @@ class ViewContents:
 
     def lens(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The most likely next token, and rank and probability of the actual one, for every token and kept layer."""
-        saved = read_lens(self._view_file(experiment, prompt_set, prompt_id, "logit-lens"))
+        saved = self._lens(experiment, prompt_set, prompt_id)
         found: dict[str, Any] = {name: [] for name in ("token_idx", "actual", "top", "prob", "rank", "actual_prob")}
         for predictions in saved.overview():
             found["token_idx"].append(predictions.token_idx)
@@ -49,17 +50,17 @@ class ViewContents:
 
     def lens_token(self, experiment: str, prompt_set: str, prompt_id: str, token: str) -> dict[str, Any]:
         """All predictions of one token."""
-        saved = read_lens(self._view_file(experiment, prompt_set, prompt_id, "logit-lens"))
+        saved = self._lens(experiment, prompt_set, prompt_id)
         return saved.entry(_index(token)).model_dump(exclude_unset=True)
 
     def attention(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The content of a prompt's attention file without the patterns."""
-        saved = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention"))
+        saved = self._attention(experiment, prompt_set, prompt_id)
         return {**head_content(saved.head), "n_heads": saved.head.n_heads, "present_layers": saved.present_layers}
 
     def attention_token(self, experiment: str, prompt_set: str, prompt_id: str, token: str) -> dict[str, Any]:
         """The attention weights of one query token: `by_layer[layer][head][key]`, null for a layer without any."""
-        saved = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention"))
+        saved = self._attention(experiment, prompt_set, prompt_id)
         return saved.entry(_index(token)).model_dump(exclude_unset=True)
 
     def attention_heads(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
@@ -67,13 +68,9 @@ class ViewContents:
 
         Over all tokens if the file has none of the response.
         """
-        saved = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention"))
-        n_tokens, n_prompt = len(saved.head.tokens), saved.head.n_prompt_tokens
-        found, part = summarised(saved, range(n_prompt, n_tokens)), "response"
-        if not found.n_queries:
-            found, part = summarised(saved, range(n_tokens)), "prompt"
+        found = summarised(self._attention(experiment, prompt_set, prompt_id))
         measures = {name: _without_nan(values) for name, values in found.measures.items()}
-        return {"measures": measures, "n_queries": found.n_queries, "part": part}
+        return {"measures": measures, "n_queries": found.n_queries, "part": found.part}
 
     def attention_matrix(
         self, experiment: str, prompt_set: str, prompt_id: str, layer: str, head: str
@@ -82,7 +79,7 @@ class ViewContents:
 
         `weights` are float16 in base64. Smaller weights than 6e-8 are 0 there.
         """
-        saved = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention"))
+        saved = self._attention(experiment, prompt_set, prompt_id)
         rows = list(weights_of(saved, _index(layer, "layer"), None if head == "mean" else _index(head, "head")))
         weights = np.concatenate([row for _, row in rows]) if rows else np.zeros(0)
         packed = base64.b64encode(weights.astype("<f2").tobytes()).decode("ascii")
@@ -109,13 +106,19 @@ class ViewContents:
 
     def tokens_of(self, kind: str, experiment: str, prompt_set: str, prompt_id: str) -> list[int]:
         """Indices of the tokens that `attention` or the logit `lens` has entries for."""
-        read, named = (read_attention, "attention") if kind == "attention" else (read_lens, "logit-lens")
-        return read(self._view_file(experiment, prompt_set, prompt_id, named)).token_indices
+        read: Callable[..., SavedAttention | SavedLens] = self._attention if kind == "attention" else self._lens
+        return read(experiment, prompt_set, prompt_id).token_indices
 
     def _layout(self, experiment: str) -> Layout:
         layout = Layout(self.root, experiment)
         layout.check_exists()
         return layout
+
+    def _attention(self, *where: str) -> SavedAttention:
+        return read_attention(self._view_file(*where, "attention"))
+
+    def _lens(self, *where: str) -> SavedLens:
+        return read_lens(self._view_file(*where, "logit-lens"))
 
     def _view_file(self, experiment: str, prompt_set: str, prompt_id: str, kind: str) -> Path:
         layout = self._layout(experiment)

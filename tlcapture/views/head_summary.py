@@ -1,13 +1,13 @@
 """What the heads of a capture attend to on average: a number for each layer and head, from its attention file.
 
-    summarised(read_attention(path), range(n_prompt, n_tokens)).measures["entropy"]     # [n_layers, n_heads]
+    summarised(read_attention(path)).measures["entropy"]     # [n_layers, n_heads]
 
 The first token is never a query: it can only attend to itself. Loads no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,14 +47,25 @@ class HeadSummary:
     Attributes:
         measures: by the names of `MEASURES`, `[n_layers, n_heads]`; NaN for layers without weights.
         n_queries: the number of queries that are averaged.
+        part: the part that they are tokens of, `response` or `prompt`.
     """
 
     measures: dict[str, NDArray[np.float64]]
     n_queries: int
+    part: str
 
 
-def summarised(saved: SavedAttention, queries: Container[int]) -> HeadSummary:
-    """The means over those of the queries that the file has; raises `StorageError` if it is damaged."""
+def summarised(saved: SavedAttention) -> HeadSummary:
+    """The means over the response, or over the prompt if the file has none of the response.
+
+    Raises `StorageError` if the file is damaged.
+    """
+    n_prompt = saved.head.n_prompt_tokens
+    found = _over(saved, range(n_prompt, len(saved.head.tokens)), "response")
+    return found if found.n_queries else _over(saved, range(n_prompt), "prompt")
+
+
+def _over(saved: SavedAttention, queries: range, part: str) -> HeadSummary:
     shape = (saved.head.n_layers, saved.head.n_heads)
     sums = {name: np.full(shape, np.nan) for name in MEASURES}
     layers, seen = saved.present_layers, set[int]()
@@ -65,7 +76,8 @@ def summarised(saved: SavedAttention, queries: Container[int]) -> HeadSummary:
             seen.add(query)
             for name, measure in MEASURES.items():
                 sums[name][layer] += measure(weights)
-    return HeadSummary({name: found / len(seen) if seen else found * np.nan for name, found in sums.items()}, len(seen))
+    means = {name: found / len(seen) if seen else found * np.nan for name, found in sums.items()}
+    return HeadSummary(means, len(seen), part)
 
 
 def weights_of(saved: SavedAttention, layer: int, head: int | None) -> Iterator[tuple[int, Weights]]:
