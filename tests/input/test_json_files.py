@@ -18,7 +18,7 @@ import torch
 from tests.evidence import Evidence
 from tests.input.strategies import Damaged, check_refusal, damaged_json, replaced, try_all, without
 from tests.page.conftest import N_HEADS, N_LAYERS, TRAIT, attention, logit_lens, projection
-from tlcapture.commands.evaluate import best_vectors, draw_heatmaps
+from tlcapture.commands.evaluate import draw_heatmaps
 from tlcapture.commands.project import ProjectOptions, run_project
 from tlcapture.commands.steer import draw_curves, read_questions
 from tlcapture.commands.top_traits import summary_of
@@ -29,6 +29,7 @@ from tlcapture.runs.report import RunReport
 from tlcapture.storage.config import read_config, update_config
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.selection import effect_sizes, select, steering_runs
 from tlcapture.traits.token_scores import TokenScores
 from tlcapture.traits.vector_files import VectorFiles
@@ -166,7 +167,7 @@ def test_damaged_evaluations(tmp_path: Path, evidence: Evidence) -> None:
         assert sizes == {(row["method"], row["layer"]): float(row["val_effect_size"]) for row in own}
         assert all(is_number(row["val_effect_size"]) for row in own)
         assert all(row.get("val_auroc") is None or 0 <= row["val_auroc"] <= 1 for row in of_trait)
-        assert best_vectors(layout).by_trait == {}
+        assert Evaluation.read(layout.evaluation).by_trait == {}
         chosen = select(folder, "residual", 3)
         there = {key: size for key, size in sizes.items() if key in [("probe", 1), ("probe", 2)]}
         assert chosen.score == max(there.values(), default=None)

@@ -87,7 +87,8 @@ def evaluate(
     )
     load = model.loader_for(layout, "extraction_model", console)
     load.require()
-    from tlcapture.commands.evaluate import EvaluateOptions, best_vectors, draw_heatmaps, run_evaluate
+    from tlcapture.commands.evaluate import EvaluateOptions, draw_heatmaps, run_evaluate
+    from tlcapture.traits.evaluation_files import Evaluation
 
     executor = cluster.make_executor(can_collect=False)
     traits = grid.traits or ()
@@ -98,7 +99,7 @@ def evaluate(
     report = run_evaluate(layout, options, load, console, executor)
     if lexists(layout.evaluation):
         draw_heatmaps(layout, report)
-        _print(console, best_vectors(layout))
+        _print(console, Evaluation.read(layout.evaluation))
 
 
 def _score_elsewhere(
@@ -106,14 +107,15 @@ def _score_elsewhere(
 ) -> None:
     """Score vectors on the examples in a folder, and print how well they carry over."""
     from tlcapture.commands.carry_over import CarryOverOptions, run_carry_over
-    from tlcapture.commands.evaluate import EvaluateOptions, best_vectors
+    from tlcapture.commands.evaluate import EvaluateOptions
+    from tlcapture.traits.evaluation_files import Evaluation
 
     methods = () if options.methods == EvaluateOptions.methods else options.methods
     grid = (options.traits, methods, options.layers, options.components)
     wanted = CarryOverOptions(folder, *grid, options.batch_size, options.examples_as)
     run_carry_over(layout, wanted, load, console, executor)
     names = ("n", "AUROC", "chance p95", "p", "layer 0", "words", "Hedges g", "95 % interval")
-    found = best_vectors(layout).carry_over_to(wanted.name)
+    found = Evaluation.read(layout.evaluation).carry_over_to(wanted.name)
     rows = [(trait, row, _vector_name(row)) for trait, scored in found.items() for row in scored]
     cells = [
         (

@@ -28,7 +28,7 @@ from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.files import write_json
 from tlcapture.storage.layout import Datasets, Layout
-from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
+from tlcapture.storage.rounding import rounded_or_none
 from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import select
@@ -175,7 +175,7 @@ def _rows(
         layer0 = None
         if 0 in files.available(component).get(vector.method, ()):
             first = read_vector(files, component, vector.method, 0)
-            layer0 = _number(auroc(_scores(read, first), prepared.labels))
+            layer0 = rounded_or_none(auroc(_scores(read, first), prepared.labels))
         rows.append({**row, "layer0_auroc": layer0, "bag_of_words_auroc": words})
     return rows
 
@@ -192,7 +192,7 @@ def _words_auroc(own: Examples | None, texts: Sequence[str], labels: torch.Tenso
     all_texts = [item.example.text or item.example.response or "" for item in known] + list(texts)
     all_labels = torch.cat([torch.tensor([item.positive for item in known]), labels])
     is_new = torch.arange(len(all_texts)) >= len(known)
-    return _number(auroc(bag_of_words(all_texts, all_labels, is_new[None])[is_new], labels))
+    return rounded_or_none(auroc(bag_of_words(all_texts, all_labels, is_new[None])[is_new], labels))
 
 
 def _vectors(files: VectorFiles, model: Model, options: CarryOverOptions, component: str) -> Sequence[TraitVector]:
@@ -233,11 +233,11 @@ def _row(
         "method": vector.method,
         "layer": vector.layer,
         "component": vector.component,
-        "auroc": _number(found),
-        "effect_size": _number(hedges_g(positive, negative)),
-        "effect_size_interval": [_number(bound) for bound in interval],
-        "null_auroc_p95": _number(null.quantile(CONFIDENCE)),
-        "p": _number((1 + (null >= found).sum()) / (1 + LABELLINGS)),
+        "auroc": rounded_or_none(found),
+        "effect_size": rounded_or_none(hedges_g(positive, negative)),
+        "effect_size_interval": [rounded_or_none(bound) for bound in interval],
+        "null_auroc_p95": rounded_or_none(null.quantile(CONFIDENCE)),
+        "p": rounded_or_none((1 + (null >= found).sum()) / (1 + LABELLINGS)),
         "n_positive": len(positive),
         "n_negative": len(negative),
         "examples": digest,
@@ -255,7 +255,3 @@ def _sides(examples: Examples, scores: torch.Tensor) -> tuple[torch.Tensor, torc
         return torch.tensor(list(positive.values())), torch.tensor([negative[pair] for pair in positive]), True
     labels = torch.tensor([item.positive for item in examples.items])
     return scores[labels], scores[~labels], False
-
-
-def _number(value: torch.Tensor) -> float | None:
-    return float(round_significant(float(value), PROJECTION_DIGITS)) if torch.isfinite(value) else None

@@ -8,8 +8,6 @@ from hashlib import blake2b
 from os.path import lexists
 from typing import Any
 
-import torch
-
 from tlcapture.captures.provenance import now
 from tlcapture.extraction.judge import Judge
 from tlcapture.extraction.monitoring import Monitoring
@@ -18,7 +16,7 @@ from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.runs.run import Run
 from tlcapture.storage.files import read_json, write_json
-from tlcapture.storage.rounding import round_significant
+from tlcapture.storage.rounding import round_significant, rounded_or_none
 from tlcapture.traits.selection import COHERENT
 from tlcapture.traits.steering_files import SteeringResults, SteeringRun
 from tlcapture.traits.vector_files import VectorFiles
@@ -90,8 +88,8 @@ class Results:
             "config": config,
             "result": {
                 **means,
-                "gain": _number(means["trait_mean"] - self.baseline_mean),
-                "standard_error": _number(error),
+                "gain": rounded_or_none(means["trait_mean"] - self.baseline_mean, _DIGITS),
+                "standard_error": rounded_or_none(error, _DIGITS),
                 "n": int((~score.trait.isnan()).sum()),
             },
             "vector_timestamp": vector.metadata.get("timestamp"),
@@ -112,7 +110,7 @@ class Results:
         """Record the gains of random vectors in place of a run's vector."""
         for record in self._content["runs"]:
             if self._parsed_config(record) == (run.component, run.method, run.layer, run.coefficient):
-                record["result"]["null"] = [_number(gain) for gain in gains]
+                record["result"]["null"] = [rounded_or_none(gain, _DIGITS) for gain in gains]
         self._write()
 
     def has_monitoring(self, vector: TraitVector, coefficients: Sequence[float]) -> bool:
@@ -191,11 +189,7 @@ def _means(score: SteeringScore) -> dict[str, float]:
     return {name: float(round_significant(value, _DIGITS)) for name, value in means.items()}
 
 
-def _number(value: float) -> float | None:
-    return float(round_significant(value, _DIGITS)) if torch.isfinite(torch.tensor(value)) else None
-
-
 def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(each) for each in value]
-    return _number(value) if isinstance(value, float) else value
+    return rounded_or_none(value, _DIGITS) if isinstance(value, float) else value

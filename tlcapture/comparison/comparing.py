@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isnan
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.comparison.differences import Unembed, cosine, divergence, norm_ratio, projected
 from tlcapture.comparison.shared_tokens import SharedTokens, shared_tokens
 from tlcapture.errors import InputError
-from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
+from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant, rounded_or_none
 from tlcapture.traits.vectors import TraitVector
 
 KL = "D(a || b): the expectation under a of log p_a - log p_b, in nats"
@@ -98,8 +97,8 @@ class Comparison:
             "method": a.method,
             "experiment": a.experiment,
             "difference": self._spread(_listed(change.difference)),
-            "mean_a": _number(change.mean_a),
-            "mean_b": _number(change.mean_b),
+            "mean_a": rounded_or_none(change.mean_a),
+            "mean_b": rounded_or_none(change.mean_b),
             **other,
         }
 
@@ -177,7 +176,3 @@ def _listed(values: Values) -> list[float | None]:
     known = ~np.isnan(values)
     rounded = round_significant(np.where(known, values, 0.0), PROJECTION_DIGITS).tolist()
     return [number if is_known else None for number, is_known in zip(rounded, known, strict=True)]
-
-
-def _number(value: float | None) -> float | None:
-    return None if value is None or isnan(value) else float(round_significant([value], PROJECTION_DIGITS)[0])

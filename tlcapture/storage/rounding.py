@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from math import floor, isfinite, log10
+from typing import SupportsFloat
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -46,6 +47,13 @@ def round_significant(values: ArrayLike, digits: int) -> NDArray[np.float64]:
         rounded = np.asarray(rounded)
         rounded[~exact] = [float(f"{number:.{digits - 1}e}") for number in numbers[~exact]]
     return rounded
+
+
+def rounded_or_none(value: SupportsFloat | None, digits: int = PROJECTION_DIGITS) -> float | None:
+    """One number as `round_significant` rounds it; `None` in place of an unknown one, NaN or inf."""
+    if value is None or not isfinite(value):
+        return None
+    return float(round_significant(float(value), digits))
 
 
 def round_number(value: float, digits: int) -> float:
