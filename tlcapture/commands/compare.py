@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os.path import lexists
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
+from tlcapture.commands.capture_places import chunks
 from tlcapture.commands.compared_sets import ComparedSets
 from tlcapture.commands.projections import report_choice
 from tlcapture.commands.unembeddings import LoadedUnembeddings
@@ -68,8 +69,7 @@ class CompareTask:
 
     def split(self, most: int) -> list[CompareTask]:
         """Parts of at most `most` comparisons."""
-        starts = range(0, len(self.pairs), most)
-        return [CompareTask(self.sets, self.pairs[start : start + most]) for start in starts]
+        return [CompareTask(self.sets, pairs) for pairs in chunks(self.pairs, most)]
 
     def label(self) -> str:
         """A name for messages."""
@@ -227,9 +227,7 @@ class CompareWorker:
 
     def _chosen(self, source: Layout, capture: Capture) -> dict[str, TraitVector]:
         if source not in self._choosers:
-            choice = VectorChoice(
-                self._options.choice.layer, self._options.choice.method, None, self._options.choice.traits
-            )
+            choice = replace(self._options.choice, experiment=None)
             self._choosers[source] = VectorChooser(source, choice, on_chosen=partial(report_choice, self._run))
         chosen: Sequence[ChosenVector] = self._choosers[source].vectors(capture, "residual")
         return {str(each.vector.trait): each.vector for each in chosen}

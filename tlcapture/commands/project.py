@@ -13,6 +13,7 @@ import numpy as np
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.known_capture import KnownCapture
+from tlcapture.commands.capture_places import chunks
 from tlcapture.commands.known_files import KnownFiles, PromptFiles
 from tlcapture.commands.projection_writing import merge_projections
 from tlcapture.commands.projections import (
@@ -138,8 +139,7 @@ class SavedPrompts:
 
     def split(self, most: int) -> list[SavedPrompts]:
         """Parts of at most `most` prompts."""
-        starts = range(0, len(self.ids), most)
-        return [SavedPrompts(self.prompt_set, self.ids[start : start + most]) for start in starts]
+        return [SavedPrompts(self.prompt_set, ids) for ids in chunks(self.ids, most)]
 
     def label(self) -> str:
         """A name for messages."""

@@ -32,7 +32,7 @@ from tlcapture.traits.saved_projections import all_saved
 from tlcapture.views.cache import stacked
 from tlcapture.views.hooks import POINTS
 from tlcapture.views.kept_points import KeptPoints, point_index
-from tlcapture.views.kept_tokens import Positions
+from tlcapture.views.kept_tokens import Positions, spread_rows
 from tlcapture.views.residual import ResidualStream
 
 BULK = ("token_idx", "part", "token", "token_id", "span", "role")  # the columns of every export
@@ -106,7 +106,8 @@ def read_exported(layout: Layout, prompt_set: str, file: str, wanted: Wanted) ->
     record["projections"] = []
     for path, value in projections.items():
         trait, component = layout.of_projection(path)
-        columns[column_of(trait, component)] = _scores(value, contents[path])
+        rows = [*value["projections"]["prompt"], *value["projections"]["response"]]
+        columns[column_of(trait, component)] = spread_rows(rows, contents[path].positions, None)
         record["projections"].append({"trait": str(trait), "component": component, "content": _without_bulk(value)})
     activations = {} if capture is None else _activations(capture, wanted)
     return ExportedCapture(record, columns, activations)
@@ -199,16 +200,6 @@ def _head(
         "role": [role for _, role in labels],
     }
     return record, columns
-
-
-def _scores(value: Mapping[str, Any], content: ProjectionFile) -> list[Any]:
-    """The scores of each token as the file has them; null for tokens without scores."""
-    rows = [*value["projections"]["prompt"], *value["projections"]["response"]]
-    held = content.positions
-    by_token: list[Any] = [None] * held.n_tokens
-    for position, row in zip(held.kept, rows, strict=True):
-        by_token[position] = row
-    return by_token
 
 
 def _without_bulk(value: Mapping[str, Any]) -> dict[str, Any]:

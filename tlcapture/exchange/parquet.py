@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tlcapture.errors import StorageError
 from tlcapture.exchange.exported import BULK, ExportedCapture
+from tlcapture.text import first_line
 
 _TOKEN_COLUMNS = {
     "token_idx": pa.int64(),
@@ -131,8 +132,7 @@ def read_parquet(folder: Path) -> Iterator[ExportedCapture]:
                     raise ValueError(f"the tokens of {record['prompt_set']}/{record['file']} are not in their place")
                 yield _exported(record, table, row["activation_dtype"])
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise StorageError(f"{folder}: cannot be read as an export: {reason}") from None
+        raise StorageError(f"{folder}: cannot be read as an export: {first_line(error)}") from None
 
 
 # -- writing --------------------------------------------------------------------------------------
@@ -261,8 +261,6 @@ def _exported(record: dict[str, Any], table: pa.Table, dtype: str | None) -> Exp
 def _tensor(column: pa.Array, stored: pa.Field, dtype: str) -> Tensor:
     if dtype not in _STORED_AS:
         raise ValueError(f"activations of the dtype {dtype!r}")
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
     values = torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).copy())
     if (stored.metadata or {}).get(b"dtype") == b"bfloat16":
         values = values.view(torch.bfloat16)

@@ -18,6 +18,7 @@ from tlcapture.errors import StorageError
 from tlcapture.exchange.exported import BULK, ExportedCapture
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.folders import subfolders
+from tlcapture.text import first_line
 
 _RECORD = "tlcapture"  # the key of the record in the header of a safetensors file
 
@@ -47,8 +48,7 @@ def read_single_files(folder: Path, suffix: str) -> Iterator[ExportedCapture]:
             try:
                 yield _READERS[suffix](path)
             except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise StorageError(f"{path}: cannot be read as an export: {reason}") from None
+                raise StorageError(f"{path}: cannot be read as an export: {first_line(error)}") from None
 
 
 def _write_safetensors(path: Path, exported: ExportedCapture) -> None:

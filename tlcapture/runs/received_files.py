@@ -71,11 +71,11 @@ def _not_replaceable(layout: Layout, files: Mapping[str, bytes]) -> list[Failed]
     found = []
     for name in files:
         path = layout.root / name
+        if path.suffix not in (".pt", ".json", COMPACT) or path.name == "config.json":
+            continue
         others = derived_files(layout, *layout.of_residual(path)) if "/inference/raw/residual/" in name else []
         try:
-            for each in (
-                (path, *others) if path.suffix in (".pt", ".json", COMPACT) and path.name != "config.json" else ()
-            ):
+            for each in (path, *others):
                 check_replaceable(layout, each)
         except StorageError as error:
             found.append(Failed(name, str(error)))

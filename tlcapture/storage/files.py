@@ -33,7 +33,7 @@ from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
 from tlcapture.storage.working_copies import HOST as _HOST
 from tlcapture.storage.working_copies import is_copy, is_running
-from tlcapture.text import format_bytes
+from tlcapture.text import first_line, format_bytes
 
 _log = get_logger(__name__)
 # Errors after which no other file can be written to the same device either.
@@ -232,7 +232,7 @@ def opening(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         if isinstance(error, pickle.UnpicklingError):
             reason = "it holds more than tensors and plain values, and is not opened for safety"
         raise StorageError(f"{path}: cannot be read as a tensor file: {reason}") from None

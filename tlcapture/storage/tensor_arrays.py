@@ -22,6 +22,7 @@ from tlcapture.errors import StorageError
 from tlcapture.storage.archives import Archive
 from tlcapture.storage.files import FileState
 from tlcapture.storage.remote_roots import local
+from tlcapture.text import first_line
 
 _BFLOAT16 = "bfloat16"
 _STORED = {
@@ -54,8 +55,7 @@ def read_arrays(path: Path, *, whole: bool = False) -> Any:
             _check(here, FileState.of(here.stat()))
         return _Unpickler(_Mapped(here)).load()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise StorageError(f"{path}: cannot be read as a tensor file: {reason}") from None
+        raise StorageError(f"{path}: cannot be read as a tensor file: {first_line(error)}") from None
 
 
 @lru_cache(maxsize=64)
