@@ -57,7 +57,7 @@ tl.attention.heads = {
         table.replaceChildren(element("table", { className: "heads", role: "grid", "aria-label": `${label} by layer and head` },
           element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, element("th", { scope: "col", role: "columnheader" }, "layer \\ head"), rows[0].map((_, head) => element("th", { scope: "col", role: "columnheader" }, String(head))))), element("tbody", { role: "rowgroup" }, body)));
         const top = [...known].sort((a, b) => b.value - a.value).slice(0, 8);
-        most.replaceChildren(element("p", { className: "note" }, `Largest ${label}:`), element("div", { className: "chips" }, top.map(({ layer, head, value }) => element("button", { onclick: () => open(layer, head) }, `layer ${layer}, head ${head}: ${tl.number(value, 3)}`))));
+        most.replaceChildren(tl.note(`Largest ${label}:`), element("div", { className: "chips" }, top.map(({ layer, head, value }) => element("button", { onclick: () => open(layer, head) }, `layer ${layer}, head ${head}: ${tl.number(value, 3)}`))));
         notes.textContent = `${what} Means over ${nQueries} tokens of the ${part}. A click opens the head.`;
         tl.reading.paint(() => "", () => "", "");
       },

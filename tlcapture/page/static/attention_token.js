@@ -41,9 +41,9 @@ tl.attention.token = {
           grid.draw([{
             type: "heatmap", z: layers.map((heads) => (heads ?? Array(nHeads).fill(null)).map((each) => each && of(each, data.n_prompt_tokens))), colorscale: colours.amountScale(), colorbar: colours.bar(label),
             hovertemplate: "layer %{y}, head %{x}: %{z:.3~g}<extra></extra>",
-          }], { title: { text: `${label} at token ${token} ${tl.plain(tl.quoted(data.labels[token]))}`, font: { size: 13 } }, xaxis: { title: { text: "head" }, dtick: nHeads > 16 ? 4 : 1 }, yaxis: { title: { text: "layer" } }, shapes: [frame] }),
+          }], { title: `${label} at token ${token} ${tl.plain(tl.quoted(data.labels[token]))}`, xaxis: { title: "head", dtick: nHeads > 16 ? 4 : 1 }, yaxis: { title: "layer" }, shapes: [frame] }),
           pattern.draw([{ type: "bar", y: weights, text: hover, marker: { color: "rgb(126,70,190)" }, textposition: "none", hovertemplate: "%{text}: %{y:.3~g}<extra></extra>" }], {
-            title: { text: `layer ${layer}, head ${head}: weight on each token`, font: { size: 13 } }, xaxis: { title: { text: "token" }, range: [-0.5, data.tokens.length - 0.5] }, yaxis: { range: [0, 1] },
+            title: `layer ${layer}, head ${head}: weight on each token`, xaxis: { title: "token", range: [-0.5, data.tokens.length - 0.5] }, yaxis: { range: [0, 1] },
             shapes: [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--faint"), "dash", 1), tl.lineAt(token, colours.css("--accent"))],
           }),
         ]);

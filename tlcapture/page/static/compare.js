@@ -50,11 +50,8 @@ tl.views.compare = {
       const colour = COLOURS[number], traces = [];
       if (side.sd) {
         const at = side.x.map((_, index) => index).filter((index) => side.sd[index] !== null);
-        traces.push({
-          x: [...at.map((index) => side.x[index]), ...at.map((index) => side.x[index]).reverse()],
-          y: [...at.map((index) => side.y[index] + side.sd[index]), ...at.map((index) => side.y[index] - side.sd[index]).reverse()],
-          fill: "toself", fillcolor: colour, opacity: 0.16, line: { width: 0 }, hoverinfo: "skip", name: "one standard deviation",
-        });
+        const edge = (sign) => at.map((index) => side.y[index] + sign * side.sd[index]);
+        traces.push(tl.band(at.map((index) => side.x[index]), edge(-1), edge(1), colour, "one standard deviation"));
       }
       const text = side.x.map((position, index) => (side.data ? `${position} ${tl.plain(tl.quoted(side.data.labels[index]))}` : `${position}, ${side.n[index]} of ${side.count} captures, sd ${tl.number(side.sd[index], 3)}`));
       const y = side.data ? [null, ...side.y.slice(1)] : side.y; // the first token, an attention sink, is far off the scale
@@ -69,7 +66,7 @@ tl.views.compare = {
       const most = Math.max(...found.filter((side) => side.data).map((side) => colours.reach(side.y)), 1e-9);
       strips = found.map((side) => {
         const box = element("div");
-        if (!side.data) return { box: element("p", { className: "note" }, `${side.label}: ${side.count} captures; the band is one standard deviation. First tokens, which are attention sinks, are excluded.`) };
+        if (!side.data) return { box: tl.note(`${side.label}: ${side.count} captures; the band is one standard deviation. First tokens, which are attention sinks, are excluded.`) };
         const strip = tl.strip(box, (index) => moveTo(index - side.data.n_prompt_tokens));
         strip.show(side.data.tokens, side.data.n_prompt_tokens, side.data.spans, side.data.joined);
         strip.paint((index) => colours.diverging(side.y[index], most), (index) => tl.number(side.y[index]));
@@ -86,7 +83,7 @@ tl.views.compare = {
         return element("tr", {}, [number === 0 ? "A" : "B", response.length ? tl.number(mean) : "\u2013", own ? own.commitment_point ?? "none" : "\u2013", own ? tl.number(own.peak_velocity) : "\u2013", own ? own.persistence ?? "none" : "\u2013"].map((text) => element("td", {}, String(text))));
       });
       facts.replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ["side", "mean over the response, as drawn", "commitment point", "peak velocity, not calibrated", "persistence"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)),
-        ...found.flatMap((side) => side.problems || []).map((problem) => element("p", { className: "warning" }, problem)));
+        ...found.flatMap((side) => side.problems || []).map((problem) => tl.warning(problem)));
     }
 
     const here = (state) => (state.token === null ? [] : [tl.lineAt(state.token - start, colours.css("--accent"))]);
@@ -122,7 +119,7 @@ tl.views.compare = {
         marks = [tl.lineAt(-0.5, colours.css("--faint"), "dash", 1)];
         const seen = found.flatMap(onScale), low = Math.min(...seen), high = Math.max(...seen), pad = (high - low || 1) * 0.07;
         const layout = (title) => ({
-          title: { text: title, font: { size: 13 } }, xaxis: { title: { text: "token, relative to the first response token" } }, yaxis: { range: [low - pad, high + pad] }, shapes: [...marks, ...here(state)],
+          title, xaxis: { title: "token, relative to the first response token" }, yaxis: { range: [low - pad, high + pad] }, shapes: [...marks, ...here(state)],
         });
         drawTexts(state);
         drawFacts();

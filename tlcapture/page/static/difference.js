@@ -37,7 +37,7 @@ tl.views.difference = {
     function drawMost({ values, label }) {
       const first = found.n_prompt_tokens < found.tokens.length ? found.n_prompt_tokens : 1;
       const top = values.map((value, index) => [value, index]).filter(([value, index]) => value && index >= first).sort((a, b) => Math.abs(b[0]) - Math.abs(a[0])).slice(0, 8);
-      most.replaceChildren(element("p", { className: "note" }, top.length ? `Tokens that differ most (${label}):` : "No token differs."), element("div", { className: "chips" },
+      most.replaceChildren(tl.note(top.length ? `Tokens that differ most (${label}):` : "No token differs."), element("div", { className: "chips" },
         top.map(([value, index]) => element("button", { onclick: () => tl.state.set({ token: index }) }, `${index} ${tl.quoted(found.tokens[index])} ${tl.number(value, 3)}`))));
     }
 
@@ -53,8 +53,8 @@ tl.views.difference = {
       const cut = summary.n_cut ? ` ${summary.n_cut} of ${summary.n_files} pairs of responses differ: token by token, only their beginnings are compared.` : "";
       facts.replaceChildren(element("p", {}, element("b", {}, `${summary.b} less ${summary.a}`), `, ${summary.n_prompts} prompts${samples}`),
         rows.length ? element("table", {}, element("thead", {}, element("tr", {}, ["trait", "change", "95 % interval", "p", "finding"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)) : null,
-        element("p", { className: "note" }, `Change: of the mean projection over the response. p: signs flipped over prompts, corrected for ${rows.length} traits.${summary.kl ? ` Next token: ${tl.number(summary.kl.mean, 3)} nats, mean over the responses.` : ""}${cut}`));
-      notes.replaceChildren(...(summary.doubts ?? []).map((doubt) => element("p", { className: "note" }, doubt)), ...summary.problems.map((problem) => element("p", { className: "warning" }, problem)));
+        tl.note(`Change: of the mean projection over the response. p: signs flipped over prompts, corrected for ${rows.length} traits.${summary.kl ? ` Next token: ${tl.number(summary.kl.mean, 3)} nats, mean over the responses.` : ""}${cut}`));
+      notes.replaceChildren(...(summary.doubts ?? []).map((doubt) => tl.note(doubt)), ...summary.problems.map((problem) => tl.warning(problem)));
     }
 
     function drawHeat(state) {
@@ -62,9 +62,9 @@ tl.views.difference = {
       const change = isRatio ? (value) => Math.log2(value || 1) : (value) => 1 - value, nLayers = rows.find((row) => row)?.length ?? 0;
       const z = Array.from({ length: nLayers }, (_, layer) => rows.map((row) => (row === null || row[layer] === null ? null : change(row[layer]))));
       const sizes = z.flatMap((values) => values.slice(1)).filter((value) => value !== null).map(Math.abs);
-      const reach = sizes.reduce((most, size) => Math.max(most, size), 0) || 1, text = found.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
+      const reach = sizes.reduce((most, size) => Math.max(most, size), 0) || 1, text = tl.numbered(found.tokens);
       return heat.draw([{ type: "heatmap", z, text: Array(nLayers).fill(text), zmin: isRatio ? -reach : 0, zmax: reach, colorscale: isRatio ? colours.divergingScale() : colours.amountScale(), colorbar: colours.bar(isRatio ? "log2 ratio" : "1 \u2212 cosine"), hovertemplate: "%{text}<br>layer %{y}: %{z:.4~g}<extra></extra>" }],
-        { title: { text: isRatio ? "log2 of the norm ratio of residual_out, by layer" : "1 \u2212 cosine of residual_out, by layer", font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "layer" } }, shapes: marks(state) });
+        { title: isRatio ? "log2 of the norm ratio of residual_out, by layer" : "1 \u2212 cosine of residual_out, by layer", xaxis: { title: "token" }, yaxis: { title: "layer" }, shapes: marks(state) });
     }
 
     return {
@@ -91,10 +91,10 @@ tl.views.difference = {
         strip.choose(state.token ?? -1);
         drawRest();
         drawMost(quantity);
-        const text = found.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
+        const text = tl.numbered(found.tokens);
         const trace = { x: quantity.values.map((_, index) => index), y: quantity.values.map((value, index) => (index ? value : null)), text, mode: "lines+markers", marker: { size: 4 }, line: { width: 1.8, color: "#a34fb5" }, hovertemplate: "%{text}<br>%{y:.4~g}<extra></extra>" };
         await Promise.all([
-          line.draw([trace], { title: { text: tl.plain(quantity.label), font: { size: 13 } }, xaxis: { title: { text: "token" } }, shapes: marks(state) }),
+          line.draw([trace], { title: tl.plain(quantity.label), xaxis: { title: "token" }, shapes: marks(state) }),
           drawHeat(state),
         ]);
       },

@@ -44,14 +44,14 @@ tl.views.dynamics = {
       const at = x.map((_, index) => index).filter((index) => spread.sd[index] !== null);
       const edge = (sign) => at.map((index) => mean[index] + (sign * spread.sd[index]) / width);
       return [
-        { x: [...at.map((index) => x[index]), ...at.map((index) => x[index]).reverse()], y: [...edge(1), ...edge(-1).reverse()], fill: "toself", fillcolor: colour, opacity: 0.16, line: { width: 0 }, mode: "lines", hoverinfo: "skip", name: "one standard deviation over samples" },
+        tl.band(at.map((index) => x[index]), edge(-1), edge(1), colour, "one standard deviation over samples"),
         { x, y: mean, text: spread.n.map((n) => `${n} of ${spread.n_captures} samples`), mode: "lines", name: "mean over samples", line: { color: colour, width: 1.6, dash: "dash" }, hovertemplate: "%{text}<br>mean %{y:.4~g}<extra></extra>" },
       ];
     }
 
     function drawLines(state, data, projections, all, spread) {
       const number = (value) => tl.number(value), shown = shownTraits(state, all);
-      const hover = data.labels.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
+      const hover = tl.numbered(data.labels);
       const ofShown = projections.filter((each) => shown.includes(each.trait));
       const calibrated = !state.normalise && tl.isCalibrated(state, ...ofShown);
       const scaled = (each) => (state.normalise ? normalised(each.trajectory) : calibrated ? each.trajectory.map((value) => tl.calibrated(each, value)) : each.trajectory);
@@ -81,7 +81,7 @@ tl.views.dynamics = {
       const ofSamples = own && spread && !state.normalise ? drawSpread(spread, data, own, calibrated, colours.trait(all, own.trait)) : [];
       traces.unshift(...ofSamples);
       marks = [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--faint"), "dash", 1)];
-      if (calibrated) marks.push({ type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: 0.5, y1: 0.5, line: { color: colours.css("--faint"), width: 1, dash: "dot" } });
+      if (calibrated) marks.push(tl.levelAt(0.5, colours.css("--faint"), "dot"));
       const seen = [...[...values.values()].flatMap((line) => line.slice(state.response ? data.n_prompt_tokens : 1)), ...ofSamples.flatMap((trace) => trace.y)].filter((value) => value !== null);
       const low = Math.min(...seen), high = Math.max(...seen), pad = (high - low || 1) * 0.07;
       notes.replaceChildren();
@@ -89,7 +89,7 @@ tl.views.dynamics = {
       for (const trace of traces) if (off.some((each) => each.trait === trace.name)) trace.y = [null, ...trace.y.slice(1)];
       if (off.length) {
         const listed = off.map((each) => `${each.trait} ${number(values.get(each.trait)[0])}`).join(", ");
-        notes.append(element("p", { className: "note" }, `The first token, an attention sink, is off the scale: ${listed}.`));
+        notes.append(tl.note(`The first token, an attention sink, is off the scale: ${listed}.`));
       }
       const meant = [...(committed.length ? ["diamond: commits"] : []), ...(persisting.length ? ["thick: persists from the peak of the smoothed response"] : [])];
       if (meant.length) notes.append(element("p", { className: "note", id: "marks" }, `Dashed: the response begins; ${meant.join("; ")}.`));
@@ -99,12 +99,12 @@ tl.views.dynamics = {
         const sd = spread.response_sd === null ? "" : ` \u00b1 ${number(spread.response_sd / scale)}`;
         const text = spread.response_mean === null ? "" : `; the mean over the response is ${number(over(spread.response_mean))}${sd}`;
         notes.append(element("p", { className: "note", id: "spread" }, `Dashed: the mean over ${spread.n_captures} samples of this prompt, with one standard deviation${text}.`));
-        notes.append(...spread.problems.map((problem) => element("p", { className: "warning" }, problem)));
+        notes.append(...spread.problems.map((problem) => tl.warning(problem)));
       }
-      if (kept) notes.append(element("p", { className: "note" }, `Of this capture, ${kept}.`));
+      if (kept) notes.append(tl.note(`Of this capture, ${kept}.`));
       return lines.draw(traces, {
-        title: { text: state.normalise ? "projection, in standard deviations of each trajectory" : calibrated ? "projection, calibrated: negative examples at 0, positive at 1" : "projection h\u00b7v / \u2016v\u2016", font: { size: 13 } },
-        xaxis: { title: { text: "token" }, range: [-0.5, data.tokens.length - 0.5] }, yaxis: seen.length ? { range: [low - pad, high + pad] } : {},
+        title: state.normalise ? "projection, in standard deviations of each trajectory" : calibrated ? "projection, calibrated: negative examples at 0, positive at 1" : "projection h\u00b7v / \u2016v\u2016",
+        xaxis: { title: "token", range: [-0.5, data.tokens.length - 0.5] }, yaxis: seen.length ? { range: [low - pad, high + pad] } : {},
         shapes: [...marks, ...here(state)],
       });
     }
@@ -119,8 +119,8 @@ tl.views.dynamics = {
       const from = state.response ? Math.max(1, data.n_prompt_tokens - 2) : 1, seen = [...velocity.slice(from), ...acceleration.slice(from)];
       const reach = Math.max(...seen.map(Math.abs), 1e-9) * 1.07;
       return motion.draw([trace(velocity, 1, "velocity", "solid"), trace(acceleration, 2, "acceleration", "dot")], {
-        title: { text: `${state.trait}: velocity (line) and acceleration (dots)`, font: { size: 13 } },
-        xaxis: { title: { text: "token" }, range: [-0.5, data.tokens.length - 0.5] }, yaxis: { range: [-reach, reach] },
+        title: `${state.trait}: velocity (line) and acceleration (dots)`,
+        xaxis: { title: "token", range: [-0.5, data.tokens.length - 0.5] }, yaxis: { range: [-reach, reach] },
         shapes: [marks[0], ...here(state)],
       });
     }
@@ -131,7 +131,7 @@ tl.views.dynamics = {
     function meansOf(spans) {
       const known = (spans ?? []).filter(({ mean }) => mean !== null && mean !== undefined);
       const text = known.map(({ kind, role, mean }) => `${kind === "turn" ? role : kind} ${tl.number(mean)}`).join(", ");
-      return text ? [element("p", { className: "note" }, `Means: ${text}.`)] : [];
+      return text ? [tl.note(`Means: ${text}.`)] : [];
     }
 
     function tell(state, data, own) {
@@ -147,10 +147,10 @@ tl.views.dynamics = {
       const random = chance ? ` Of ${chance.n_directions} random directions ${chance.commit} commit${clear(chance.commitment, point !== null)}${chance.persist === null ? "" : `, ${chance.persist} persist${clear(chance.persistence, span)}`}.` : "";
       const score = vector.score === null || vector.score === undefined ? "" : ` (${tl.number(vector.score)})`;
       facts.replaceChildren(
-        element("p", { className: "note" }, element("b", {}, state.trait), `: ${commits} (`, tl.term("commitment"), "); peak ", tl.term("velocity"), ` ${tl.number(dynamics.peak_velocity)}; `
+        tl.note(element("b", {}, state.trait), `: ${commits} (`, tl.term("commitment"), "); peak ", tl.term("velocity"), ` ${tl.number(dynamics.peak_velocity)}; `
           + `${persists} (`, tl.term("persistence"), `).${random} Vector: ${vector.method ?? "unknown method"} at layer ${vector.layer}, ${vector.component ?? own.component}, chosen by `, tl.term(vector.selected_by ?? "an unknown rule"), `${score}, from ${vector.experiment ?? "an unknown experiment"} (${vector.model ?? "unknown model"}).`),
         ...meansOf(dynamics.by_span),
-        ...own.warnings.map((warning) => element("p", { className: "warning" }, warning)));
+        ...own.warnings.map((warning) => tl.warning(warning)));
     }
 
     return {

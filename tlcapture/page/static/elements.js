@@ -27,6 +27,10 @@ tl.number = (value, digits = 4) => {
   return Number(value.toPrecision(digits)).toLocaleString("en", { maximumSignificantDigits: digits });
 };
 
+/** A paragraph that explains, and one that warns. */
+tl.note = (...children) => tl.element("p", { className: "note" }, ...children);
+tl.warning = (...children) => tl.element("p", { className: "warning" }, ...children);
+
 /** The content of a view without data: what is missing, and the command that creates it. */
 tl.emptyState = (error) => {
   const { element } = tl;

@@ -41,8 +41,8 @@ tl.views.internals = {
       const where = state.token === null ? "mean over the response" : `token ${state.token} ${tl.plain(tl.quoted(data.labels[state.token]))}`;
       const traces = Object.entries(parts).map(([name, values], number) => ({ type: "bar", x: layers, y: values, name, marker: { color: COLOURS[number] }, hovertemplate: `layer %{x}, ${name}: %{y:.4~g}<extra></extra>` }));
       await added.draw(traces, {
-        title: { text: `what each layer adds to the residual stream: ${where}`, font: { size: 13 } }, barmode: "group", showlegend: true, legend: { orientation: "h", y: 1.12, x: 1, xanchor: "right" },
-        xaxis: { title: { text: "layer" } }, yaxis: { title: { text: tl.plain(unit) } }, shapes: state.layer === null ? [] : [tl.lineAt(state.layer, colours.css("--accent"))],
+        title: `what each layer adds to the residual stream: ${where}`, barmode: "group", showlegend: true, legend: { orientation: "h", y: 1.12, x: 1, xanchor: "right" },
+        xaxis: { title: "layer" }, yaxis: { title: tl.plain(unit) }, shapes: state.layer === null ? [] : [tl.lineAt(state.layer, colours.css("--accent"))],
       });
       notes.textContent = state.added === "trait" ? "The change of the projection onto the trait's vector within a layer: what its attention and its MLP write in that direction." : "The length of what attention and MLP write, from the activations as they were stored. Layers whose points were not kept have no bar.";
     }
@@ -54,7 +54,7 @@ tl.views.internals = {
       await norms.draw([{
         type: "heatmap", x: found.tokens, y: names, z: names.map((name) => found.hooks[name].norms.map((value) => value / most(found.hooks[name].norms))), zmin: 0, zmax: 1,
         text: names.map(() => text), customdata: names.map((name) => found.hooks[name].norms.map((value) => tl.number(value))), colorscale: colours.amountScale(), colorbar: colours.bar("norm / largest of the hook"), hovertemplate: "%{text}<br>%{y}: norm %{customdata}<extra></extra>",
-      }], { title: { text: `layer ${layer}: norm of each hook at each token`, font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { autorange: "reversed" }, shapes: [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--text"), "dash", 1), ...(state.token === null ? [] : [tl.lineAt(state.token, colours.css("--accent"))])] });
+      }], { title: `layer ${layer}: norm of each hook at each token`, xaxis: { title: "token" }, yaxis: { autorange: "reversed" }, shapes: [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--text"), "dash", 1), ...(state.token === null ? [] : [tl.lineAt(state.token, colours.css("--accent"))])] });
     }
 
     async function drawRouter(state, data, layer, found) {
@@ -62,7 +62,7 @@ tl.views.internals = {
       if (!found.router) return;
       const flat = found.router.flat(), size = flat.reduce((most, value) => Math.max(most, Math.abs(value)), 0) || 1;
       await router.draw([{ type: "heatmap", x: found.tokens, z: found.router, zmin: -size, zmax: size, colorscale: colours.divergingScale(), colorbar: colours.bar("router score"), hovertemplate: "token %{x}, expert %{y}: %{z:.4~g}<extra></extra>" }],
-        { title: { text: `layer ${layer}: the router's score of every expert`, font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "expert" } }, shapes: state.token === null ? [] : [tl.lineAt(state.token, colours.css("--accent"))] });
+        { title: `layer ${layer}: the router's score of every expert`, xaxis: { title: "token" }, yaxis: { title: "expert" }, shapes: state.token === null ? [] : [tl.lineAt(state.token, colours.css("--accent"))] });
     }
 
     const table = (caption, head, rows) => element("table", {}, element("caption", {}, caption), element("thead", {}, element("tr", {}, head.map((text) => element("th", { scope: "col" }, text)))),

@@ -11,10 +11,9 @@ tl.views.layers = {
 
     function marks(state) {
       const shapes = [tl.lineAt(own.n_prompt_tokens - 0.5, colours.css("--text"), "dash", 1)];
-      const level = (y, dash, colour) => ({ type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: y, y1: y, line: { dash, width: 1, color: colour } });
-      shapes.push(level(own.layer, "dot", colours.css("--text")));
+      shapes.push(tl.levelAt(own.layer, colours.css("--text"), "dot"));
       if (state.token !== null) shapes.push(tl.lineAt(state.token, colours.css("--accent")));
-      if (state.layer !== null) shapes.push(level(state.layer, "solid", colours.css("--accent")));
+      if (state.layer !== null) shapes.push(tl.levelAt(state.layer, colours.css("--accent")));
       return shapes;
     }
 
@@ -32,8 +31,8 @@ tl.views.layers = {
         hovertemplate: `layer %{x}<br>${name} %{y:.4~g}<extra></extra>`,
       }));
       return profile.draw(traces, {
-        title: { text: `by layer at token ${token} ${tl.plain(tl.quoted(data.labels[token]))}`, font: { size: 13 } }, showlegend: true,
-        legend: { orientation: "h", y: 1.12, x: 1, xanchor: "right" }, xaxis: { title: { text: "layer" } },
+        title: `by layer at token ${token} ${tl.plain(tl.quoted(data.labels[token]))}`, showlegend: true,
+        legend: { orientation: "h", y: 1.12, x: 1, xanchor: "right" }, xaxis: { title: "layer" },
         shapes: state.layer === null ? [] : [tl.lineAt(state.layer, colours.css("--accent"))],
       });
     }
@@ -43,7 +42,7 @@ tl.views.layers = {
         const projection = tl.projectionOf(data, state);
         if (!projection) throw await tl.source.notProjected(data, state);
         const latest = await tl.source.layers(state);
-        const same = found === latest && ![..."response,trait,prompt,set,experiment,component,point,theme".split(",")].some((key) => changed.has(key));
+        const same = found === latest && !"response,trait,prompt,set,experiment,component,point,theme".split(",").some((key) => changed.has(key));
         found = latest;
         own = { n_prompt_tokens: data.n_prompt_tokens, layer: projection.vector.layer };
         const nLayers = found.scores[0].length, points = found.sublayers;
@@ -66,12 +65,12 @@ tl.views.layers = {
         figures = new Map(wanted.map((name) => [name, tl.figure({ name: `layers_${name}`, height: wanted.length > 1 ? 300 : 430, onClick: (at) => tl.state.set({ token: at.x, layer: at.y }) })]));
         heats.replaceChildren(...[...figures.values()].map((figure) => figure.element));
         const grids = wanted.map((name) => Array.from({ length: nLayers }, (_, at) => found.scores.map((token) => (token[at] === null ? null : token[at][points.indexOf(name)]))));
-        const reach = reachOf(grids), text = data.labels.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
-        notes.replaceChildren(element("p", { className: "note" }, `Projection onto the vector of layer ${own.layer} (dotted) at every layer${kept.length < nLayers ? ` that the capture kept (${kept.join(", ")})` : ""}. The colour scale ends at \u00b1${tl.number(reach, 3)}, the 99th percentile without the first token, an attention sink.${projection.kept ? ` Of this capture, ${projection.kept}.` : ""}`));
+        const reach = reachOf(grids), text = tl.numbered(data.labels);
+        notes.replaceChildren(tl.note(`Projection onto the vector of layer ${own.layer} (dotted) at every layer${kept.length < nLayers ? ` that the capture kept (${kept.join(", ")})` : ""}. The colour scale ends at \u00b1${tl.number(reach, 3)}, the 99th percentile without the first token, an attention sink.${projection.kept ? ` Of this capture, ${projection.kept}.` : ""}`));
         await Promise.all([...wanted.map((name, number) => figures.get(name).draw([{
           type: "heatmap", z: grids[number], text: Array(nLayers).fill(text), zmin: -reach, zmax: reach, zmid: 0, colorscale: colours.divergingScale(), colorbar: colours.bar("projection"),
           hovertemplate: "%{text}<br>layer %{y}: %{z:.4~g}<extra></extra>",
-        }], { title: { text: `${state.trait}: ${name}`, font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "layer" } }, shapes: marks(state) })), drawProfile(state, data)]);
+        }], { title: `${state.trait}: ${name}`, xaxis: { title: "token" }, yaxis: { title: "layer" }, shapes: marks(state) })), drawProfile(state, data)]);
       },
       remove() {
         for (const figure of figures.values()) figure.remove();

@@ -42,7 +42,7 @@ tl.views.lens = {
       }
       cells.replaceChildren(element("table", {}, element("thead", {}, head("token", (column) => tl.visible(data.labels[lens.token_idx[column]]), (column) => String(lens.token_idx[column])),
         head("next", (column) => tl.visible(labelAfter(data, lens, column)), () => "the actual next token")), element("tbody", {}, rows)),
-        element("p", { className: "note" }, `Violet: probability of the most likely token. Green: rank of the actual next token (#); bold if it is 1. Click a cell to list the top ${lens.top_k}.${lens.kept_layers ? ` Kept: layers ${layers.join(", ")}.` : ""}`));
+        tl.note(`Violet: probability of the most likely token. Green: rank of the actual next token (#); bold if it is 1. Click a cell to list the top ${lens.top_k}.${lens.kept_layers ? ` Kept: layers ${layers.join(", ")}.` : ""}`));
     }
 
     async function drawTop(state, lens, at, row) {
@@ -52,7 +52,7 @@ tl.views.lens = {
       const found = entry.by_layer[row], layer = layersOf(lens)[row];
       const rows = found.top_k.map(({ token, prob }, index) => element("tr", { style: { backgroundColor: colours.amount(prob) } },
         element("td", {}, String(index + 1)), element("td", {}, tl.visible(token)), element("td", {}, tl.number(prob))));
-      top.replaceChildren(element("p", { className: "note" }, `Layer ${layer} after token ${lens.token_idx[at]}: the ${rows.length} most likely tokens. Actual next token: ${tl.quoted(entry.actual_next_token)}, rank ${found.actual_rank}, ${tl.number(found.actual_prob)}.`),
+      top.replaceChildren(tl.note(`Layer ${layer} after token ${lens.token_idx[at]}: the ${rows.length} most likely tokens. Actual next token: ${tl.quoted(entry.actual_next_token)}, rank ${found.actual_rank}, ${tl.number(found.actual_prob)}.`),
         element("table", {}, element("tbody", {}, rows)));
     }
 
@@ -69,8 +69,7 @@ tl.views.lens = {
         controls.replaceChildren(tl.choice("colour of the text", [["probability", "probability"], ["rank", "rank"]], byRank ? "rank" : "probability", (by) => tl.state.set({ by })));
         tl.reading.paint((index) => (byRank ? colours.rank(rankOf(index)) : colours.amount(probability(index))),
           (index) => (ofLayer.has(index) ? `p ${tl.number(probability(index))}, rank ${rankOf(index)}` : ""), `${byRank ? "rank" : "probability"} of each token, predicted from the token before it, at layer ${layer}`, byRank ? colours.scale("rank", 1, 100000) : colours.scale("amount", 0, 1));
-        const shapes = [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--text"), "dash", 1), tl.lineAt(lens.token_idx[at], colours.css("--accent")),
-          { type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: layer, y1: layer, line: { width: 1, color: colours.css("--accent") } }];
+        const shapes = [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--text"), "dash", 1), tl.lineAt(lens.token_idx[at], colours.css("--accent")), tl.levelAt(layer, colours.css("--accent"))];
         drawTable(state, data, lens, at, row);
         const jobs = [drawTop(state, lens, at, row)];
         if (drawn === lens && !changed.has("theme") && !changed.has("response")) jobs.push(overview.mark(shapes));
@@ -82,7 +81,7 @@ tl.views.lens = {
             type: "heatmap", x: lens.token_idx, y: layers, z: ranks, text, zmin: 0, zmax: 5, colorscale: colours.rankScale(),
             colorbar: { ...colours.bar("rank"), tickvals: [0, 1, 2, 3, 4, 5], ticktext: ["1", "10", "100", "1k", "10k", "100k"] },
             hovertemplate: "layer %{y}, token %{text}<extra></extra>",
-          }], { title: { text: "rank of the actual next token", font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "layer" } }, shapes }));
+          }], { title: "rank of the actual next token", xaxis: { title: "token" }, yaxis: { title: "layer" }, shapes }));
         }
         await Promise.all(jobs);
       },

@@ -138,9 +138,11 @@
       if (!isLatest()) return; // setting the state has started another round
       const now = state.now, Kind = tl.views[now.view];
       const before = data;
-      if (settled.problem) data = null;
-      if (settled.problem) byId("reading").classList.add("without");
-      if (settled.problem) throw settled.problem;
+      if (settled.problem) {
+        data = null;
+        byId("reading").classList.add("without");
+        throw settled.problem;
+      }
       if (!source.exported && (changed.has("experiment") || changed.has("set"))) work.update(now);
       data = now.prompt ? await source.prompt(now).catch((error) => { if (Kind.withoutPrompt) return null; throw error; }) : null;
       if (!isLatest()) return;

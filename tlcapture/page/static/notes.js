@@ -69,7 +69,7 @@ tl.notes = (box, strip) => {
     if (!form) writing.replaceChildren();
     else if (writing.firstChild !== form.made) writing.replaceChildren(form.made);
     list.replaceChildren(...notes.map(row));
-    said.replaceChildren(...[...(problem ? [problem] : []), ...problems].map((text) => element("p", { className: "warning" }, text)));
+    said.replaceChildren(...[...(problem ? [problem] : []), ...problems].map((text) => tl.warning(text)));
     strip.note(new Map(notes.filter((note) => note.is_current).flatMap((note) => Array.from({ length: note.stop - note.start }, (_, index) => [note.start + index, note.text]))));
   }
 

@@ -114,7 +114,7 @@ tl.views.overview = {
     function tell() {
       const score = found.against.startsWith("its own") ? `in standard deviations of ${found.against.replace("its own ", "its ")}` : `as a standard score against ${found.against}: at 0, a trait rises as much as it does there on average`;
       const text = found.traits.length ? `Rise: the mean projection over the response less that over the prompt, ${score}. A trait stands out, in bold, if its rise exceeds the chance level of its prompt: what the largest of as many random directions stays below in 95 % of draws.` : null;
-      notes.replaceChildren(...(text ? [element("p", { className: "note" }, text)] : []), ...(found.missing ? [tl.emptyState(new tl.source.Missing(found.missing))] : []), ...(found.doubts ?? []).map((doubt) => element("p", { className: "note" }, doubt)), ...[...found.problems, ...found.unread].map((problem) => element("p", { className: "warning" }, problem)));
+      notes.replaceChildren(...(text ? [tl.note(text)] : []), ...(found.missing ? [tl.emptyState(new tl.source.Missing(found.missing))] : []), ...(found.doubts ?? []).map((doubt) => tl.note(doubt)), ...[...found.problems, ...found.unread].map((problem) => tl.warning(problem)));
     }
 
     const orderOf = ({ experiment, set, sort, find: text, only }) => JSON.stringify([experiment, set, sort, text, only]);

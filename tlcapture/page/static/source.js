@@ -1,11 +1,11 @@
 "use strict";
 // The source of the data: the server, one resource at a time, or the data embedded in an exported page.
 tl.source = (() => {
-  const bytesOf = (element) => Uint8Array.from(atob(element.textContent), (character) => character.charCodeAt(0));
+  const bytesOf = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
   const KEPT = 48; // number of cached resources; an experiment has many more
   const kept = new Map();
   const carried = document.getElementById("exported");
-  const exported = carried ? JSON.parse(new TextDecoder().decode(bytesOf(carried))) : null;
+  const exported = carried ? JSON.parse(new TextDecoder().decode(bytesOf(carried.textContent))) : null;
 
   class Missing extends Error {
     constructor({ what, command }) {
@@ -32,7 +32,7 @@ tl.source = (() => {
       if (name in exported.missing) throw new Missing(exported.missing[name]);
       throw new Missing({ what: "not included in this file", command: exported.command });
     }
-    const unpacked = new Blob([bytesOf(element)]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const unpacked = new Blob([bytesOf(element.textContent)]).stream().pipeThrough(new DecompressionStream("gzip"));
     return new Response(unpacked).json();
   }
 
@@ -83,7 +83,7 @@ tl.source = (() => {
 
   /** Read everything anew, except what is known of the shown prompt, where nothing about that has changed. */
   async function forget({ experiment, set, prompt }) {
-    const list = pathOf(experiment, "sets", named(set)), own = pathOf(experiment, "sets", named(set), prompt);
+    const list = pathOf(experiment, "sets", named(set)), own = `${list}/${encodeURIComponent(prompt)}`;
     const before = await kept.get(list)?.catch(() => null), mine = await kept.get(own)?.catch(() => null);
     const all = [...kept];
     kept.clear();
@@ -96,7 +96,7 @@ tl.source = (() => {
   /** Whether experiments, or the captures of the current set, have changed since the last call; if so, all is read anew. */
   async function isChanged({ experiment, set }) {
     let changed = false;
-    for (const path of ["experiments", ...(experiment && set ? [[experiment, "sets", named(set)].map(encodeURIComponent).join("/")] : [])]) {
+    for (const path of ["experiments", ...(experiment && set ? [pathOf(experiment, "sets", named(set))] : [])]) {
       const answer = await fetch("api/" + path).catch(() => null), text = answer?.ok ? await answer.text() : null;
       const shown = await kept.get(path)?.catch(() => null);
       if (text === null || (!seen.has(path) && !shown)) continue;
@@ -127,7 +127,7 @@ tl.source = (() => {
 
   /** Numbers from base64 of float16. */
   function halves(text) {
-    const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0)), bits = new Uint16Array(bytes.buffer);
+    const bits = new Uint16Array(bytesOf(text).buffer);
     const valueOf = (half) => (half & 0x7c00 ? (1 + (half & 0x3ff) / 1024) * 2 ** (((half >> 10) & 31) - 15) : (half & 0x3ff) * 2 ** -24); // neither negative nor infinite
     const table = Float32Array.from({ length: 0x7c00 }, (_, half) => valueOf(half));
     return Float32Array.from(bits, (half) => table[half]);

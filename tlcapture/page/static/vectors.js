@@ -16,7 +16,7 @@ tl.views.vectors = {
 
     function why(component, found) {
       const { selected, runner_up: rival } = found;
-      if (!selected) return element("p", { className: "warning" }, `${component}: ${found.problem}`);
+      if (!selected) return tl.warning(`${component}: ${found.problem}`);
       const reasons = {
         steering: "its steering run changes the trait most while the text stays coherent", effect_size: "it has the largest effect size",
         fallback: "vectors have been neither evaluated nor steered", override: "it was requested",
@@ -44,13 +44,13 @@ tl.views.vectors = {
       matrix.append(made.element);
       const labels = found.traits.map((name) => tl.plain(name));
       return [made.draw([{ type: "heatmap", x: labels, y: labels, z: found.aurocs, zmin: 0, zmax: 1, colorscale: colours.amountScale(), colorbar: colours.bar("AUROC"), hovertemplate: "%{y} on the examples of %{x}: %{z:.3~f}<extra></extra>" }],
-        { title: { text: "AUROC of each trait's vector (rows) on each trait's examples (columns)", font: { size: 13 } }, xaxis: { tickangle: 30 }, yaxis: { autorange: "reversed" }, margin: { l: 150, r: 14, t: 30, b: 90 } })];
+        { title: "AUROC of each trait's vector (rows) on each trait's examples (columns)", xaxis: { tickangle: 30 }, yaxis: { autorange: "reversed" }, margin: { l: 150, r: 14, t: 30, b: 90 } })];
     }
 
     function drawHeats(state, found) {
       const rows = found.evaluation.rows;
       if (!rows) {
-        heats.replaceChildren(found.evaluation.problem ? element("p", { className: "warning" }, found.evaluation.problem) : tl.emptyState(new tl.source.Missing(found.evaluation.missing)));
+        heats.replaceChildren(found.evaluation.problem ? tl.warning(found.evaluation.problem) : tl.emptyState(new tl.source.Missing(found.evaluation.missing)));
         return [];
       }
       const components = Object.keys(found.components).filter((each) => rows.some((row) => (row.component ?? "residual") === each));
@@ -68,7 +68,7 @@ tl.views.vectors = {
           const compared = [["shuffled, p95", chance[0]], ["random, p95", chance[1]]].filter(([, values]) => key === "val_auroc" && values.some((value) => value !== null)).slice(0, 1);
           const range = key === "val_auroc" ? { zmin: 0.5, zmax: 1 } : { zmin: 0, zmax: Math.max(...own.map((row) => row[key]), 1e-9) };
           const job = made.draw([{ type: "heatmap", x: layers, y: [...methods, ...compared.map(([name]) => name)], z: [...grid(key), ...compared.map(([, values]) => values)], colorscale: colours.amountScale(), colorbar: colours.bar(label), ...range, hovertemplate: `%{y}, layer %{x}: %{z:.3~f}<extra></extra>` }],
-            { title: { text: `${component}: held-out ${label}`, font: { size: 13 } }, xaxis: { title: { text: "layer" } }, margin: { l: 84, r: 14, t: 30, b: 38 }, shapes });
+            { title: `${component}: held-out ${label}`, xaxis: { title: "layer" }, margin: { l: 84, r: 14, t: 30, b: 38 }, shapes });
           return { element: made.element, job };
         });
       });
@@ -79,7 +79,7 @@ tl.views.vectors = {
     function drawCurves(found) {
       const { runs, baseline, chance, monitoring, problem } = found.steering;
       if (!runs) {
-        curves.replaceChildren(problem ? element("p", { className: "warning" }, problem) : tl.emptyState(new tl.source.Missing(found.steering.missing)));
+        curves.replaceChildren(problem ? tl.warning(problem) : tl.emptyState(new tl.source.Missing(found.steering.missing)));
         return [];
       }
       const groups = [...new Set(runs.map((run) => `${run.method}, layer ${run.layer}`))];
@@ -93,23 +93,23 @@ tl.views.vectors = {
         });
         const nulls = key === "gain" ? runs.filter((run) => run.null) : [];
         if (nulls.length) traces.push({ x: nulls.flatMap((run) => [run.coefficient, run.coefficient, null]), y: nulls.flatMap((run) => [...run.null, null]), name: "random vectors, up to p95", mode: "lines", opacity: 0.4, line: { color: colours.css("--faint"), width: 9 }, hovertemplate: "random vectors<br>coefficient %{x}: %{y:+.1f}<extra></extra>" });
-        const shapes = key === "coherence_mean" ? [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 70, y1: 70, line: { dash: "dot", color: colours.css("--faint") } }] : [];
-        return { element: made.element, job: made.draw(traces, { title: { text: `steering: ${label}`, font: { size: 13 } }, xaxis: { title: { text: "coefficient" } }, yaxis: key === "gain" ? {} : { range: [0, 102] }, shapes, showlegend: traces.length > 1 && key === "gain", legend: { font: { size: 10 } } }) };
+        const shapes = key === "coherence_mean" ? [tl.levelAt(70, colours.css("--faint"), "dot", 2)] : [];
+        return { element: made.element, job: made.draw(traces, { title: `steering: ${label}`, xaxis: { title: "coefficient" }, yaxis: key === "gain" ? {} : { range: [0, 102] }, shapes, showlegend: traces.length > 1 && key === "gain", legend: { font: { size: 10 } } }) };
       });
       const beyond = chance === null ? "No random vectors were added, so these gains may be chance." : `95 % of random vectors reach at most ${tl.number(chance)} at the cells where they were added; a larger gain selects a vector.`;
       const follows = monitoring.map((each) => `${each.method} at layer ${each.layer} ${tl.number(each.rank_correlation)} (random vectors up to ${tl.number(each.null)}, p = ${tl.number(each.p)})`).join("; ");
-      const notes = [element("p", { className: "note" }, `Gains over the unsteered model's ${tl.number(baseline.trait_mean)}, with standard errors over questions. ${beyond}`), follows ? element("p", { className: "note" }, `Do projections of the responses, read without steering, follow the coefficient? Rank correlation: ${follows}.`) : null];
+      const notes = [tl.note(`Gains over the unsteered model's ${tl.number(baseline.trait_mean)}, with standard errors over questions. ${beyond}`), follows ? tl.note(`Do projections of the responses, read without steering, follow the coefficient? Rank correlation: ${follows}.`) : null];
       curves.replaceChildren(...drawn.map((each) => each.element), element("div", {}, ...notes));
       return drawn.map((each) => each.job);
     }
 
     return {
       async update(state, changed) {
-        if (![..."view,experiment,trait,theme".split(",")].some((key) => changed.has(key)) && figures.length) return;
+        if (!"view,experiment,trait,theme".split(",").some((key) => changed.has(key)) && figures.length) return;
         if (!state.trait) throw new tl.source.Missing({ what: `no trait vectors in ${state.experiment}`, command: await tl.source.command(`tlcapture extract --experiment ${state.experiment}`) });
         const found = await tl.source.vectors(state);
         figures.splice(0).forEach((each) => each.remove());
-        chosen.replaceChildren(element("p", { className: "note" }, `Vectors of ${found.trait} in ${state.experiment}; a frame marks the selected one.`),
+        chosen.replaceChildren(tl.note(`Vectors of ${found.trait} in ${state.experiment}; a frame marks the selected one.`),
           ...Object.entries(found.components).map(([component, each]) => why(component, each)), verdict(found.evaluation));
         await Promise.all([...drawHeats(state, found), ...drawMatrix(found.evaluation), ...drawCurves(found)]);
       },
