@@ -13,7 +13,7 @@ import tlcapture
 from tests import tiny
 from tlcapture import Experiment
 from tlcapture.errors import InputError
-from tlcapture.explore.doubts import forget
+from tlcapture.explore.doubts import _told
 from tlcapture.names import Trait
 from tlcapture.traits.vector_files import VectorFiles
 
@@ -87,7 +87,7 @@ def test_the_cache_requires_the_captured_model(exp: Experiment, monkeypatch: pyt
 
 def test_a_projection_warns_about_default_layers_and_other_models(exp: Experiment) -> None:
     cap = exp.captures("single_trait")[1]
-    forget()
+    _told.clear()
     with pytest.warns(UserWarning, match="layer 16 by default"):
         cap.project("style/formality")
     assert cap.project("style/formality", layer=np.int64(3)).vector.layer == 3

@@ -23,7 +23,7 @@ import tlcapture
 from tlcapture import Ablate, Cap, Experiment, Steer
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError, StorageError
-from tlcapture.explore.doubts import forget
+from tlcapture.explore.doubts import _told
 from tlcapture.explore.live_capture import LiveCapture
 from tlcapture.models.lazy_model import LazyModel
 
@@ -191,7 +191,7 @@ def test_an_error_shows_the_lines_of_the_cell_and_none_of_the_package(
 
 def test_each_cause_of_doubt_is_told_once(exp: Experiment) -> None:
     cap = exp.captures["single_trait"][1]
-    forget()
+    _told.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):

@@ -134,8 +134,10 @@ def test_what_a_job_held_is_released_when_it_ends() -> None:
         with BackgroundWriter(Run.silent(LAYOUT), 1) as writer:
             writer.submit(lambda run, held=held: job(run, held))  # type: ignore[misc]
             del held
-            writer.submit(file(1))
-            writer.finish()
+            is_next = threading.Event()
+            writer.submit(lambda run: is_next.set())
+            assert is_next.wait(10)
+            writer.collect()
             assert alive() is None
     finally:
         gc.enable()
@@ -207,13 +209,15 @@ def test_a_full_disk_ends_the_run_after_what_was_written_is_reported() -> None:
         begun.append(1)
 
     hold = threading.Event()
-    writer = BackgroundWriter(run, 1)
-    for job in (lambda run: hold.wait(10), file(3), full, later):
-        writer.submit(job)
-    hold.set()
+
+    def write() -> None:
+        with BackgroundWriter(run, 1) as writer:
+            for job in (lambda run: hold.wait(10), file(3), full, later):
+                writer.submit(job)
+            hold.set()
+
     with pytest.raises(NoSpaceError, match="disk full"):
-        writer.finish()
-    writer.finish()
+        write()
     assert numbers(run) == [3, 7]
     assert not begun  # nothing more is tried on a full disk
 

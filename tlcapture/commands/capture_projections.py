@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from threading import Lock
 from typing import Any
@@ -16,7 +17,6 @@ from tlcapture.commands.known_files import PromptFiles
 from tlcapture.commands.projections import (
     ChanceLevels,
     ProjectionTask,
-    pickled_vectors,
     project_capture,
     report_choice,
     without_projection,
@@ -96,7 +96,7 @@ class CaptureProjections:
         """Pickled vectors for a task; all new captures share them."""
         vectors, pickled = self._last_pickled
         if vectors is not chosen:
-            pickled = pickled_vectors(chosen)
+            pickled = pickle.dumps(chosen)
             self._last_pickled = chosen, pickled
         return pickled
 

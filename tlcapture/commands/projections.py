@@ -144,7 +144,8 @@ def project_capture(
         StorageError: a file to be replaced cannot be read, and `overwrite` is not set; none was written.
     """
     layout = run.layout
-    paths = [_path(layout, capture, each.vector) for each in chosen]
+    where = (capture.capture_set, capture.name)
+    paths = [layout.projection(each.vector.trait, each.vector.component, *where) for each in chosen]
     for path in paths:
         check_replaceable(layout, path, overwrite=overwrite)
     files = ProjectionFiles(run, capture.capture_set, capture.name, form)
@@ -183,7 +184,7 @@ def span_dynamics(projections: Sequence[Projection], capture: Capture) -> list[l
 class ProjectionTask:
     """The projection of a saved capture by another process: its file, the vectors, and the scores.
 
-    `chosen` are `pickled_vectors`, which a process unpickles once; `remembers` is whether the report of the run has
+    `chosen` are pickled vectors, which a process unpickles once; `remembers` is whether the report of the run has
     room for what its summary needs.
     """
 
@@ -210,11 +211,6 @@ class ProjectionTask:
         return report.drain(), error
 
 
-def pickled_vectors(chosen: Sequence[ChosenVector]) -> bytes:
-    """Vectors for the tasks of other processes."""
-    return pickle.dumps(chosen)
-
-
 @lru_cache(maxsize=4)
 def _unpickled(chosen: bytes) -> Sequence[ChosenVector]:
     found: Sequence[ChosenVector] = pickle.loads(chosen)
@@ -224,10 +220,6 @@ def _unpickled(chosen: bytes) -> Sequence[ChosenVector]:
 @lru_cache(maxsize=1)
 def _levels_of(layout: Layout) -> ChanceLevels:
     return ChanceLevels(Run.silent(layout))
-
-
-def _path(layout: Layout, capture: Capture, vector: TraitVector) -> Path:
-    return layout.projection(vector.trait, vector.component, capture.capture_set, capture.name)
 
 
 def massive_line(centred: Sequence[tuple[Trait, Centred]]) -> str:

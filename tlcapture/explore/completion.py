@@ -95,9 +95,6 @@ def complete_in(shell: InteractiveShell) -> None:
         found = completions(context.text_until_cursor, shell.user_ns)
         return {"completions": [SimpleCompletion(each) for each in found], "suppress": bool(found)}
 
-    others = [each for each in shell.Completer.custom_matchers if _identifier(each) != "tlcapture"]
+    known = shell.Completer.custom_matchers
+    others = [each for each in known if getattr(each, "matcher_identifier", None) != "tlcapture"]
     shell.Completer.custom_matchers = [*others, matcher]
-
-
-def _identifier(matcher: Any) -> str | None:
-    return getattr(matcher, "matcher_identifier", None)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tlcapture.errors import StorageError
 from tlcapture.generation.device_buffers import n_weights
+from tlcapture.views.attention import lower_triangle
 
 CHUNK = 256  # queries that are written together
 _MOST_PENDING = {"cpu": 2**22}  # bytes that wait for the rest of their chunk, by kind of device
@@ -222,9 +223,7 @@ class SpooledPatterns:
 
 def _lower(patterns: Sequence[Tensor], first: int, stop: int, hook: int) -> Chunk:
     """The weights `[n_weights, n_heads]` of some queries of one of the patterns `[head, query, key]`, on the CPU."""
-    query, key = torch.tril_indices(stop - first, stop, offset=first)
-    block = patterns[hook][:, first:stop, :stop].flatten(1)
-    return block.index_select(1, (query * stop + key).to(block.device)).T.contiguous().cpu()
+    return lower_triangle(patterns[hook], first, stop).contiguous().cpu()
 
 
 def _of_steps(steps: Sequence[Tensor], hook: int) -> Chunk:

@@ -69,7 +69,7 @@ class BackgroundWriter:
 
     def __exit__(self, *error: object) -> None:
         try:
-            self._wait()
+            wait(self._submitted)
         finally:
             self._limits.restore_original_limits()
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -104,14 +104,6 @@ class BackgroundWriter:
             if not future.cancelled():
                 ended.append(future.result())
         self._add(ended)
-
-    def finish(self) -> None:
-        """Wait for all jobs and report them; raises `NoSpaceError` if the device is full."""
-        self._wait()
-        self.collect()
-
-    def _wait(self) -> None:
-        wait(self._submitted)
 
     def _hold(self, n_bytes: int) -> None:
         with self._freed:

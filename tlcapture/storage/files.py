@@ -140,16 +140,14 @@ def write_bytes(path: Path, data: bytes, *, before_replacing: Hook | None = None
     return _write(path, lambda temporary: temporary.write_bytes(data), len(data), before_replacing)
 
 
-def write_stream(
-    path: Path, write: Callable[[IO[bytes]], object], n_bytes: int, *, before_replacing: Hook | None = None
-) -> Written:
+def write_stream(path: Path, write: Callable[[IO[bytes]], object], n_bytes: int) -> Written:
     """Write a file of `n_bytes` by a function that gets it open; otherwise as `write_bytes`."""
 
     def write_all(temporary: Path) -> None:
         with temporary.open("wb") as file:
             write(file)
 
-    return _write(path, write_all, n_bytes, before_replacing)
+    return _write(path, write_all, n_bytes, None)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tlcapture.errors import InputError
 from tlcapture.names import PromptId
@@ -132,8 +133,14 @@ def triangle(cache: Cache, name: str) -> Iterator[NDArray[np.float32]]:
     n_tokens = pattern.shape[-1]
     for first in range(0, n_tokens, _CHUNK):
         stop = min(first + _CHUNK, n_tokens)
-        query, key = torch.tril_indices(stop - first, stop, offset=first)
-        yield pattern[:, first:stop, :stop].flatten(1)[:, query * stop + key].T.float().cpu().numpy()
+        yield lower_triangle(pattern, first, stop).float().cpu().numpy()
+
+
+def lower_triangle(pattern: Tensor, first: int, stop: int) -> Tensor:
+    """The weights `[n_weights, n_heads]` of some queries of a pattern `[head, query, key]`, on the keys up to each."""
+    query, key = torch.tril_indices(stop - first, stop, offset=first)
+    block = pattern[:, first:stop, :stop].flatten(1)
+    return block.index_select(1, (query * stop + key).to(block.device)).T
 
 
 def attention_hooks(n_layers: int, hook_names: Set[str], only: Sequence[int] = ()) -> list[str]:
