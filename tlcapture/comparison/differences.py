@@ -23,7 +23,8 @@ Unembed = Callable[[Residual], Logits]
 def cosine(a: Residual, b: Residual) -> Tensor:
     """The cosine of the angle between activations `[n_tokens, d_model]`; NaN where one is zero."""
     one, other = a.double(), b.double()
-    lengths = (one.square().sum(-1) * other.square().sum(-1)).sqrt()
+    a2, b2 = one.square().sum(-1), other.square().sum(-1)
+    lengths = torch.where(a2 == b2, a2, (a2 * b2).sqrt())  # not every CPU rounds the root of a square to its number
     return (one * other).sum(-1) / torch.where(lengths > 0, lengths, torch.nan)
 
 
