@@ -243,8 +243,8 @@ def test_internals_with_nan_or_inf_are_refused(capture: Run, raw: Path, monkeypa
 
     view = outputs.internals_view
 
-    def overflown(cache: Any, layer: int) -> Any:
-        found = view(cache, layer)
+    def overflown(cache: Any, layer: int, positions: Any) -> Any:
+        found = view(cache, layer, positions)
         found["blocks.1.mlp.hook_pre"][0, 0] = -torch.inf
         return found
 
