@@ -72,25 +72,26 @@ class CaptureRecord(CaptureNames):
 
         `None` for projections that do not record it, are of different runs, or are damaged.
         """
-        found: list[CaptureRecord] = []
         try:
-            every = all_saved(layout, prompt_set, str(name))
-        except StorageError:  # of a shard
+            found = [cls.of_projection(saved.labels()) for saved in all_saved(layout, prompt_set, str(name))]
+            known = [each for each in found if each is not None]
+            are_of_prompt = all((each.capture_set, str(each.name)) == (prompt_set, str(name)) for each in known)
+        except (StorageError, KeyError, TypeError, ValueError):  # StorageError: also of a shard
             return None
-        for saved in every:
-            try:
-                content = saved.labels()
-                n_prompt = len(content["prompt"]["tokens"])
-                tokens = content["prompt"]["tokens"] + content["response"]["tokens"]
-                positions = stated_positions(content["metadata"], n_prompt, len(tokens))
-                made_from = cls(content["metadata"]["capture"], tokens, positions)
-                is_of_prompt = (made_from.capture_set, str(made_from.name)) == (prompt_set, str(name))
-                if made_from.n_layers < 1 or made_from.d_model < 1 or not made_from.kept.layers or not is_of_prompt:
-                    return None
-            except (StorageError, InputError, KeyError, TypeError, ValueError):
-                return None
-            found.append(made_from)
-        return found[0] if found and all(each._is_of_the_run_of(found[0]) for each in found) else None
+        if not known or len(known) < len(found) or not are_of_prompt:
+            return None
+        return known[0] if all(each._is_of_the_run_of(known[0]) for each in known) else None
+
+    @classmethod
+    def of_projection(cls, content: Mapping[str, Any]) -> CaptureRecord | None:
+        """The capture that a projection was made from, by the content of its file; `None` without a record."""
+        try:
+            prompt, response = content["prompt"]["tokens"], content["response"]["tokens"]
+            positions = stated_positions(content["metadata"], len(prompt), len(prompt + response))
+            found = cls(content["metadata"]["capture"], prompt + response, positions)
+            return found if found.n_layers >= 1 and found.d_model >= 1 and found.kept.layers else None
+        except (StorageError, InputError, KeyError, TypeError, ValueError):
+            return None
 
     def _is_of_the_run_of(self, other: CaptureRecord) -> bool:
         return (

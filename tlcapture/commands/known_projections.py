@@ -15,7 +15,6 @@ from tlcapture.commands.capture_records import SAME_FOR_A_RUN, CaptureRecord
 from tlcapture.errors import InputError, StorageError
 from tlcapture.storage.file_index import Facts, as_facts
 from tlcapture.storage.projection_shards import Shard
-from tlcapture.views.kept_tokens import stated_positions
 
 _SOURCE = ("experiment", "method", "layer")
 Content = Mapping[str, Any]  # of a projection file
@@ -106,13 +105,11 @@ def _made_from(content: Content) -> KnownCapture | None:
         if "capture" not in content["metadata"]:
             return None
         prompt, response = orjson.loads(orjson.dumps([content["prompt"], content["response"]]))
-        tokens, n_prompt = prompt["tokens"] + response["tokens"], len(prompt["tokens"])
-        metadata = content["metadata"]["capture"]
-        record = CaptureRecord(metadata, tokens, stated_positions(content["metadata"], n_prompt, len(tokens)))
-        if record.n_layers < 1 or record.d_model < 1 or not record.kept.layers or record.positions is None:
+        record = CaptureRecord.of_projection({**content, "prompt": prompt, "response": response})
+        if record is None or record.positions is None:
             return None
-        same = [metadata.get(key) for key in (*SAME_COMPUTATION, *SAME_FOR_A_RUN)]
-        run = digest([tokens, record.positions.kept, same])
-        return KnownCapture.of_record(metadata, tokens, record.positions, record.kept, run)
+        same = [record.metadata.get(key) for key in (*SAME_COMPUTATION, *SAME_FOR_A_RUN)]
+        run = digest([record.tokens, record.positions.kept, same])
+        return KnownCapture.of_record(record.metadata, record.tokens, record.positions, record.kept, run)
     except (StorageError, InputError, KeyError, TypeError, ValueError):
         return None

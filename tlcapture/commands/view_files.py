@@ -5,7 +5,8 @@ Only one form of a file exists: the other is removed once the new one is complet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +53,12 @@ def write_attention_file(
     layers = [layer for layer in attention_layers(n_layers, cache.keys()) if not only or layer in only]
     n_heads = next(triangle(cache, hook("pattern", layers[0]))).shape[1]
     n_weights = len(layers) * n_heads * sum(query + 1 for query in positions.kept)
-    if not is_written_compact(asked, n_weights * PER_WEIGHT):
-        view = attention_view(cache, n_layers, only).only(positions)
-        return _alone(layout, path, lambda target: write_json(target, view.to_json(**names)), compact=False)
-    head = attention_head(n_layers, n_heads, None if positions.is_all else positions, only or None, **names)
-    return _alone(
-        layout,
-        path,
-        lambda target: write_attention(
-            target, head, positions, layers, lambda layer: triangle(cache, hook("pattern", layer))
-        ),
-        compact=True,
-    )
+    compact = is_written_compact(asked, n_weights * PER_WEIGHT)
+    with _alone(layout, path, compact=compact) as target:
+        if not compact:
+            return write_json(target, attention_view(cache, n_layers, only).only(positions).to_json(**names))
+        head = attention_head(n_layers, n_heads, None if positions.is_all else positions, only or None, **names)
+        return write_attention(target, head, positions, layers, lambda layer: triangle(cache, hook("pattern", layer)))
 
 
 def write_lens_file(
@@ -75,25 +70,20 @@ def write_lens_file(
     asked: str | None,
 ) -> Written:
     """Write a prompt's logit lens, whose JSON path is `path`; otherwise as `write_attention_file`."""
-    if not is_written_compact(asked, lens.top_ids.numel() * PER_PREDICTION):
-        return _alone(
-            layout,
-            path,
-            lambda target: write_json(target, lens.to_json(**names, token_texts=token_texts)),
-            compact=False,
-        )
-    tops, actual = (lens.top_ids.numpy(), lens.top_probs.numpy()), (lens.actual_rank.numpy(), lens.actual_prob.numpy())
-    return _alone(
-        layout, path, lambda target: write_lens(target, lens.head(**names), *tops, *actual, token_texts), compact=True
-    )
+    compact = is_written_compact(asked, lens.top_ids.numel() * PER_PREDICTION)
+    with _alone(layout, path, compact=compact) as target:
+        if not compact:
+            return write_json(target, lens.to_json(**names, token_texts=token_texts))
+        numbers = (each.numpy() for each in (lens.top_ids, lens.top_probs, lens.actual_rank, lens.actual_prob))
+        return write_lens(target, lens.head(**names), *numbers, token_texts)
 
 
-def _alone(layout: Layout, path: Path, write: Callable[[Path], Written], *, compact: bool) -> Written:
-    """Write one form of a file, and remove the other."""
+@contextmanager
+def _alone(layout: Layout, path: Path, *, compact: bool) -> Iterator[Path]:
+    """The path of one form of a file, which is written within the context; afterwards the other form is removed."""
     json, other = layout.forms(path)
-    written = write(other if compact else json)
+    yield other if compact else json
     remove([json if compact else other])
-    return written
 
 
 def went_compact(written: Written, asked: str | None) -> bool:

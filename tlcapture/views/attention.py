@@ -48,34 +48,15 @@ class AttentionPatterns:
         without = "" if len(self.layers) == self.n_layers else f", attention in {as_ranges(self.layers)}"
         return f"AttentionPatterns({self.n_layers} layers{without}, {n_heads} heads, {n_tokens} tokens)"
 
-    def to_json(
-        self,
-        *,
-        prompt_id: PromptId,
-        prompt_set: str,
-        tokens: Sequence[str],
-        n_prompt_tokens: int,
-        sample: int | None = None,
-    ) -> dict[str, Any]:
-        """The content of `{id}_attention.json`.
+    def to_json(self, **labels: Any) -> dict[str, Any]:
+        """The content of `{id}_attention.json`; `labels` are the keyword arguments of `attention_head`.
 
         Weights have 4 significant digits; a layer without attention is null. There is an entry for
         each query, with weights of all tokens up to it; `positions` names the queries if these are not all.
         """
         queries = range(self.patterns.shape[-1]) if self.positions is None else self.positions.kept
-        head = attention_head(
-            self.n_layers,
-            self.patterns.shape[1],
-            self.positions,
-            self.kept,
-            prompt_id=prompt_id,
-            prompt_set=prompt_set,
-            tokens=tokens,
-            n_prompt_tokens=n_prompt_tokens,
-            sample=sample,
-        )
         return {
-            **head,
+            **attention_head(self.n_layers, self.patterns.shape[1], self.positions, self.kept, **labels),
             "attention": [
                 {"token_idx": token, "context_size": token + 1, "by_layer": self._by_layer(row, token)}
                 for row, token in enumerate(queries)

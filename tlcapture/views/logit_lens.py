@@ -60,16 +60,9 @@ class LogitLens:
         return f"LogitLens({n_layers} layers, {n_predictions} predictions, top {top_k})"
 
     def to_json(
-        self,
-        *,
-        prompt_id: PromptId,
-        prompt_set: str,
-        tokens: Sequence[str],
-        n_prompt_tokens: int,
-        token_texts: Callable[[Sequence[int]], list[str]],
-        sample: int | None = None,
+        self, *, tokens: Sequence[str], token_texts: Callable[[Sequence[int]], list[str]], **labels: Any
     ) -> dict[str, Any]:
-        """The content of `{id}_logit_lens.json`; probabilities have 4 significant digits.
+        """The content of `{id}_logit_lens.json`; `labels` are those of `head`. Probabilities have 4 significant digits.
 
         The lists `top_k`, nearly all of the content, are encoded already: `write_json` writes fragments unchanged.
         """
@@ -91,13 +84,7 @@ class LogitLens:
 
         after = range(n_predictions) if self.positions is None else self.positions.with_next
         return {
-            **self.head(
-                prompt_id=prompt_id,
-                prompt_set=prompt_set,
-                tokens=tokens,
-                n_prompt_tokens=n_prompt_tokens,
-                sample=sample,
-            ),
+            **self.head(tokens=tokens, **labels),
             "predictions": [
                 {
                     "token_idx": token,
