@@ -200,7 +200,7 @@ def test_after_attn_is_residual_in_plus_the_output_of_the_mixer(family: str) -> 
             assert relative(stream.at(layer, "after_attn") - stream.at(layer, "residual_in"), mixed) < BOUND
         if has_attention:
             assert relative(stream.at(1, "attn_out"), mixers[1]) < BOUND
-            with pytest.raises(InputError, match="layer 0 has no attention: attn_out is of layers 1"):
+            with pytest.raises(InputError, match="layer 0 has no attention: attn_out has layers 1"):
                 stream.at(0, "attn_out")
 
 

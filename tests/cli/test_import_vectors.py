@@ -338,7 +338,7 @@ def test_the_squares_of_a_vector_that_is_read_are_within_float32(
 def test_another_architecture_in_a_control_vector_is_said(bring: Run, tmp_path: Path) -> None:
     result = bring(gguf(tmp_path / "x.gguf", hint="qwen2", tensors={"direction.1": table(1)[0]}))
     assert result.exit_code == 0
-    assert "the file says that its vectors are of a qwen2 model, the experiment's is llama" in result.stderr
+    assert "the file says that its vectors come from a qwen2 model, the experiment's is llama" in result.stderr
 
 
 class Malicious:

@@ -264,7 +264,7 @@ def test_another_tokenizer_is_refused_with_the_first_token_that_differs(
     path.write_text(json.dumps(content))
     result = tlcapture("capture", "--experiment", "x", "--model", folder, "--responses-from", "exp")
     assert result.exit_code == 2
-    assert "are of another tokenizer than this model's: token" in result.stderr
+    assert "come from another tokenizer than this model's: token" in result.stderr
     assert "is 'h' there, and 'z' here" in result.stderr
     assert not (data / "experiments/x/inference").exists()
 

@@ -195,14 +195,14 @@ def test_internals_of_different_numbers_of_tokens_are_refused(internals: Content
     content = torch.load(path, weights_only=True)
     for change in ({"blocks.1.mlp.hook_post": torch.zeros(2, 8)}, {"positions": [0, 1]}):
         write_tensors(path, {**content, **change})
-        with pytest.raises(StorageError, match="of different numbers of tokens"):
+        with pytest.raises(StorageError, match="have different numbers of tokens"):
             internals.internals_layer(*WHERE, "1")
 
 
 def test_internals_of_other_tokens_are_refused(internals: Contents) -> None:
     folder = internals.root / "experiments/exp/inference/raw/internals/short"
     (folder / "1_L1.pt").write_bytes((folder / "2_L1.pt").read_bytes())
-    with pytest.raises(StorageError, match="of other tokens than the capture"):
+    with pytest.raises(StorageError, match="its tokens differ from the capture's"):
         internals.internals_layer(*WHERE, "1")
 
 

@@ -221,7 +221,7 @@ class CaptureContent(FileContent):
 def held_of_part(content: Any, part: str) -> tuple[int, ...] | None:
     """Indices, within a part, of the tokens whose activations a file holds; `None` if it holds all.
 
-    Raises `ValueError` for positions that are not those of tokens.
+    Raises `ValueError` for positions that no token has.
     """
     if content.metadata.positions is None:
         return None

@@ -27,7 +27,7 @@ class KnownCapture(CaptureNames):
     """The facts about a capture that an index of files keeps.
 
     Attributes:
-        metadata: that of the capture, without long texts.
+        metadata: the capture's, without long texts.
         conversation: a digest of the prompt's text and messages.
         n_prompt: tokens of the prompt.
         n_tokens: tokens of prompt and response.

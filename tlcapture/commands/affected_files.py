@@ -26,8 +26,7 @@ class AffectedFiles:
 
     Attributes:
         replaced: files that will be written again.
-        removed: other files derived from captures that will be replaced; those of a capture whose tokens stay the
-            same are kept.
+        removed: other files derived from captures that will be replaced; they are kept where the tokens stay the same.
         failures: saved captures with a projection that cannot be read, and so are not completed.
     """
 

@@ -22,7 +22,7 @@ from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens
 
 ALL_LAYERS = "all"
-NO_CHOICE = VectorChoice()  # that of a command line without options for vectors
+NO_CHOICE = VectorChoice()  # a command line without options for vectors
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ def _vectors(files: VectorFiles, model: Model, options: CarryOverOptions, compon
         check_fits(vector, model.n_layers, model.d_model)
         if vector.metadata.get("model_fingerprint") not in (None, model.fingerprint):
             raise VectorError(
-                f"the {vector.method} vector at layer {vector.layer} is of another model: extract it again"
+                f"the {vector.method} vector at layer {vector.layer} comes from another model: extract it again"
             )
     return vectors
 

@@ -198,7 +198,7 @@ class CompareWorker:
         if found.shared.n_tokens < max(len(a.tokens), len(b.tokens)):
             self._run.warn(
                 f"{sets.a.name}: some responses differ: only the tokens that both begin with are compared; means of "
-                "responses are of each response as a whole"
+                "responses cover each response as a whole"
             )
 
     def _existing(self, path: Path) -> ComparisonFile | None:

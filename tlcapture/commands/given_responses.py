@@ -99,7 +99,7 @@ class GivenResponses:
             if reason is not None:
                 raise InputError(
                     f"--responses-from {self}: the tokens of {capture.capture_set}/{capture.prompt_id}, captured from "
-                    f"{capture.metadata['inference_model']!r}, are of another tokenizer than this model's: {reason}"
+                    f"{capture.metadata['inference_model']!r}, come from another tokenizer than this model's: {reason}"
                 )
 
     def are_tokens_of(self, saved: KnownCapture, prompt_set: str, prompt_id: PromptId, sample: int | None) -> bool:

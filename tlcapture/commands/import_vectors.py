@@ -94,7 +94,7 @@ def _other_architecture(found: ToolVectors, model_type: str | None) -> list[str]
     said = found.model_type
     if None in (said, model_type) or said == model_type:
         return []
-    return [f"the file says that its vectors are of a {said} model, the experiment's is {model_type}"]
+    return [f"the file says that its vectors come from a {said} model, the experiment's is {model_type}"]
 
 
 def _check_free(files: VectorFiles, component: str, overwrite: bool) -> None:

@@ -62,7 +62,7 @@ class TopTrait:
         samples: the spread over the prompt's samples; `None` for a prompt without samples.
         pieces: the response (of the first sample) in pieces with the score of each, from -1 as in the negative examples
             to 1 as in the positive ones; as it was projected where `calibrated` is unknown.
-        rises: the rise of every trait, that of this one included; `chance` is the level of the largest of them.
+        rises: the rise of every trait, this one included; `chance` is the level of the largest of them.
     """
 
     prompt_id: str
@@ -306,15 +306,15 @@ def pieces_of(text: str, tokens: Sequence[str], scores: Sequence[float | None]) 
     pieces: list[tuple[str, float | None]] = []
     at, parts = 0, []
     for token, score in zip(tokens, scores, strict=True):
-        place = text.find(token, at)
-        if REPLACEMENT in token and place != at:
+        start = text.find(token, at)
+        if REPLACEMENT in token and start != at:
             parts.append(score)
-        elif token and place >= 0:
-            if parts and place > at:
-                pieces.append((text[at:place], _mean_of(parts)))
-                at = place
-            pieces.append((text[at : place + len(token)], score))
-            at, parts = place + len(token), []
+        elif token and start >= 0:
+            if parts and start > at:
+                pieces.append((text[at:start], _mean_of(parts)))
+                at = start
+            pieces.append((text[at : start + len(token)], score))
+            at, parts = start + len(token), []
     return [*pieces, (text[at:], _mean_of(parts))] if at < len(text) else pieces
 
 

@@ -163,7 +163,7 @@ def _common_tokens(
     for path, others in found[1:]:
         if others != tokens:
             raise StorageError(
-                f"{path}: its tokens are not those of {first}: run 'tlcapture project' again, and then export"
+                f"{path}: its tokens differ from the tokens of {first}: run 'tlcapture project' again, and then export"
             )
     return tokens
 
@@ -231,22 +231,22 @@ def _capture(exported: ExportedCapture) -> Capture | None:
     record, metadata = exported.record, exported.record["capture"]
     if metadata is None or not exported.activations:
         return None
-    places = {_place(name): tensor for name, tensor in exported.activations.items()}
-    points = [point for point in POINTS if any(at == point for _, at in places)]
+    by_point = {_layer_and_point(name): tensor for name, tensor in exported.activations.items()}
+    points = [point for point in POINTS if any(at == point for _, at in by_point)]
     if not points:
         return None  # attention outputs alone are no residual stream
-    layers = sorted({layer for layer, point in places if point != "attn_out"})
+    layers = sorted({layer for layer, point in by_point if point != "attn_out"})
     kept = KeptPoints(int(metadata["n_layers"]), tuple(layers), tuple(points))
     metadata = {**metadata, **({} if kept.is_all else {"layers": layers, "points": points})}
-    outputs = sorted(layer for layer, point in places if point == "attn_out")
+    outputs = sorted(layer for layer, point in by_point if point == "attn_out")
     n_prompt, n_tokens = int(record["n_prompt_tokens"]), int(record["n_tokens"])
     held = Positions.of(metadata.get("positions"), n_prompt, n_tokens)
     spans = tuple(TokenSpan.model_validate(each) for each in record["spans"])
     check_spans(spans, n_tokens)
     _check_names(record, metadata)
-    by_index = {point_index(layer, point): places[layer, point] for layer, point in places if point != "attn_out"}
+    by_index = {point_index(layer, point): by_point[layer, point] for layer, point in by_point if point != "attn_out"}
     stream_points = [by_index[index] for index in kept.point_indices]
-    stream_outputs = [places[layer, "attn_out"] for layer in outputs]
+    stream_outputs = [by_point[layer, "attn_out"] for layer in outputs]
     parts = []
     for name, start, stop, rows in (
         ("prompt", 0, n_prompt, held.prompt),
@@ -281,7 +281,7 @@ def _check_names(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> None
         raise ValueError("no prompt set")
 
 
-def _place(name: str) -> tuple[int, str]:
+def _layer_and_point(name: str) -> tuple[int, str]:
     match = _ACTIVATION.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r} is not the name of activations")

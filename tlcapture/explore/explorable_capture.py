@@ -349,7 +349,9 @@ class ExplorableCapture(ABC):
         own = self._vectors()
         if vector_experiment is None:
             if own is None:
-                raise InputError("this capture is of no experiment: say whose vectors, vector_experiment='NAME'")
+                raise InputError(
+                    "this capture belongs to no experiment: name one with vectors, vector_experiment='NAME'"
+                )
             return own
         source = vectors_layout(default_root() if own is None else own.root, vector_experiment)
         source.check_exists()

@@ -80,8 +80,8 @@ def prompt_of_capture(model: Model, capture: Capture) -> TokenizedPrompt:
     """The prompt of a capture with its response as a given one; raises `InputError` for another tokenizer."""
     if token_texts(model.tokenizer, capture.token_ids) != capture.tokens:
         raise InputError(
-            f"{capture.capture_set}/{capture.prompt_id}: its tokens are those of another tokenizer than that of "
-            f"{model.name}: expected a model with the tokenizer of {capture.metadata['inference_model']}"
+            f"{capture.capture_set}/{capture.prompt_id}: its tokens come from another tokenizer than "
+            f"{model.name}'s: expected a model with the tokenizer of {capture.metadata['inference_model']}"
         )
     return as_prompt(capture, capture.prompt_id)
 

@@ -127,10 +127,10 @@ def _internals(layout: Layout, prompt_set: str, prompt_id: str, layer: int) -> M
     n_rows = {len(content[name]) for name in names if not is_pattern(name)}
     stated = content.get("positions")
     if len(n_rows) > 1 or (stated is not None and n_rows - {len(stated)}):
-        raise StorageError(f"{path}: not a valid internals file: its activations are of different numbers of tokens")
+        raise StorageError(f"{path}: not a valid internals file: its activations have different numbers of tokens")
     raw = layout.residual(prompt_set, prompt_id)
     if raw.is_file() and content.get("token_ids") != _token_ids(read_arrays(raw)):
-        raise StorageError(f"{path}: it is of other tokens than the capture: make it again with --replay")
+        raise StorageError(f"{path}: its tokens differ from the capture's: make it again with --replay")
     found: Mapping[str, Any] = content
     return found
 

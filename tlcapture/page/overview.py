@@ -23,8 +23,8 @@ def overview_of(
 
     A row has the `id` of the prompt, its `captures`, and the first words of the `answer`. Where the prompt is
     projected it also has its `rises` by trait and, for the trait that rose most, what `TopTrait` says of it. `traits`
-    are all traits of the rises, `doubts` what is doubtful of their vectors. `problems` are of projections, `unread` of
-    captures that are not projected.
+    are all traits of the rises, `doubts` the doubts about their vectors. `problems` name projections that cannot be
+    read, `unread` captures without projections that cannot.
     """
     unread: dict[str, None] = {}
     read = summary_read(layout, prompt_set, component)

@@ -134,7 +134,7 @@ def _compute_alone(*, with_idle_team: bool) -> None:
     """Let a thread compute alone.
 
     An idle team of threads makes libgomp count more threads than processors. Then none of them waits for its next work
-    in a loop of milliseconds, in which those of the model would keep other processes from computing.
+    in a loop of milliseconds, in which the model's threads would keep other processes from computing.
     """
     import torch
 

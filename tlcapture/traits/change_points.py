@@ -202,14 +202,14 @@ class _Null:
     @cached_property
     def _least(self) -> Values:
         """For each bin but the last, a clarity at which `p` is above `LEVEL` in that bin and in the next one."""
-        place = int((1 - LEVEL) * self.clarities.shape[1]) - 1
-        return np.minimum(self.clarities[:-1, place], self.clarities[1:, place])
+        rank = int((1 - LEVEL) * self.clarities.shape[1]) - 1
+        return np.minimum(self.clarities[:-1, rank], self.clarities[1:, rank])
 
     @cached_property
     def _surely(self) -> Values:
         """For each bin but the last, a clarity beyond which `p` is at most `LEVEL` in that bin and in the next one."""
-        place = self.clarities.shape[1] - int(LEVEL * (self.clarities.shape[1] + 1))
-        return np.maximum(self.clarities[:-1, place], self.clarities[1:, place])
+        rank = self.clarities.shape[1] - int(LEVEL * (self.clarities.shape[1] + 1))
+        return np.maximum(self.clarities[:-1, rank], self.clarities[1:, rank])
 
     @cached_property
     def _ranges(self) -> Values:

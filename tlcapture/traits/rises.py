@@ -210,9 +210,9 @@ def _runs(tokens: _Places, n_tokens: int) -> tuple[_Places, _Places, _Places]:
     if not n_inner:
         none = np.empty(0, dtype=np.int64)
         return none, none, np.empty((0, n_rows), dtype=np.int64)
-    place = np.arange(n_inner)
+    column = np.arange(n_inner)
     is_first = np.diff(tokens, axis=1, prepend=tokens[:, :1]) % n_tokens != 1
-    since = place - np.maximum.accumulate(np.where(is_first, place, 0), axis=1)
+    since = column - np.maximum.accumulate(np.where(is_first, column, 0), axis=1)
     rows, columns = np.nonzero(since % BLOCK == 0)
     lengths = np.diff(rows * n_inner + columns, append=n_rows * n_inner)
     number = np.arange(len(rows)) - np.searchsorted(rows, rows)

@@ -30,7 +30,7 @@ class Positions:
         n_prompt: the number of tokens of the prompt.
         n_tokens: the number of tokens of prompt and response.
 
-    Raises `ValueError` for indices that are not ascending or not those of tokens.
+    Raises `ValueError` for indices that are not ascending, or that no token has.
     """
 
     kept: tuple[int, ...]
@@ -159,7 +159,7 @@ def kept_of(tokens: KeptTokens | None, n_prompt: int, n_tokens: int) -> Position
 def stated_positions(content: Mapping[str, Any] | Any, n_prompt: int, n_tokens: int) -> Positions:
     """The tokens that a file or its metadata states under `positions`; all if there is no such key.
 
-    Raises `ValueError` for positions that are not those of tokens.
+    Raises `ValueError` for positions that no token has.
     """
     found = content.get("positions") if isinstance(content, Mapping) else getattr(content, "positions", None)
     return Positions.of(found, n_prompt, n_tokens)

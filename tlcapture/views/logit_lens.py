@@ -39,7 +39,7 @@ def logit_lens_hooks(n_layers: int, only: Sequence[int] = ()) -> list[str]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitLens:
-    """Predictions for every token that has a next one (or for those of them in `positions`), by layer.
+    """Predictions by layer for every token that has a next one, or for the ones in `positions` alone.
 
     Of all layers, or of those in `kept` of a model with `n_model_layers`.
 

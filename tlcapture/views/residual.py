@@ -32,8 +32,7 @@ class ResidualStream:
     `points` is `[2 * n_layers + 1, n_tokens, d_model]`, `attn_out` `[n_layers, n_tokens, d_model]`. If `only`
     states the kept points, they are `[len(only.point_indices), ...]` and `[len(only.layers), ...]`; if
     `with_attention` names the layers that have attention, `attn_out` holds only the kept ones among them.
-    `check` is called before rows of a file are read; to read whole buffers, use those of
-    `checked()`.
+    `check` is called before rows of a file are read; whole buffers are read from `checked()`.
     """
 
     points: ResidualPoints
@@ -86,9 +85,7 @@ class ResidualStream:
             if self.attn_out is None:
                 raise InputError("attn_out was not captured: capture again with --capture-attn")
             if layer not in self.output_layers:
-                raise InputError(
-                    f"layer {layer} has no attention: attn_out is of layers {as_ranges(self.output_layers)}"
-                )
+                raise InputError(f"layer {layer} has no attention: attn_out has layers {as_ranges(self.output_layers)}")
             return self._row("attn_out", self.attn_out, self.output_layers.index(layer))
         return self._row("points", self.points, self.kept.row(layer, point))
 

@@ -76,8 +76,8 @@ tl.attention.matrix = {
       for (let y = 0; y < nRows; y += 1) {
         const line = Math.floor((y * height) / nRows) * width;
         for (let x = 0; x < nKeys; x += 1) {
-          const value = cells[y * nKeys + x], place = line + Math.floor((x * width) / nKeys);
-          if (!(found[place] >= value) && !Number.isNaN(value)) found[place] = value;
+          const value = cells[y * nKeys + x], pixel = line + Math.floor((x * width) / nKeys);
+          if (!(found[pixel] >= value) && !Number.isNaN(value)) found[pixel] = value;
         }
       }
       const image = new ImageData(width, height), ramp = colours.ramp(), blank = colours.numbers("--back");
