@@ -37,6 +37,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def dtype_name(dtype: object) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def format_bytes(count: float) -> str:
     """`1536` as `1.5 KiB`, in powers of 1024."""
     for unit in _UNITS[:-1]:

@@ -311,7 +311,7 @@ def _part_from_file(part: PartContent, content: CaptureContent, positions: tuple
     residual = ResidualStream(
         stacked(points).detach(),
         stacked(outputs).detach() if outputs else None,
-        None if kept.is_all else kept,
+        kept,
         None if attention is None else tuple(attention),
     )
     return CapturedPart(part.text, part.tokens, part.token_ids, residual, positions)

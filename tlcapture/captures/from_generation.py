@@ -44,11 +44,10 @@ def capture_of(
 
     `interventions` are the records of the interventions that were active during generation.
     """
-    only = None if kept is None or kept.is_all else kept
     prompt = generation.prompt
     n_prompt, n_tokens = len(prompt.token_ids), len(generation.token_ids)
     stream = residual_view(
-        generation.cache, model.n_layers, attn_out=attn_out, only=only, with_attention=model.with_attention
+        generation.cache, model.n_layers, attn_out=attn_out, only=kept, with_attention=model.with_attention
     )
     dtype = storage_dtype(stream, save_dtype)
     texts = token_texts(model.tokenizer, generation.token_ids)

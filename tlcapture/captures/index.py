@@ -22,6 +22,7 @@ from tlcapture.prompts.spans import check_spans
 from tlcapture.storage.archives import Archive
 from tlcapture.storage.files import opening
 from tlcapture.storage.validation import FileContent, checked
+from tlcapture.text import dtype_name
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import ResidualStream, layers_with_attention
 
@@ -46,7 +47,7 @@ class Stored(FileContent):
     @classmethod
     def of(cls, tensor: Tensor, number: int) -> dict[str, Any]:
         """The entry for a tensor that the archive stores as `data/{number}`."""
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         return {
             "record": f"data/{number}",
             "dtype": dtype,
@@ -124,11 +125,9 @@ def read_index(path: Path) -> tuple[CaptureIndex, dict[str, Any], dict[str, Resi
         value = json.loads(archive.read(NAME))
         check_version(value, path)
         index = checked(CaptureIndex, value, path, "raw residual")
-        kept = index.kept
-        only = None if kept.is_all else kept
         attention = index.metadata.attention_layers
         layers = None if attention is None else tuple(attention)
-        streams = {name: _stream(path, archive, name, getattr(index, name), only, layers) for name in PARTS}
+        streams = {name: _stream(path, archive, name, getattr(index, name), index.kept, layers) for name in PARTS}
         return index, value["metadata"], streams
 
 
@@ -168,7 +167,7 @@ def _stream(
     archive: Archive,
     name: str,
     part: IndexedPart,
-    only: KeptPoints | None,
+    kept: KeptPoints,
     with_attention: tuple[int, ...] | None,
 ) -> ResidualStream:
     stored = {"points": part.points, **({} if part.attn_out is None else {"attn_out": part.attn_out})}
@@ -176,4 +175,4 @@ def _stream(
     points, *outputs = archive.tensors(wanted)
     sums = {buffer: each.row_sums for buffer, each in stored.items() if each.row_sums is not None}
     check = WrittenSums(path, name, sums) if sums else None
-    return ResidualStream(points, outputs[0] if outputs else None, only, with_attention, check)
+    return ResidualStream(points, outputs[0] if outputs else None, kept, with_attention, check)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from tlcapture.text import dtype_name
 from tlcapture.version import __version__
 from tlcapture.views.hooks import HOOKS, POINTS, at_any_layer, hook, mixer_hook
 
@@ -21,7 +22,7 @@ def model_record(model: Model) -> dict[str, Any]:
     """The model and how it was run, which must agree for activations to be comparable."""
     return {
         "engine": model.engine,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "weight_processing": RAW,
         "model_fingerprint": model.fingerprint,
         "model_revision": model.revision,

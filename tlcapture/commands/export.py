@@ -29,7 +29,7 @@ from tlcapture.storage.config import read_config
 from tlcapture.storage.files import write_folder
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.missing_captures import no_captures
-from tlcapture.text import as_ranges
+from tlcapture.text import as_ranges, dtype_name
 from tlcapture.version import __version__
 from tlcapture.views.hooks import POINTS
 
@@ -152,7 +152,7 @@ def _look(layout: Layout, files: list[tuple[str, str]], wanted: Wanted) -> _Seen
         stream = capture.prompt.residual
         for layer, point in wanted.of(stream):
             seen.activations[activation_column(layer, point)] = (layer, point)
-            seen.dtypes[str(stream.points.dtype).removeprefix("torch.")] += 1
+            seen.dtypes[dtype_name(stream.points.dtype)] += 1
         for name in _PROVENANCE:
             value = capture.metadata.get(name)
             if value is not None:

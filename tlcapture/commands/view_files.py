@@ -57,7 +57,7 @@ def write_attention_file(
     with _alone(layout, path, compact=compact) as target:
         if not compact:
             return write_json(target, attention_view(cache, n_layers, only).only(positions).to_json(**names))
-        head = attention_head(n_layers, n_heads, None if positions.is_all else positions, only or None, **names)
+        head = attention_head(n_layers, n_heads, positions, only or None, **names)
         return write_attention(target, head, positions, layers, lambda layer: triangle(cache, hook("pattern", layer)))
 
 

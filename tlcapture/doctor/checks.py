@@ -25,7 +25,7 @@ from tlcapture.models.finite_weights import not_finite, remedy, said_of
 from tlcapture.models.loading import Model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, tokenize
-from tlcapture.text import as_ranges
+from tlcapture.text import as_ranges, dtype_name
 from tlcapture.traits.massive_dimensions import massive_dimensions, norm_share
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.hooks import hook
@@ -218,7 +218,7 @@ def check_recomputed(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
 
 def check_range(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
     """Check that every activation is within the range of the dtype, and of the dtype in which captures are stored."""
-    name = str(model.dtype).removeprefix("torch.")
+    name = dtype_name(model.dtype)
     hooks = residual_hooks(model.n_layers, model.hook_names)
     caches = [teacher_force(model, prompt.token_ids, hooks) for prompt in prompts]
     for point in hooks:
@@ -228,7 +228,7 @@ def check_range(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
     stored = torch.float16 if model.dtype == torch.float32 else model.dtype  # what --save-dtype auto prefers
     share = largest / torch.finfo(stored).max
     shown = f"{share:.2g}" if share > 0.01 else "less than 0.01"
-    detail = f"largest residual {largest:.3g}, {shown} of the {str(stored).removeprefix('torch.')} maximum"
+    detail = f"largest residual {largest:.3g}, {shown} of the {dtype_name(stored)} maximum"
     if share > 1:
         return Check("range", WARNING, f"{detail}: captures are stored as bfloat16")
     if share > 0.5:

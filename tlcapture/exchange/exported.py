@@ -256,7 +256,7 @@ def _capture(exported: ExportedCapture) -> Capture | None:
         stream = ResidualStream(
             stacked([each[index] for each in stream_points]),
             stacked([each[index] for each in stream_outputs]) if stream_outputs else None,
-            None if kept.is_all else kept,
+            kept,
             _with_attention(metadata, layers, outputs),
         )
         tokens, ids = (exported.columns[key][start:stop] for key in ("token", "token_id"))

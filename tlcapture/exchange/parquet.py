@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tlcapture.errors import StorageError
 from tlcapture.exchange.exported import BULK, ExportedCapture
-from tlcapture.text import first_line
+from tlcapture.text import dtype_name, first_line
 
 _TOKEN_COLUMNS = {
     "token_idx": pa.int64(),
@@ -166,7 +166,7 @@ class _Shards:
 def _row(exported: ExportedCapture) -> dict[str, Any]:
     record, metadata = exported.record, exported.record["capture"] or {}
     known = {name: metadata.get(name) for name in ("sample", "variant", "stop_reason")}
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in exported.activations.values()}
+    dtypes = {dtype_name(tensor.dtype) for tensor in exported.activations.values()}
     return {
         **{name: record[name] for name in _CAPTURES.names if name in record},
         **known,

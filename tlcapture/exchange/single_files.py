@@ -18,7 +18,7 @@ from tlcapture.errors import StorageError
 from tlcapture.exchange.exported import BULK, ExportedCapture
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.folders import subfolders
-from tlcapture.text import first_line
+from tlcapture.text import dtype_name, first_line
 
 _RECORD = "tlcapture"  # the key of the record in the header of a safetensors file
 
@@ -74,7 +74,7 @@ def _read_safetensors(path: Path) -> ExportedCapture:
 
 
 def _write_json(path: Path, exported: ExportedCapture) -> None:
-    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in exported.activations.items()}
+    dtypes = {name: dtype_name(tensor.dtype) for name, tensor in exported.activations.items()}
     activations = {
         name: {"dtype": dtypes[name], "values": np.ascontiguousarray(tensor.float().numpy())}
         for name, tensor in exported.activations.items()

@@ -9,6 +9,7 @@ import torch
 from tlcapture.commands.memory_need import Sized, memory_need
 from tlcapture.models.sizes import Measures
 from tlcapture.plan.cost import Workload
+from tlcapture.text import dtype_name
 
 
 @dataclass(frozen=True)
@@ -33,4 +34,4 @@ def memory_of(workload: Workload, measures: Measures, dtype: torch.dtype, device
     n_tokens = workload.prompt_tokens + workload.options.max_new_tokens
     prompt = memory_need(model, wanted, workload.prompt_tokens, n_tokens).n_bytes
     again = memory_need(model, wanted, n_tokens, n_tokens, replay=True).n_bytes if wanted.needs_pass else None
-    return Memory(str(dtype).removeprefix("torch."), prompt, again)
+    return Memory(dtype_name(dtype), prompt, again)

@@ -23,6 +23,7 @@ from tlcapture.plan.cost import Pace, Workload
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.run import Run
 from tlcapture.storage.layout import Layout
+from tlcapture.text import dtype_name
 from tlcapture.traits.choice import ChosenVector
 from tlcapture.traits.selection import Selection, fallback_layer
 from tlcapture.traits.vectors import TraitVector
@@ -51,7 +52,7 @@ def measured_pace(model: Model, workload: Workload) -> Pace:
         start = time.perf_counter()
         n_new = _capture(model, prompts[size:], size, workload, layout, chosen)
         seconds = time.perf_counter() - start
-    where = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
+    where = f"{model.device}, {dtype_name(model.dtype)}"
     return Pace(n_new / seconds, f"measured here on {len(prompts) - size} prompts in batches of {size}, {where}")
 
 

@@ -12,6 +12,7 @@ from tlcapture.models.embedded import NAME, is_converted
 from tlcapture.runs.display import Display
 from tlcapture.storage.config import settle_model
 from tlcapture.storage.layout import Layout
+from tlcapture.text import dtype_name
 
 if TYPE_CHECKING:
     from tlcapture.models.loading import Model, ModelOutline
@@ -106,7 +107,7 @@ class ModelLoader:
             where |= {"adapter": self.adapter, "adapter_source": adapter_folder(self.adapter, self.source)}
         checks: dict[str, Any] = {"check": self.check, "warn": self.display.warn}
         model = load_model(self.name, engine=self.engine, dtype=self.dtype, **where, **checks)
-        dtype = str(model.dtype).removeprefix("torch.")
+        dtype = dtype_name(model.dtype)
         adapter = {} if model.adapter is None else {"adapter": model.adapter}
         facts = {"name": model.name, **adapter, "engine": model.engine, "device": str(model.device), "dtype": dtype}
         self.display.uses(model={**facts, "fingerprint": model.fingerprint})

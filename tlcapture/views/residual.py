@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tlcapture.errors import InputError
 from tlcapture.shapes import LayerOutputs, Residual, ResidualPoints
-from tlcapture.text import as_ranges
+from tlcapture.text import as_ranges, dtype_name
 from tlcapture.views.cache import Cache, stacked
 from tlcapture.views.hooks import COMPONENTS, attention_layers, hook, mixer_hook
 from tlcapture.views.kept_points import KeptPoints
@@ -42,7 +42,7 @@ class ResidualStream:
     check: CheckRows | None = None
 
     def __repr__(self) -> str:
-        dtype = str(self.points.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.points.dtype)
         attn_out = ", with attn_out" if self.attn_out is not None else ""
         return (
             f"ResidualStream({self.n_layers} layers, {self.n_tokens} tokens, d_model {self.points.shape[-1]}, "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tlcapture.models.sizes import Measures
 from tlcapture.shapes import LastLogits, Logits, Mask, Residual, Rows, Tokens, Vector
+from tlcapture.text import dtype_name
 from tlcapture.views.hooks import attention_layers, hook
 
 EXTERNAL_PREFIX = "tl-"  # prefix of the fingerprints of models that tlcapture did not load itself
@@ -76,7 +77,7 @@ class Model(ABC):
         self.device: torch.device = weight.device
 
     def __repr__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         adapter = f" with adapter {self.adapter!r}" if self.adapter else ""
         sizes = f"{self.n_layers} layers, d_model {self.d_model}"
         return f"<model {self.name!r}{adapter} on engine {self.engine}, {self.device}, {dtype}: {sizes}>"
