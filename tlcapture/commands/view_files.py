@@ -74,8 +74,8 @@ def write_lens_file(
     with _alone(layout, path, compact=compact) as target:
         if not compact:
             return write_json(target, lens.to_json(**names, token_texts=token_texts))
-        numbers = (each.numpy() for each in (lens.top_ids, lens.top_probs, lens.actual_rank, lens.actual_prob))
-        return write_lens(target, lens.head(**names), *numbers, token_texts)
+        tops, ranks, probs = (lens.top_ids.numpy(), lens.top_probs.numpy()), lens.actual_rank, lens.actual_prob
+        return write_lens(target, lens.head(**names), *tops, ranks.numpy(), probs.numpy(), token_texts)
 
 
 @contextmanager

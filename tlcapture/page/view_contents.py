@@ -115,12 +115,12 @@ class ViewContents:
         return layout
 
     def _attention(self, *where: str) -> SavedAttention:
-        return read_attention(self._view_file(*where, "attention"))
+        return read_attention(self._view_file("attention", *where))
 
     def _lens(self, *where: str) -> SavedLens:
-        return read_lens(self._view_file(*where, "logit-lens"))
+        return read_lens(self._view_file("logit-lens", *where))
 
-    def _view_file(self, experiment: str, prompt_set: str, prompt_id: str, kind: str) -> Path:
+    def _view_file(self, kind: str, experiment: str, prompt_set: str, prompt_id: str) -> Path:
         layout = self._layout(experiment)
         path_of = layout.attention if kind == "attention" else layout.logit_lens
         path = layout.saved(path_of(prompt_set, prompt_id))
