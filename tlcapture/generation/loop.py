@@ -79,13 +79,9 @@ def generate(
     if any(each.is_by_row for each in interventions):
         raise ValueError("interventions by row need continue_from, which runs prompts as one batch, in order")
     names = frozenset(prompt.name for prompt in prompts) if wanted is None else frozenset(wanted)
-    fitting = []
-    for prompt in prompts:
-        reason = _unfit(model, prompt, max_new_tokens)
-        if reason is None:
-            fitting.append(prompt)
-        elif prompt.name in names:
-            yield Failure(prompt, reason, InputError)
+    checked = [(prompt, _unfit(model, prompt, max_new_tokens)) for prompt in prompts]
+    fitting = [prompt for prompt, reason in checked if reason is None]
+    yield from (Failure(each, reason, InputError) for each, reason in checked if reason and each.name in names)
     longest = max((len(prompt.read_ids) for prompt in fitting), default=0)
     if batch_size is None:
         model.release()
