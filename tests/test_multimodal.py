@@ -78,14 +78,6 @@ def test_a_checkpoint_without_a_loadable_processor_equals_hugging_face_and_start
     torch.testing.assert_close(model.unembed(last), theirs.logits[0], rtol=1e-4, atol=1e-4)
 
 
-_VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
 _WIDTHS = dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 16)
 OTHERS: dict[str, Callable[[], Any]] = {
     "Gemma4": lambda: transformers.Gemma4Config(
@@ -98,14 +90,14 @@ OTHERS: dict[str, Callable[[], Any]] = {
             "num_kv_shared_layers": 0,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         },
-        vision_config=_VISION,
+        vision_config=tiny.VISION,
         image_token_id=10,
         boi_token_id=11,
         eoi_token_id=12,
     ),
     "Llama4": lambda: transformers.Llama4Config(
         text_config={**tiny._GROUPED, "head_dim": 16, "intermediate_size_mlp": 64, "num_local_experts": 2},
-        vision_config={**_VISION, **_WIDTHS},
+        vision_config={**tiny.VISION, **_WIDTHS},
     ),
 }
 

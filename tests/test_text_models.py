@@ -18,16 +18,8 @@ from tlcapture.models.loading import load_model, outline_model
 from tlcapture.models.text_models import auto_class_of
 from tlcapture.views.residual import residual_hooks, residual_view
 
-_VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-_CLIP = {**_VISION, "model_type": "clip_vision_model", "projection_dim": 16}
-_SIGLIP = {**_VISION, "model_type": "siglip_vision_model"}
+_CLIP = {**tiny.VISION, "model_type": "clip_vision_model", "projection_dim": 16}
+_SIGLIP = {**tiny.VISION, "model_type": "siglip_vision_model"}
 _QWEN_VISION = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
 _QWEN3_VISION = {**_QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
 _AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -39,7 +31,7 @@ WHOLE: dict[str, tuple[Callable[[], Any], str]] = {
     "mistral3": (
         lambda: transformers.Mistral3Config(
             text_config=tiny.CONFIGS["mistral"]().to_dict(),
-            vision_config={**_VISION, "model_type": "pixtral", "head_dim": 8},
+            vision_config={**tiny.VISION, "model_type": "pixtral", "head_dim": 8},
         ),
         "MistralForCausalLM",
     ),
@@ -88,14 +80,14 @@ WHOLE: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "idefics3": (
         lambda: transformers.Idefics3Config(
-            text_config=tiny.CONFIGS["llama"]().to_dict(), vision_config=_VISION, image_token_id=10
+            text_config=tiny.CONFIGS["llama"]().to_dict(), vision_config=tiny.VISION, image_token_id=10
         ),
         "LlamaForCausalLM",
     ),
     "internvl": (
         lambda: transformers.InternVLConfig(
             text_config=tiny.CONFIGS["qwen2"]().to_dict(),
-            vision_config={**_VISION, "image_size": [28, 28], "patch_size": [14, 14]},
+            vision_config={**tiny.VISION, "image_size": [28, 28], "patch_size": [14, 14]},
         ),
         "Qwen2ForCausalLM",
     ),

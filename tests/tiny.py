@@ -168,18 +168,20 @@ ALIBI: dict[str, Any] = {
     "falcon_alibi": lambda: transformers.FalconConfig(**_SMALL, alibi=True, bos_token_id=0, eos_token_id=1),
 }
 
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
 # Models whose text model is one of several parts; transformers loads them with the class for text-only models.
 MULTIMODAL: dict[str, Any] = {
     "gemma3_multimodal": lambda: transformers.Gemma3Config(
         text_config=CONFIGS["gemma3"]().to_dict(),
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        },
+        vision_config=VISION,
         mm_tokens_per_image=4,
         image_token_index=10,
         boi_token_index=11,

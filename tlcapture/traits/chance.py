@@ -156,12 +156,12 @@ class RandomDirections:
                 directions.append(torch.stack([drawn.directions(str(each.trait)) for each in own]))
                 if self.reference is not None:
                     over.append(drawn.reference_rises(own, directions[-1], self.reference))
-            joined = _OverReference.of(over, rows) if over else None
-            in_order = torch.cat(directions)[np.argsort(np.concatenate(rows))]
+            order = np.argsort(np.concatenate(rows))
+            joined = _OverReference.of(over, order) if over else None
             of_layers = [self._layer(each) for each in layers]
             bases = torch.stack([each.basis for each in of_layers])
             same = torch.stack([each.directions("all").T for each in of_layers])
-            self._drawn[names] = _Drawn(layers, layer_rows, bases, same, in_order, joined)
+            self._drawn[names] = _Drawn(layers, layer_rows, bases, same, torch.cat(directions)[order], joined)
         return self._drawn[names]
 
 
@@ -177,9 +177,9 @@ class _OverReference:
     deviations: Values
 
     @classmethod
-    def of(cls, found: Sequence[tuple[Values, Values]], rows: Sequence[Sequence[int]]) -> _OverReference:
-        """From those of the vectors in some rows, each vector's own first."""
-        means, deviations = (_in_order(each, rows) for each in zip(*found, strict=True))
+    def of(cls, found: Sequence[tuple[Values, Values]], order: NDArray[np.intp]) -> _OverReference:
+        """From the results for the vectors of each layer, each vector's own first; `order` undoes the grouping."""
+        means, deviations = (np.concatenate(each)[order] for each in zip(*found, strict=True))
         own = [(float(mean), float(sd)) for mean, sd in zip(means[:, 0], deviations[:, 0], strict=True)]
         return cls(own, means[:, 1:], deviations[:, 1:])
 
@@ -295,11 +295,6 @@ def _shares(
         return [None] * len(layer_rows)
     of_layer = random.reshape(-1, N_DIRECTIONS)[list(layer_rows)]
     return (of_layer >= own.strength[:, None]).mean(axis=1).tolist()
-
-
-def _in_order(found: Sequence[NDArray[Any]], rows: Sequence[Sequence[int]]) -> NDArray[Any]:
-    """Results for the vectors in some rows, as one array in the order of all vectors."""
-    return np.concatenate(found)[np.argsort(np.concatenate(rows))]
 
 
 def _rounded(values: Values) -> Values:
