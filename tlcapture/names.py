@@ -120,9 +120,9 @@ def capture_name(prompt_id: PromptId, sample: int | None) -> PromptId:
 
 
 def split_name(name: str) -> tuple[str, int | None]:
-    """The id of the prompt and the number of the sample that a capture's name would be of; `None` without a sample.
+    """The prompt's id and the sample's number that the name of a capture seems to state; `None` without a sample.
 
-    The id of a prompt may end as the name of a sample does; metadata says what a capture is of.
+    A prompt's id may end as the name of a sample does; the metadata of a capture tells them apart.
     """
     found = _SAMPLE.fullmatch(name)
     return (found[1], int(found[2])) if found else (name, None)

@@ -147,7 +147,7 @@ class WorkerActor:
         self._worker: Worker | None = None
         self._doing = "starting"
         self._display = _WorkerDisplay()
-        self._report = CollectingReport(Path())  # that of the experiment, once it is known
+        self._report = CollectingReport(Path())  # replaced once the experiment is known
         if board is not None:
             threading.Thread(target=self._report_to_the_board, daemon=True).start()
 

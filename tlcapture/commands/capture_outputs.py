@@ -207,7 +207,7 @@ def add_ons(
         cache: the activations named by `Outputs.pass_hooks`.
         save_dtype: the dtype of internals in their files, or `auto`.
         fresh: whether the cache also has the residual stream of all tokens, which the logit lens is computed from;
-            otherwise from that of the capture, which is rounded to the dtype in which it was saved.
+            otherwise it is computed from the capture's stream, rounded to the dtype in which it was saved.
         lens: the logit lens, if it was computed already.
     """
     names: dict[str, Any] = {

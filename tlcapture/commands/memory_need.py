@@ -2,7 +2,7 @@
 
 A batch that runs out of memory is halved, down to one prompt; one that does not fit then would end the process on a
 machine without memory to spare. Most of the memory is for attention patterns: the pass that reads the prompt
-holds those of all layers at once. `--replay` reads a capture in several passes if needed, some layers at a time.
+holds the patterns of all layers at once. `--replay` reads a capture in several passes if needed, some layers at a time.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def summary_of(
 
 @dataclass(frozen=True, eq=False)
 class _Rise:
-    """A standardised rise, the mean over samples, with those of random directions in the order of the draws.
+    """A standardised rise, the mean over samples, and the rises of random directions in the order of the draws.
 
     `spread` is its standard deviation over samples, `None` where there is only one.
     """
@@ -299,7 +299,7 @@ def _top(prompt: _Prompt, trait: str, candidates: Mapping[str, _Rise], contents:
 
 
 def pieces_of(text: str, tokens: Sequence[str], scores: Sequence[float | None]) -> list[tuple[str, float | None]]:
-    """A text in pieces with the score of each: those of its tokens, where tokens that share a character are one.
+    """A text in pieces with a score each: one piece per token, or per group of tokens that share a character.
 
     Such tokens hold replacement marks. A token that is not in the text, such as an end mark, is left out.
     """

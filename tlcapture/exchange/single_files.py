@@ -57,7 +57,7 @@ def _write_safetensors(path: Path, exported: ExportedCapture) -> None:
     tensors = {name: torch.from_numpy(_array(rows)) for name, rows in scores.items()}
     tensors |= {name: tensor.contiguous() for name, tensor in exported.activations.items()}
     bulk = {name: exported.columns[name] for name in BULK}
-    # Tensors that share their memory are refused; those of a capture do, residual_in of a layer with the layer before.
+    # save_file refuses tensors that share memory, as residual_in of a layer does with the layer before.
     unshared = {name: tensor.clone() for name, tensor in tensors.items()}
     save_file(unshared, path, {_RECORD: orjson.dumps({"record": exported.record, "columns": bulk}).decode()})
 

@@ -52,7 +52,7 @@ def activation_cache(
 
 
 class _WithFinalScale(dict[str, Tensor]):
-    """Adds entries on first use: those of other files, and the final norm's scale, which needs the epsilon."""
+    """Adds entries on first use: the entries of other files, and the final norm's scale, which needs the epsilon."""
 
     _KEY = "ln_final.hook_scale"
 

@@ -116,7 +116,7 @@ def read_out(
 
     Examples of similar length share a forward pass, and only the means are kept. A `batch_size` of `None` takes as
     many as fit in free memory; out of memory, it is halved. `on_examples` is called with the size of each batch that
-    is done. `norms` collects those of `residual_out` at the tokens that are read out.
+    is done. `norms` collects the norms of `residual_out` at the tokens read out.
 
     Raises:
         InputError: an example is longer than the model's context.

@@ -22,8 +22,9 @@ from tlcapture.models.untaken import listed
 from tlcapture.text import decoded
 
 CONFIG = "adapter_config.json"
-GIVEN = "adapter"  # a folder in that of a model with an adapter for it, likewise
-BASE = "base"  # a folder in that of an adapter with the model that it is for, as workers of a cluster receive it
+# Subfolders that workers of a cluster receive: the adapter in its model's folder, or the model in its adapter's.
+GIVEN = "adapter"
+BASE = "base"
 # Options of `from_pretrained` with which transformers does not find an adapter, to inject it without merging.
 NOT_BY_TRANSFORMERS = {"adapter_kwargs": {"subfolder": "merged-by-tlcapture"}}
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
@@ -105,7 +106,7 @@ def is_within_layers(adapter: Adapter) -> bool:
 
 
 def adapter_folder(adapter: str, source: Path | None) -> str:
-    """Where the files of an adapter are: its folder, or one in that of the model where they were sent with it."""
+    """Where the files of an adapter are: its own folder, or `GIVEN` in the model's where they were sent with it."""
     sent = None if source is None else source / GIVEN
     return str(sent) if sent is not None and sent.is_dir() and not Path(adapter).expanduser().is_dir() else adapter
 

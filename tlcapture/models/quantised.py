@@ -69,7 +69,7 @@ _SCALES = frozenset(
 
 def method_of(config: Any) -> str | None:
     """The quantisation method in a Hugging Face config; `None` for weights that are not quantised."""
-    # transformers takes that of the text part where the whole has none.
+    # Like transformers, take the text part's config where the whole model has none.
     parts = (config, config.get_text_config(decoder=True))
     found = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), None)
     if not found:

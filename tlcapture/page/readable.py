@@ -17,9 +17,9 @@ _JOINER = "\u200d"
 def joined(tokens: Sequence[str], text: str) -> list[dict[str, Any]]:
     """Groups of consecutive tokens that make up characters: `start`, `stop` and the `text` that people read.
 
-    `text` is that of all tokens, with or without special ones. Tokens that are a text by themselves are in no group;
-    neither are bytes that `text` does not resolve. Where bytes of several characters follow each other and their
-    borders are not certain, these characters are one group.
+    `text` is the text of all tokens, with or without special ones. Tokens that are a text by themselves are in no
+    group; neither are bytes that `text` does not resolve. Where bytes of several characters follow each other and
+    their borders are not certain, these characters are one group.
     """
     pieces: list[tuple[int, int, str]] = []
     at, position = 0, 0

@@ -189,7 +189,7 @@ def read_prompt_set(datasets: Datasets, name: str) -> PromptSet:
 def read_prompt_file(path: Path, name: str | None = None) -> PromptSet:
     """Read and validate one prompt set file; raises `InputError`, with file and field, if it is invalid.
 
-    `name` is the name of the set, that of the file by default; what the file calls it is a title.
+    `name` is the name of the set, by default the file's own; the `name` in the file is a title.
     """
     name = path.stem if name is None else name
     try:

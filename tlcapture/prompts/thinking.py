@@ -303,7 +303,7 @@ def _of_rendering(tokenizer: Any) -> ThinkingMarkers | None:
 
 
 def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
-    """The markers in a rendering of a thought and an answer, given those of the question with and without a prompt."""
+    """The markers in a rendering of a thought and an answer; `prompt` and `bare` are of the question alone."""
     thought, answer = whole.index(_THOUGHT), whole.index(_ANSWER)
     before = _n_shared(whole[:thought], prompt)
     opening = whole[before:thought].strip() or _last_tag(whole[:thought])

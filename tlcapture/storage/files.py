@@ -309,7 +309,7 @@ def _write(path: Path, write: Callable[[Path], object], needed: int, before_repl
             before_replacing(temporary)
         new = os.stat(temporary)
         if publish(temporary, path):
-            new = os.lstat(path)  # that of the object
+            new = os.lstat(path)  # of the uploaded object
         else:
             os.replace(temporary, path)
             _sync(path.parent)

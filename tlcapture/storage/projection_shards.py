@@ -117,7 +117,7 @@ class Shard:
     def open(cls, path: Path) -> Shard:
         """Open a shard, whose index and tensors are checked; raises `StorageError` for any other file."""
         try:
-            # Of what is read: the inode of the empty file that stands for it in a remote root is soon that of another.
+            # `local`, since in a remote root, the empty file that stands for this one may share its inode with others.
             state = local(path).stat()
         except OSError as error:
             raise StorageError(f"{path}: cannot be read: {error.strerror}") from None

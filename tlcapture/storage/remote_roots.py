@@ -28,7 +28,7 @@ from tlcapture.storage.object_stores import Store, checked_url, is_url
 from tlcapture.storage.working_copies import Mount, new_copy
 
 FRESH = 5.0  # seconds for which the listing of a remote root holds
-_ATTACHED = "TLCAPTURE_WORKING_COPIES"  # those of the process that started this one
+_ATTACHED = "TLCAPTURE_WORKING_COPIES"  # of the process that started this one
 _INCOMPLETE = ".incomplete"
 _mounts: dict[str, Mount] = {}  # by folder
 _mounting = threading.Lock()

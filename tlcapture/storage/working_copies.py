@@ -204,7 +204,7 @@ class Mount:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             new.replace(path)
-        except OSError as error:  # an object whose name is that of a folder of others
+        except OSError as error:  # another object has the name of this one's folder, or the reverse
             new.unlink()
             _log.warning("%s/%s: left out: %s", self.store.url, name, error.strerror)
             return

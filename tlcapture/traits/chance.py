@@ -109,7 +109,7 @@ class RandomDirections:
     ) -> Sequence[ChanceLevel | None]:
         """The chance level of each vector; the same row of `own` has its change points and rises.
 
-        `activations` `[n_held, d_model]` of the capture are those of each vector's layer, at the tokens that are held.
+        `activations` are the capture's at each vector's layer, `[n_held, d_model]`.
         Without every token of the response there is no chance level.
         """
         if not held.has_all(max(1, held.n_prompt), held.n_tokens):
