@@ -8,6 +8,7 @@ Importing this package loads no torch; the names load what they need on first us
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from tlcapture.version import __version__ as __version__
@@ -50,6 +51,9 @@ __all__ = [
     "capture",
     "load_model",
 ]
+
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # whoever imports the package decides what is shown
 
 
 def __getattr__(name: str) -> Any:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import click
 
-from tlcapture.logger import get_logger
 from tlcapture.text import printable
 
-SHOWN = get_logger("tlcapture.cli.shown")  # messages that the console shows itself
-_LOGGER = get_logger("tlcapture")
+SHOWN = logging.getLogger("tlcapture.cli.shown")  # messages that the console shows itself
+_LOGGER = logging.getLogger("tlcapture")
 
 
 class _OneLine(logging.Formatter):

@@ -6,6 +6,7 @@ worker twice is halved until the prompt at fault is found, which fails by name.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -17,14 +18,13 @@ from typing import Any
 from tlcapture.cluster.actor import Result, Shared, WorkerActor
 from tlcapture.cluster.board import Board
 from tlcapture.errors import ClusterError, InputError, TlcaptureError
-from tlcapture.logger import get_logger
 from tlcapture.runs.executors import Work
 from tlcapture.runs.received_files import file_contents, store_outputs
 from tlcapture.runs.run import Run
 from tlcapture.storage.locks import presence
 from tlcapture.text import first_line
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 _POLL = 0.5  # seconds, the most between two readings of the board
 _TRIES = 3  # deaths of a worker on one prompt after which the prompt counts as failed

@@ -10,6 +10,7 @@ This module checks the request, plans the tasks, takes the locks and starts the 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
@@ -25,7 +26,6 @@ from tlcapture.commands.capture_worker import CaptureWorker
 from tlcapture.commands.memory_need import PromptSize, Sized, check_memory, most_memory, prompt_sizes
 from tlcapture.commands.projection_writing import merge_projections
 from tlcapture.errors import InputError, NoSpaceError, StorageError
-from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model
 from tlcapture.prompts.prompt_sets import PromptSet, mistyped_keys
 from tlcapture.runs.display import Display
@@ -45,7 +45,7 @@ from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 
 __all__ = ["CaptureOptions", "estimate_capture", "run_capture"]
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def run_capture(

@@ -10,6 +10,7 @@ for cap in capture(model, ["What is a lighthouse for?"], max_new_tokens=20):
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
@@ -47,7 +48,6 @@ from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
 from tlcapture.generation.samples import check_names, check_samples, sampled
 from tlcapture.generation.sampling import Sampling, checked_stop
-from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model, as_model
 from tlcapture.prompts.chat_template import NO_ARGS
 from tlcapture.prompts.message_spans import Message
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from tlcapture.explore.attention_heads import AttentionHeads
 
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

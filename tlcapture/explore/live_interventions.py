@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,6 @@ from tlcapture.explore.applied_interventions import AppliedInterventions
 from tlcapture.explore.captured_sets import Captures
 from tlcapture.explore.explorable_capture import ExplorableCapture
 from tlcapture.generation.interventions import HookFunction
-from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model
 from tlcapture.prompts.known_tokens import KnownTokens
 from tlcapture.prompts.tokenization import TokenizedPrompt, token_texts
@@ -25,7 +25,7 @@ from tlcapture.traits.resolved_interventions import resolve
 
 Hook = tuple[str | Callable[[str], bool], HookFunction]
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def live_interventions(

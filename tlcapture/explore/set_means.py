@@ -12,7 +12,7 @@ from tlcapture.traits.token_scores import TokenScores
 
 
 def aligned(projections: Sequence[TokenScores], *, calibrated: bool) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Places relative to the start of the response, and the trajectories there `[n_prompts, n_places]`, NaN elsewhere.
+    """Positions relative to the start of the response, and trajectories `[n_prompts, n_positions]`, NaN elsewhere.
 
     The first token of each prompt, an attention sink, is left out.
     """
@@ -29,9 +29,9 @@ def aligned(projections: Sequence[TokenScores], *, calibrated: bool) -> tuple[ND
 
 
 def mean_and_spread(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and standard deviation over prompts at each place; NaN where fewer than two prompts have a value."""
+    """Mean and standard deviation over prompts at each position; NaN where fewer than two prompts have a value."""
     several = (~np.isnan(rows)).sum(axis=0) >= 2
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of places where no prompt has a value
+        warnings.simplefilter("ignore", RuntimeWarning)  # of positions where no prompt has a value
         mean, spread = np.nanmean(rows, axis=0), np.nanstd(rows, axis=0, ddof=1)
     return np.where(several, mean, np.nan), np.where(several, spread, np.nan)

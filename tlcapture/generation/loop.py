@@ -11,6 +11,7 @@ pass, so that every token has its activations.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -26,14 +27,13 @@ from tlcapture.generation.pattern_spools import Spooling
 from tlcapture.generation.recording import check_hooks
 from tlcapture.generation.samples import n_together
 from tlcapture.generation.sampling import Sampling
-from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, release_memory, within_memory
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import TokenizedPrompt, unknown_token
 from tlcapture.views.cache import Cache
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def generate(

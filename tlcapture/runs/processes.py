@@ -6,6 +6,7 @@ process is killed. `multiprocessing` is not used, because it runs the user's own
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import subprocess
@@ -17,7 +18,6 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
-from tlcapture.logger import get_logger
 from tlcapture.storage.remote_roots import in_other_processes
 from tlcapture.text import first_line
 
@@ -32,7 +32,7 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 _PATIENCE = 10  # seconds until a process that does not end is killed
 # The modules are those that this process would import, whatever the current folder holds.
 _PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from tlcapture.runs.processes import serve; serve()"
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class Processes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tlcapture.errors import NoSpaceError, TlcaptureError
-from tlcapture.logger import get_logger
 from tlcapture.places import named
 from tlcapture.storage.file_index import Learned
 from tlcapture.text import counted, format_bytes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _MOST_LISTED = 10_000
 _MOST_REMEMBERED = 4000  # projections, of some 6 KB each
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class Failed(NamedTuple):

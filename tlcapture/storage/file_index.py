@@ -13,6 +13,7 @@ or damaged. Facts are parts, values of JSON, of which files share many. A line w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -25,14 +26,13 @@ from typing import Any, NamedTuple
 import orjson
 
 from tlcapture.errors import StorageError
-from tlcapture.logger import get_logger
 from tlcapture.storage.files import FileState, write_bytes
 from tlcapture.storage.folders import names_in
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import locked
 from tlcapture.storage.remote_roots import local
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 _VERSION = 1
 _N_STATE = len(FileState._fields)
 _DEPTHS = {("inference", "raw"): 3, ("analysis", "per_token"): 2, ("analysis", "projections"): 3}

@@ -24,7 +24,6 @@ from typing import IO, Any, NamedTuple
 import orjson
 
 from tlcapture.errors import NoSpaceError, StorageError
-from tlcapture.logger import get_logger
 from tlcapture.storage.archives import Archive, MoreRecords, storages_of, write_archive
 from tlcapture.storage.folders import stems_in
 from tlcapture.storage.json_text import parsed
@@ -35,7 +34,7 @@ from tlcapture.storage.working_copies import HOST as _HOST
 from tlcapture.storage.working_copies import is_copy, is_running
 from tlcapture.text import first_line, format_bytes
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 # Errors after which no other file can be written to the same device either.
 _FOR_ALL_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _NO_END = 2**63

@@ -5,6 +5,7 @@ The operating system releases a lock when its process ends, however it ends, so 
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,11 +14,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.logger import get_logger
 from tlcapture.storage.remote_locks import held, remotely_locked
 from tlcapture.storage.remote_roots import refresh, store_of
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 _FRESH = 30.0  # seconds for which a listing of a remote experiment holds where no other run was waited for
 _POLL = 0.1  # seconds between two tries
 

@@ -8,6 +8,7 @@ without conditional writes has no locks: `remote_roots.check_writable` says so.
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import secrets
 import threading
@@ -20,11 +21,10 @@ from time import monotonic, sleep
 import orjson
 
 from tlcapture.errors import StorageError, TlcaptureError
-from tlcapture.logger import get_logger
 from tlcapture.storage.object_stores import Store, Version
 from tlcapture.storage.working_copies import HOST, is_running
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 _BEAT = 15.0  # seconds between two writes of the holder
 _STALE = 60.0  # seconds without one
 _POLL = 1.0

@@ -6,6 +6,7 @@ cache/remote/versions/{mark}                               the content of object
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -22,11 +23,10 @@ from pathlib import Path
 from time import monotonic, time_ns
 
 from tlcapture.errors import InputError, StorageError, TlcaptureError
-from tlcapture.logger import get_logger
 from tlcapture.storage.object_stores import Store, Version
 from tlcapture.text import parse_bytes
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 _LIMIT = "TLCAPTURE_REMOTE_CACHE"  # the size of what is kept of remote roots on this machine
 _DEFAULT_LIMIT = "10GiB"
 _SMALL, _TOGETHER = 2**19, 64  # bytes and number of files that are downloaded before they are asked for

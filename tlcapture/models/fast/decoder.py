@@ -7,6 +7,7 @@ recorded step until half of its rows do.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import weakref
@@ -16,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlcapture.logger import get_logger
 from tlcapture.models.fast.cache import FastCache
 from tlcapture.models.fast.fixed import FixedCache, FixedState
 from tlcapture.models.fast.forward import FastForward
 from tlcapture.models.fast.recording import Recorded, Tape
 from tlcapture.shapes import Tokens
 
-_log = get_logger(__name__)
+_log = logging.getLogger(__name__)
 
 # Kinds of devices on which steps have fixed shapes. On a CPU, reading only the keys there are is faster.
 FIXED_ON = {"cuda", "cpu"} if os.environ.get("TLCAPTURE_FIXED_STEPS") == "1" else {"cuda"}
