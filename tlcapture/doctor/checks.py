@@ -160,14 +160,14 @@ def check_attention(model: Model, runs: Sequence[ReferenceRun]) -> Check:
     cache = _forced(model, run, names)
     found = deviation(torch.stack([cache[name].float() for name in names]), run.patterns)
     where = "" if model.with_attention is None else f" at layers {as_ranges(layers)}, the others have no attention"
-    bound = BOUNDS[model.dtype] if run.pattern_rounding is None else 4 * run.pattern_rounding + 1e-3
+    bound = allowed(model.dtype, run.pattern_rounding)
     detail = f"deviation of patterns from Hugging Face {found:.1e}, {bound:.1e} allowed{where}"
     return Check("attention", _within(found, bound), detail)
 
 
 def check_soft_caps(model: Model, runs: Sequence[ReferenceRun]) -> Check:
     """Check that logits and attention patterns equal Hugging Face's under the soft caps that the config sets."""
-    config = _text_config(model.hf_config)
+    config = model.hf_config.get_text_config()
     final, scores = (getattr(config, f"{kind}_logit_softcapping", None) for kind in ("final", "attn"))
     if not final and not scores:
         return Check("soft caps", NOT_APPLICABLE, "the config sets none")
@@ -317,11 +317,6 @@ def _shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
     """The length of the common prefix of two sequences."""
     pairs = enumerate(zip(ours, theirs, strict=False))
     return next((index for index, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
-
-
-def _text_config(config: Any) -> Any:
-    """The config of the language model, which is part of the config of a multimodal model."""
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _kind_of(prompt: TokenizedPrompt) -> str:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.page import missing
 from tlcapture.page.internals import contributions_of, internals_of, internals_of_layer, internals_of_token
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.rounding import rounded_or_none
 from tlcapture.views.head_summary import summarised, weights_of
 from tlcapture.views.json_files import PerTokenHead
 from tlcapture.views.saved_attention import SavedAttention, read_attention
@@ -69,7 +69,10 @@ class ViewContents:
         Over all tokens if the file has none of the response.
         """
         found = summarised(self._attention(experiment, prompt_set, prompt_id))
-        measures = {name: _without_nan(values) for name, values in found.measures.items()}
+        measures = {
+            name: [[rounded_or_none(each, 4) for each in row] for row in values]
+            for name, values in found.measures.items()
+        }
         return {"measures": measures, "n_queries": found.n_queries, "part": found.part}
 
     def attention_matrix(
@@ -133,10 +136,6 @@ def _index(text: str, what: str = "token") -> int:
     if not _NUMBER.fullmatch(text):
         raise InputError(f"{what} {text[:20]!r}: expected a number")
     return int(text)
-
-
-def _without_nan(values: NDArray[np.float64]) -> list[list[float | None]]:
-    return [[None if np.isnan(each) else float(f"{each:.4g}") for each in row] for row in values]
 
 
 def head_content(head: PerTokenHead) -> dict[str, Any]:
