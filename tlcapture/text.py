@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from tlcapture.errors import InputError
@@ -35,6 +35,12 @@ def decoded(data: bytes, errors: str = "strict") -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 200 characters; its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def n_shared(one: Sequence[object], other: Sequence[object]) -> int:
+    """The length of the common prefix of two texts, or of the tokens of two."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 def dtype_name(dtype: object) -> str:

@@ -195,7 +195,7 @@ class CompareWorker:
         content = found.to_json(str(sets.a), str(sets.b), self._metadata(found))
         self._run.wrote(write_json(path, content))
         self._run.report.n_prompts += 1
-        if found.shared.n_tokens < max(len(a.tokens), len(b.tokens)):
+        if found.shared.held.n_tokens < max(len(a.tokens), len(b.tokens)):
             self._run.warn(
                 f"{sets.a.name}: some responses differ: only the tokens that both begin with are compared; means of "
                 "responses cover each response as a whole"

@@ -16,6 +16,7 @@ from tlcapture.comparison.shared_tokens import SharedTokens, shared_tokens
 from tlcapture.errors import InputError
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant, rounded_or_none
 from tlcapture.traits.vectors import TraitVector
+from tlcapture.views.kept_tokens import spread_rows
 
 KL = "D(a || b): the expectation under a of log p_a - log p_b, in nats"
 
@@ -68,12 +69,12 @@ class Comparison:
 
     def to_json(self, name_a: str, name_b: str, metadata: dict[str, Any]) -> dict[str, Any]:
         """The content of a comparison file; tokens without activations are null."""
-        n_tokens = self.shared.n_tokens
+        n_tokens = self.shared.held.n_tokens
         content = {
             "a": name_a,
             "b": name_b,
             "tokens": self.a.tokens[:n_tokens],
-            "n_prompt_tokens": self.shared.n_prompt,
+            "n_prompt_tokens": self.shared.held.n_prompt,
             "traits": {str(each.vectors.a.trait): self._trait(each) for each in self.traits},
             "residual": {
                 "cosine": self._spread([_listed(row) for row in self.cosine]),
@@ -103,10 +104,7 @@ class Comparison:
         }
 
     def _spread(self, rows: Sequence[Any]) -> list[Any]:
-        found: list[Any] = [None] * self.shared.n_tokens
-        for index, row in zip(self.shared.held, rows, strict=True):
-            found[index] = row
-        return found
+        return spread_rows(rows, self.shared.held, None)
 
 
 def compare_captures(
@@ -132,7 +130,7 @@ def compare_captures(
 
 
 def _residuals(a: Capture, b: Capture, shared: SharedTokens) -> tuple[Values, Values]:
-    cosines = np.full((len(shared.held), a.n_layers), np.nan)
+    cosines = np.full((len(shared.held.kept), a.n_layers), np.nan)
     ratios = cosines.copy()
     if all("residual_out" in each.kept.points for each in (a, b)):
         for layer in sorted({*a.kept.layers} & {*b.kept.layers}):

@@ -8,6 +8,7 @@ from textwrap import shorten
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
 from tlcapture.prompts.conversations import without_system
+from tlcapture.text import n_shared
 from tlcapture.views.kept_tokens import Positions
 
 
@@ -16,22 +17,13 @@ class SharedTokens:
     """The tokens that two captures, `a` and `b`, both begin with.
 
     Attributes:
-        n_tokens: how many there are.
-        n_prompt: how many of them belong to the prompt of `a`.
-        held: the shared tokens whose activations both captures hold.
+        held: those of them whose activations both captures hold; `n_prompt` belong to the prompt of `a`.
         rows_a, rows_b: the rows of `held` in the activations of each capture.
     """
 
-    n_tokens: int
-    n_prompt: int
-    held: tuple[int, ...]
+    held: Positions
     rows_a: list[int]
     rows_b: list[int]
-
-    @property
-    def response(self) -> range:
-        """The response's shared tokens; if there are none, the prompt's except the first, an attention sink."""
-        return range(self.n_prompt, self.n_tokens) if self.n_tokens > self.n_prompt else range(1, self.n_tokens)
 
 
 def shared_tokens(a: Capture, b: Capture) -> SharedTokens:
@@ -43,23 +35,20 @@ def shared_tokens(a: Capture, b: Capture) -> SharedTokens:
     _check_prompts(a, b)
     _check_sizes(a, b)
     _check_tokenizers(a, b)
-    pairs = zip(a.token_ids, b.token_ids, strict=False)
-    shorter = min(len(a.token_ids), len(b.token_ids))
-    n_tokens = next((index for index, (one, other) in enumerate(pairs) if one != other), shorter)
+    n_tokens = n_shared(a.token_ids, b.token_ids)
     if not n_tokens:
         raise InputError(
             f"their first tokens differ, {a.tokens[0]!r} and {b.tokens[0]!r}: expected captures of the same prompt"
         )
     both = {*a.positions.kept} & {*b.positions.kept}
-    held = tuple(index for index in range(n_tokens) if index in both)
-    if not held:
+    held = Positions.of(sorted(both & {*range(n_tokens)}), min(len(a.prompt.tokens), n_tokens), n_tokens)
+    if not held.kept:
         raise InputError(
             f"no shared token has activations in both: {a.positions.described()} and those of the other "
             f"are {b.positions.described()}"
         )
-    chosen = Positions(held, min(len(a.prompt.tokens), n_tokens), max(len(a.tokens), len(b.tokens)))
-    rows_a, rows_b = (chosen.rows_in(each.positions) or list(range(len(held))) for each in (a, b))
-    return SharedTokens(n_tokens, chosen.n_prompt, held, rows_a, rows_b)
+    rows_a, rows_b = (held.rows_in(each.positions) or list(range(len(held.kept))) for each in (a, b))
+    return SharedTokens(held, rows_a, rows_b)
 
 
 def _check_prompts(a: Capture, b: Capture) -> None:

@@ -25,7 +25,7 @@ from tlcapture.models.finite_weights import not_finite, remedy, said_of
 from tlcapture.models.loading import Model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, tokenize
-from tlcapture.text import as_ranges, dtype_name
+from tlcapture.text import as_ranges, dtype_name, n_shared
 from tlcapture.traits.massive_dimensions import massive_dimensions, norm_share
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.hooks import hook
@@ -102,8 +102,7 @@ def check_stop_ids(tokenizer: Any, generation_config: Any) -> Check:
     if not stops:
         return Check("stop ids", FAILED, "none: expected an EOS of the tokenizer or of the generation config")
     detail = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in stops)
-    own = {tokenizer.eos_token_id, *_listed(getattr(generation_config, "eos_token_id", None))}
-    beyond = [i for i in stops if i not in own]
+    beyond = sorted({*stops} - stop_ids(tokenizer, generation_config, chat_template=False))
     if beyond:
         detail += f"; {', '.join(map(str, beyond))} only from the chat template"
     return Check("stop ids", OK, detail)
@@ -193,7 +192,7 @@ def check_batch(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
     together, alone = (_generated(model, prompts, size) for size in (len(prompts), 1))
     worst, split = 0.0, 0
     for batched, single in zip(together, alone, strict=True):
-        same = _shared(batched.token_ids, single.token_ids)
+        same = n_shared(batched.token_ids, single.token_ids)
         split += same < len(single.token_ids)
         for name, activation in single.cache.items():
             worst = _larger(worst, deviation(batched.cache[name][:same], activation[:same]))
@@ -313,18 +312,8 @@ def _cause(model: Model) -> str:
     return said_of(unusable) if unusable else remedy(model.dtype)
 
 
-def _shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """The length of the common prefix of two sequences."""
-    pairs = enumerate(zip(ours, theirs, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
-
-
 def _kind_of(prompt: TokenizedPrompt) -> str:
     return "chat prompt" if prompt.chat_template else "plain text"
-
-
-def _listed(ids: Any) -> list[int]:
-    return [ids] if isinstance(ids, int) else list(ids or [])
 
 
 def _length(prompt: TokenizedPrompt) -> int:

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from tlcapture.prompts.chat_template import rendered_or_none
 from tlcapture.prompts.spans import Kind, Piece, TokenSpan, spans_of_text
-from tlcapture.text import MOST_BYTES, REPLACEMENT
+from tlcapture.text import MOST_BYTES, REPLACEMENT, n_shared
 
 RESPONSE_TEMPLATE, REASONING_CONTENT, TABLE = "response_template", "reasoning_content", "table"
 
@@ -305,14 +305,14 @@ def _of_rendering(tokenizer: Any) -> ThinkingMarkers | None:
 def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
     """The markers in a rendering of a thought and an answer; `prompt` and `bare` are of the question alone."""
     thought, answer = whole.index(_THOUGHT), whole.index(_ANSWER)
-    before = _n_shared(whole[:thought], prompt)
+    before = n_shared(whole[:thought], prompt)
     opening = whole[before:thought].strip() or _last_tag(whole[:thought])
     closing = whole[thought + len(_THOUGHT) : answer]
     end = _TAG.search(closing)
     if not opening or end is None:
         return None
     close = closing[: end.end()].strip()
-    header = prompt[_n_shared(prompt, bare) :].strip()
+    header = prompt[n_shared(prompt, bare) :].strip()
     following = closing[end.end() :].strip().removeprefix(header).strip()
     if not following:
         return ThinkingMarkers(REASONING_CONTENT, (_literal("thinking", opening, close),))
@@ -322,12 +322,6 @@ def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
         return _channels(REASONING_CONTENT)
     fields = (_literal("thinking", opening, close), _literal("answer", following, *ends))
     return ThinkingMarkers(REASONING_CONTENT, fields, rest="template")
-
-
-def _n_shared(one: str, other: str) -> int:
-    """The length of the common prefix of two texts."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((n for n, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 def _last_tag(text: str) -> str:

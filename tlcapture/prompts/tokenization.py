@@ -25,6 +25,7 @@ from tlcapture.prompts.spans import (
     unfound,
 )
 from tlcapture.prompts.thinking import thinks
+from tlcapture.text import n_shared
 
 # Decoded texts by tokenizer and token id: one logit lens needs thousands of them, and the next needs the same ones.
 _texts: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
@@ -208,7 +209,7 @@ def place_response(
     """
     templated = uses_chat_template(tokenizer, chat_template)
     if not templated:
-        before = f"{_plain(prompt, system_prompt)}{separator}"
+        before = _plain_chat(conversation(prompt, (), system_prompt)).text + separator
         whole = encode(tokenizer, before + response)
         bare, start = _tokens_from(tokenizer, before + response, len(before))
         return PlacedResponse(tuple(whole), len(whole) - len(bare) + start, templated)
@@ -344,16 +345,11 @@ def _with_offsets(tokenizer: Any, text: str) -> tuple[list[int], Offsets | None]
     return ids, list(zip([0, *ends[:-1]], ends, strict=True)) if "".join(texts) == text else None
 
 
-def _plain(text: str, system_prompt: str | None) -> str:
-    return f"{system_prompt}\n\n{text}" if system_prompt else text
-
-
 def _tokens_from(tokenizer: Any, text: str, start: int) -> tuple[list[int], int]:
     """The ids of a text without added special tokens, and the index of the first token beyond character `start`."""
     if not getattr(tokenizer, "is_fast", False):  # has no offsets
         ids, before = (list(tokenizer(each, add_special_tokens=False)["input_ids"]) for each in (text, text[:start]))
-        pairs = zip(ids, before, strict=False)
-        return ids, next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(ids), len(before)))
+        return ids, n_shared(ids, before)
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = list(found["input_ids"])
     return ids, next((n for n, (_, stop) in enumerate(found["offset_mapping"]) if stop > start), len(ids))
