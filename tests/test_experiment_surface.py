@@ -197,14 +197,14 @@ def test_the_cache_has_the_stored_patterns_and_internals(exp: Experiment) -> Non
 
 def test_the_mean_of_a_set_starts_with_its_responses_and_needs_two_prompts() -> None:
     one, other = projected(), projected()
-    places, rows = aligned([one, other], calibrated=False)
+    places, rows = aligned([(each.trajectory, each.n_prompt_tokens) for each in (one, other)])
     start = list(places).index(0)
     assert rows[0, start] == one.trajectory[one.n_prompt_tokens]
     assert math.isnan(rows[0, 0])  # the attention sink
     mean, spread = mean_and_spread(rows)
     assert mean[start] == one.trajectory[one.n_prompt_tokens]
     assert spread[start] == 0
-    alone, _ = mean_and_spread(rows[:1])
+    _, alone = mean_and_spread(rows[:1])
     assert np.isnan(alone).all()
 
 

@@ -179,20 +179,6 @@ class LayerList(_Parsed):
         return tuple(sorted({int(name) for name in names}))
 
 
-class Points(_Parsed):
-    """Comma-separated residual points, or `all`, which is read as an empty tuple."""
-
-    name = "a,b|all"
-
-    def _parse(self, text: str) -> tuple[str, ...]:
-        if text == "all":
-            return ()
-        names = split_names(text)
-        if not names or not set(names) <= set(POINTS):
-            raise ValueError(f"{text!r} is not a list of residual points: {', '.join(POINTS)}.")
-        return tuple(point for point in POINTS if point in names)
-
-
 class LayersOrNone(LayerList):
     """Comma-separated layer indices, `all`, which is read as an empty tuple, or `none`, which is read as `None`."""
 
@@ -206,13 +192,22 @@ class StreamPoints(_Parsed):
     """Comma-separated residual points and `attn_out`, or `all`."""
 
     name = "a,b|all"
+    points: tuple[str, ...] = (*POINTS, "attn_out")
 
     def _parse(self, text: str) -> tuple[str, ...]:
-        points = (*POINTS, "attn_out")
-        names = points if text == "all" else tuple(split_names(text))
-        if not names or not set(names) <= set(points):
-            raise ValueError(f"{text!r} is not a list of residual points: {', '.join(points)}.")
-        return tuple(point for point in points if point in names)
+        names = self.points if text == "all" else tuple(split_names(text))
+        if not names or not set(names) <= set(self.points):
+            raise ValueError(f"{text!r} is not a list of residual points: {', '.join(self.points)}.")
+        return tuple(point for point in self.points if point in names)
+
+
+class Points(StreamPoints):
+    """Comma-separated residual points, or `all`, which is read as an empty tuple."""
+
+    points = POINTS
+
+    def _parse(self, text: str) -> tuple[str, ...]:
+        return () if text == "all" else super()._parse(text)
 
 
 class ShardOf(_Parsed):

@@ -90,14 +90,19 @@ def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibra
         found = [each for each in sets[prompt_set] if each.trait == trait]
         if not found:
             continue
-        places, rows = aligned(found, calibrated=is_calibrated)
+        lines = [
+            (scores, each.n_prompt_tokens)
+            for each in found
+            if (scores := each.calibrated if is_calibrated else each.trajectory) is not None
+        ]
+        positions, rows = aligned(lines)
         mean, spread = mean_and_spread(rows)
         colour = _COLOURS[(traits.index(trait) * len(sets) + list(sets).index(prompt_set)) % len(_COLOURS)]
         dash = _DASHES[list(sets).index(prompt_set) % len(_DASHES)]
         label = f"{trait}, {prompt_set}" if len(sets) > 1 else trait
         name = plotly_text(f"{label} ({counted(len(found), 'response')})")
-        drawn = ~np.isnan(mean)
-        x, low, high = places[drawn], (mean - spread)[drawn], (mean + spread)[drawn]
+        drawn = ~np.isnan(spread)
+        x, low, high = positions[drawn], (mean - spread)[drawn], (mean + spread)[drawn]
         band = {"x": [*x, *x[::-1]], "y": [*high, *low[::-1]], "fill": "toself", "fillcolor": colour, "opacity": 0.15}
         hidden = {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": name}
         figure.add_trace(go.Scatter(**band, **hidden, name=f"{name}: one standard deviation"))

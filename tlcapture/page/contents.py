@@ -65,31 +65,20 @@ RESOURCES = {
     "compared_set": "{experiment}/compared/{other}/{prompt_set}",
     "comparison": "{experiment}/compared/{other}/{prompt_set}/{prompt_id}",
 }
-_IN_ADDRESSES = {"/": "~", "@": "!"}  # characters of a set's name in addresses; no name has these
+# Characters of a set's name, and those that stand for them in addresses; no name has these.
+_IN_ADDRESS, _FROM_ADDRESS = str.maketrans("/@", "~!"), str.maketrans("~!", "/@")
 
 
 def address(resource: str, parameters: Mapping[str, str]) -> str:
     """The path of a resource; a prompt set in a subfolder is one part of it, and so is a variant."""
     return RESOURCES[resource].format(
-        **{key: _in_address(text) if key == "prompt_set" else text for key, text in parameters.items()}
+        **{key: text.translate(_IN_ADDRESS) if key == "prompt_set" else text for key, text in parameters.items()}
     )
 
 
 def from_address(parameters: Mapping[str, str]) -> dict[str, str]:
     """The parameters of a resource from the parts of its path."""
-    return {key: _from_address(text) if key == "prompt_set" else text for key, text in parameters.items()}
-
-
-def _in_address(name: str) -> str:
-    for character, other in _IN_ADDRESSES.items():
-        name = name.replace(character, other)
-    return name
-
-
-def _from_address(name: str) -> str:
-    for character, other in _IN_ADDRESSES.items():
-        name = name.replace(other, character)
-    return name
+    return {key: text.translate(_FROM_ADDRESS) if key == "prompt_set" else text for key, text in parameters.items()}
 
 
 @dataclass(frozen=True)
