@@ -131,7 +131,7 @@ def early_stops(monkeypatch: pytest.MonkeyPatch) -> None:
 def as_on_a_device(patch: pytest.MonkeyPatch, *, free: float, chunk: int = 5, few: int = 256) -> None:
     patch.setattr(recording, "Copies", LateCopies)
     patch.setattr(recording, "_has_own_memory", lambda device: True)
-    patch.setattr(recording, "_free", lambda device: free)
+    patch.setattr(recording, "free_memory", lambda device: free)
     patch.setattr(device_buffers, "_CHUNK", chunk)
     patch.setattr(device_buffers, "_FEW", few)
 
@@ -241,7 +241,7 @@ def test_captures_on_cuda_equal_those_of_a_cpu_and_no_choice_or_recording_waits(
     cpu, cuda = (load_model(str(tiny_folder), engine="hooked", device=device) for device in ("cpu", "cuda"))
     expected = run(cpu)
     if free is not None:  # where triangles do not fit, those of every step are copied
-        monkeypatch.setattr(recording, "_free", lambda device: free)
+        monkeypatch.setattr(recording, "free_memory", lambda device: free)
     else:
 
         def watched(original: Any) -> Any:

@@ -19,6 +19,7 @@ from tlcapture.generation.device_buffers import (
 )
 from tlcapture.generation.pattern_spools import PatternSpool, SpooledPatterns, Spooling
 from tlcapture.generation.transfers import Copies, in_main_memory
+from tlcapture.models.memory import free_memory
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import is_pattern
 
@@ -207,7 +208,7 @@ class Recorder:
             n_held = 0
             if _has_own_memory(first.device):
                 columns = self._width + self._max_new_tokens
-                n_held = columns_that_fit(first, n_hooks, n_rows, columns, _free(first.device))
+                n_held = columns_that_fit(first, n_hooks, n_rows, columns, free_memory(first.device))
             self._on_device[kind] = (
                 DeviceBuffer(
                     first, n_hooks, self._lengths, self._max_new_tokens, n_held, self._copies_from(first.device)
@@ -235,7 +236,7 @@ class Recorder:
             first = patterns[0]
             n_columns, n_rows = self._width + self._max_new_tokens, len(self._lengths)
             n_bytes = n_rows * len(patterns) * first.shape[1] * n_weights(n_columns) * first.itemsize
-            fits = _has_own_memory(first.device) and n_bytes <= SHARE * _free(first.device)
+            fits = _has_own_memory(first.device) and n_bytes <= SHARE * free_memory(first.device)
             device = first.device if fits else torch.device("cpu")
             self._triangles[kind] = Triangles(first, len(patterns), n_rows, n_columns, device)
         return self._triangles[kind]
@@ -356,9 +357,3 @@ def _token_axis(name: str) -> int:
 def _has_own_memory(device: torch.device) -> bool:
     """Whether the device has its own memory, which it copies from while it works."""
     return device.type == "cuda"
-
-
-def _free(device: torch.device) -> int:
-    """Free bytes of an accelerator, including those that torch holds for tensors to come."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + held
