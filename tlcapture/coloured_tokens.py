@@ -46,6 +46,10 @@ def _name_of(label: Label) -> str | None:
     return name if name in _BY_SPAN else None
 
 
+def _shown(token: str) -> str:
+    return printable(token).replace(NEWLINE, f"{NEWLINE}\n") if "\n" in token else printable(token)
+
+
 def scale_of(scores: Sequence[float | None]) -> float:
     """The largest `|score|` after the first token; 1 if there are no others, or all are 0."""
     return max((abs(score) for score in scores[1:] if score is not None), default=0.0) or 1.0
@@ -98,10 +102,7 @@ class ColouredTokens:
         Example:
             print(cap.coloured("behavioral/refusal").ansi())
         """
-        pieces = []
-        for index, token in enumerate(self.tokens):
-            text = printable(token).replace(NEWLINE, f"{NEWLINE}\n") if "\n" in token else printable(token)
-            pieces.append(f"{self._ansi_colour(index)}{text}{_RESET}")
+        pieces = [f"{self._ansi_colour(index)}{_shown(token)}{_RESET}" for index, token in enumerate(self.tokens)]
         above = f"{self._caption()}\n" if caption and self._caption() else ""
         return above + "".join(pieces)
 
@@ -118,9 +119,7 @@ class ColouredTokens:
         return max(-1.0, min(1.0, (self.scores[index] or 0.0) / scale_of(self.scores)))
 
     def _span(self, index: int) -> str:
-        token = escape(printable(self.tokens[index]))
-        if "\n" in self.tokens[index]:
-            token = token.replace(NEWLINE, f"{NEWLINE}\n")
+        token = escape(_shown(self.tokens[index]))
         return f'<span title="{escape(self._title(index))}" style="{self._style(index)}">{token}</span>'
 
     def _style(self, index: int) -> str:

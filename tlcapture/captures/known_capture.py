@@ -57,26 +57,21 @@ class KnownCapture(CaptureNames):
     @classmethod
     def of(cls, capture: Capture) -> KnownCapture:
         """The facts of an open capture."""
-        held = capture.positions
-        return cls(
-            {key: value for key, value in capture.metadata.items() if key not in _LONG},
-            conversation(capture.metadata),
-            held.n_prompt,
-            held.n_tokens,
-            held.stated,
-            capture.n_layers,
-            capture.d_model,
-            capture.kept.layers,
-            capture.kept.points,
-            digest(capture.token_ids),
-            capture.prompt.residual.attn_out is not None,
-        )
+        stored = capture.metadata, capture.token_ids, capture.positions, capture.kept
+        return cls.of_record(*stored, has_attn_out=capture.prompt.residual.attn_out is not None)
 
     @classmethod
     def of_record(
-        cls, metadata: Mapping[str, Any], tokens: Sequence[str], positions: Positions, kept: KeptPoints, run: str
+        cls,
+        metadata: Mapping[str, Any],
+        tokens: Sequence[str] | Sequence[int],
+        positions: Positions,
+        kept: KeptPoints,
+        *,
+        has_attn_out: bool = False,
+        run: str = "",
     ) -> KnownCapture:
-        """The facts of a capture that was only projected, from the metadata stored with its projections."""
+        """The facts of a capture from its metadata, as they are stored with projections too."""
         return cls(
             {key: value for key, value in metadata.items() if key not in _LONG},
             conversation(metadata),
@@ -88,7 +83,8 @@ class KnownCapture(CaptureNames):
             kept.layers,
             kept.points,
             digest(list(tokens)),
-            run=run,
+            has_attn_out,
+            run,
         )
 
     def facts(self) -> Facts | None:

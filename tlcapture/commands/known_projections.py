@@ -110,6 +110,6 @@ def _made_from(content: Content) -> KnownCapture | None:
             return None
         same = [record.metadata.get(key) for key in (*SAME_COMPUTATION, *SAME_FOR_A_RUN)]
         run = digest([record.tokens, record.positions.kept, same])
-        return KnownCapture.of_record(record.metadata, record.tokens, record.positions, record.kept, run)
+        return KnownCapture.of_record(record.metadata, record.tokens, record.positions, record.kept, run=run)
     except (StorageError, InputError, KeyError, TypeError, ValueError):
         return None
