@@ -211,9 +211,9 @@ def _as_given(value: Any, option: click.Option) -> Any:
 def _named_root(args: Sequence[str]) -> str:
     """The root named on a command line that is not parsed yet: the settings file is read from there."""
     named = os.environ.get("TLCAPTURE_ROOT") or "."
-    for place, word in enumerate(args):
-        if word == "--root" and place + 1 < len(args):
-            named = args[place + 1]
+    for index, word in enumerate(args):
+        if word == "--root" and index + 1 < len(args):
+            named = args[index + 1]
         elif word.startswith("--root="):
             named = word.removeprefix("--root=")
     return named
