@@ -25,7 +25,7 @@ from tlcapture.cli.console import _doubts
 from tlcapture.commands.top_traits import summary_of
 from tlcapture.errors import InputError, VectorError
 from tlcapture.explore.completion import completions
-from tlcapture.explore.doubts import _told
+from tlcapture.explore.doubts import forget
 from tlcapture.explore.magics import load_ipython_extension
 from tlcapture.explore.set_means import aligned, mean_and_spread
 from tlcapture.names import Trait
@@ -294,7 +294,7 @@ DOUBT = "adds nothing over bag of words that its examples can show, by 'tlcaptur
 @pytest.fixture
 def doubtful(exp: Experiment) -> Iterator[Experiment]:
     """The experiment with a verdict on `tone/loud` that it adds nothing."""
-    _told.clear()
+    forget()
     content = read_json(exp.layout.evaluation)
     judged = {
         **content["best_vectors"]["tone/loud"],
@@ -306,7 +306,7 @@ def doubtful(exp: Experiment) -> Iterator[Experiment]:
     write_json(exp.layout.evaluation, {**content, "best_vectors": verdicts})
     yield exp
     write_json(exp.layout.evaluation, content)
-    _told.clear()
+    forget()
 
 
 def test_a_doubt_about_a_vector_is_told_once_where_it_is_used_in_python(doubtful: Experiment) -> None:
@@ -318,10 +318,10 @@ def test_a_doubt_about_a_vector_is_told_once_where_it_is_used_in_python(doubtful
         doubtful.captures["short"].to_pandas("tone/loud")
     told = [str(each.message) for each in caught if "adds nothing" in str(each.message)]
     assert told == [f"tone/loud: {DOUBT}"]
-    _told.clear()
+    forget()
     with pytest.warns(UserWarning, match=f"tone/loud: {DOUBT}"):
         doubtful.captures["short"].to_pandas("tone/loud")
-    _told.clear()
+    forget()
     with pytest.warns(UserWarning, match=f"tone/loud: {DOUBT}"):
         doubtful.captures["short"].plot.trajectory("tone/loud")
     rises = doubtful.captures["short"].rises().set_index("trait")["doubt"]

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from tlcapture.commands.cross_traits import cross_trait_aurocs
-from tlcapture.commands.evaluation_rows import EvaluatedComponent, doubts, rows_of
+from tlcapture.commands.evaluation_rows import EvaluatedComponent, best_vector, doubts, rows_of
 from tlcapture.commands.extract import kept_activations
 from tlcapture.commands.held_out_calibrations import held_out_calibrations, keep_held_out_calibrations
 from tlcapture.commands.reference import has_reference, keep_reference
@@ -255,7 +255,7 @@ def _merged(layout: Layout, found: Mapping[str, EvaluatedComponent]) -> dict[str
         component = found.get(row.component)
         is_new = component is not None and component.trait == trait
         summary = component.summary if is_new and component is not None else known.get(trait, {})
-        best[trait] = {**row.as_written(), **summary}
+        best[trait] = best_vector(row, summary)
     cross = before.cross_trait if isinstance(before.cross_trait, dict) else {}
     others = before.model_dump(exclude_unset=True)
     rows = [row.as_written() for row in merged]

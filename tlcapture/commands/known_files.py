@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orjson
 
@@ -32,14 +32,15 @@ from tlcapture.commands.known_projections import (
 from tlcapture.commands.known_views import PresentFile, facts_of_view, known_view
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import COMPACT, PromptId, Trait, file_name, is_safe_name
-from tlcapture.runs.existing_files import OVERWRITE, REPLACE, projection_content, saved_capture
+from tlcapture.runs.existing_files import OVERWRITE, REPLACE, saved_capture
 from tlcapture.storage.file_index import Facts, FileIndex, Learn, Learned
-from tlcapture.storage.files import FileState
+from tlcapture.storage.files import FileState, read_json
 from tlcapture.storage.folders import folders_in, names_in
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.projection_places import STREAM_FOLDERS
 from tlcapture.storage.projection_shards import Shard, merged_shards
 from tlcapture.storage.regular_files import check_regular
+from tlcapture.storage.validation import not_valid
 from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import TraitVector
@@ -312,7 +313,7 @@ class PromptFiles:
                 check_regular(path)
             return None
         parse = partial(known_projection, state.mtime_ns)
-        return self._files.found(path, state, lambda each: facts_of_projection(projection_content(each)), parse)
+        return self._files.found(path, state, lambda each: facts_of_projection(_projection_content(each)), parse)
 
     def _in_shards(self, component: str) -> Mapping[str, KnownProjection]:
         """The newest projection onto each trait in shards."""
@@ -353,3 +354,10 @@ class PromptFiles:
         if path not in self._states:
             self._states[path] = self._files.state(path)
         return self._states[path]
+
+
+def _projection_content(path: Path) -> Any:
+    content = read_json(path)
+    if not isinstance(content, dict) or "projections" not in content:
+        raise not_valid(path, "projection", "it has no projections")
+    return content

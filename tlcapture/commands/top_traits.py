@@ -62,7 +62,7 @@ class TopTrait:
         samples: the spread over the prompt's samples; `None` for a prompt without samples.
         pieces: the response (of the first sample) in pieces with the score of each, from -1 as in the negative examples
             to 1 as in the positive ones; as it was projected where `calibrated` is unknown.
-        rises: the rise of every trait, this one included; `chance` is the level of the largest of them.
+        rises: the rise of every trait, that of this one included; `chance` is the level of the largest of them.
     """
 
     prompt_id: str

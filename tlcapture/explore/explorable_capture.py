@@ -109,11 +109,23 @@ class ExplorableCapture(ABC):
             InputError: the trait has no vectors; the message names the traits that have.
             VectorError: the vector does not fit the capture.
         """
-        layers, is_own = _several(layer), not isinstance(trait, Sequence)
-        named = [] if is_own else [trait] if isinstance(trait, str) else trait
-        how: dict[str, Any] = {"method": method, "component": component, "vector_experiment": vector_experiment}
-        found = self._project(named, [trait] if is_own else [], layer=layers, **how)
-        return found[0] if layers == [layer] and (is_own or isinstance(trait, str)) else found
+        layers = _several(layer)
+        how = {"method": method, "component": component, "vector_experiment": vector_experiment}
+        found: list[Projection] = []
+        for at in layers:
+            if isinstance(trait, str):
+                found += self._project([trait], layer=at, **how)  # type: ignore[arg-type]
+            elif isinstance(trait, Sequence):
+                found += self._project(trait, layer=at, **how)  # type: ignore[arg-type]
+            else:
+                found.append(self._project_direction(trait, at, component))
+        is_one = layers == [layer] and (isinstance(trait, str) or not isinstance(trait, Sequence))
+        return found[0] if is_one else found
+
+    def _project_direction(self, direction: Tensor, layer: Any, component: str) -> Projection:
+        from tlcapture.explore.projecting import project_own
+
+        return project_own(self._captured, self._vectors(), direction, layer, component)
 
     def projected(self, *traits: str | Tensor, **how: Any) -> list[TokenScores]:
         """Projections with their tokens, as figures and frames need them; onto all traits with vectors by default.
@@ -125,9 +137,13 @@ class ExplorableCapture(ABC):
         """
         named = [each for each in traits if isinstance(each, str)]
         own = [each for each in traits if not isinstance(each, str)]
+        found: list[Projection] = []
+        for layer in _several(how.pop("layer", "auto")):
+            found += self._project(named, layer=layer, **how) if named or not own else []
+            found += [self._project_direction(each, layer, how.get("component", "residual")) for each in own]
         from tlcapture.explore.projecting import with_tokens
 
-        return [with_tokens(self._captured, projection) for projection in self._project(named, own, **how)]
+        return [with_tokens(self._captured, projection) for projection in found]
 
     def by_span(self, trait: str, **how: Any) -> list[dict[str, Any]]:
         """The mean and the dynamics of the projection onto a trait within each turn, the thinking and the answer.
@@ -138,7 +154,7 @@ class ExplorableCapture(ABC):
         """
         from tlcapture.traits.span_dynamics import by_span
 
-        trajectory = self._project([trait], [], **how)[0].trajectory.double().numpy()
+        trajectory = self._project([trait], **how)[0].trajectory.double().numpy()
         return by_span(trajectory[None], self._captured.spans)[0]
 
     def coloured(self, trait: str | None = None, **how: Any) -> ColouredTokens:
@@ -325,33 +341,23 @@ class ExplorableCapture(ABC):
 
     def _project(
         self,
-        named: Sequence[str],
-        own: Sequence[Any],
+        traits: Sequence[str],
         *,
-        layer: Any = "auto",
+        layer: SupportsIndex | str = "auto",
         method: str | None = None,
         component: str = "residual",
         vector_experiment: str | None = None,
     ) -> list[Projection]:
-        """Projections onto named traits and own directions, by layer; onto all traits with vectors without either."""
-        from tlcapture.explore.projecting import project_own, project_traits
+        from tlcapture.explore.projecting import project_traits
 
         how: dict[str, Any] = {"method": method, "component": component, "vector_experiment": vector_experiment}
-        found: list[Projection] = []
-        for at in _several(layer):
-            if named or not own:
-                found += project_traits(self._captured, self._source(vector_experiment), named, layer=at, **how)
-            for direction in own:
-                found.append(project_own(self._captured, self._vectors(), direction, at, component))
-        return found
+        return project_traits(self._captured, self._source(vector_experiment), traits, layer=layer, **how)
 
     def _source(self, vector_experiment: str | None) -> Layout:
         own = self._vectors()
         if vector_experiment is None:
             if own is None:
-                raise InputError(
-                    "this capture belongs to no experiment: name one with vectors, vector_experiment='NAME'"
-                )
+                raise InputError("this capture is of no experiment: say whose vectors, vector_experiment='NAME'")
             return own
         source = vectors_layout(default_root() if own is None else own.root, vector_experiment)
         source.check_exists()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from os.path import lexists
 from pathlib import Path
-from typing import Any
 
 from tlcapture.captures.capture import Capture
 from tlcapture.comparison.comparison_files import ComparisonFile
@@ -65,15 +64,9 @@ def check_readable(layout: Layout, path: Path) -> None:
         else:
             (AttentionHead if path.stem.endswith("_attention") else LensHead).check_file(path)
     else:
-        projection_content(path)
-
-
-def projection_content(path: Path) -> dict[str, Any]:
-    """The content of a JSON file of a projection, unchecked; raises `StorageError` for a file of another kind."""
-    content = read_json(path)
-    if not isinstance(content, dict) or "projections" not in content:
-        raise not_valid(path, "projection", "it has no projections")
-    return content
+        content = read_json(path)
+        if not isinstance(content, dict) or "projections" not in content:
+            raise not_valid(path, "projection", "it has no projections")
 
 
 def saved_capture(raw: Path, *, overwrite: bool, advice: str = REPLACE) -> Capture | None:
