@@ -11,7 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from tlcapture.places import named
+from tlcapture.folder_names import named
 
 _PACKAGE = str(Path(__file__).parent)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from tlcapture.errors import InputError
-from tlcapture.places import named
+from tlcapture.folder_names import named
 
 NEWLINE = "\u23ce"
 REPLACEMENT = "\ufffd"  # a token of some bytes of a character decodes to it

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from tlcapture.explore.experiment_vectors import ExperimentVectors
-    from tlcapture.explore.frames import Layers
+    from tlcapture.explore.projection_frames import Layers
     from tlcapture.models.loading import Model
 
 Names = list[str]  # `list` is a method of Experiment
@@ -193,7 +193,7 @@ class Experiment:
         Raises `InputError`, naming the command to run, if the set has no projections.
         """
         from tlcapture.explore.doubts import tell_of_saved
-        from tlcapture.explore.frames import tidy_frame
+        from tlcapture.explore.projection_frames import tidy_frame
         from tlcapture.traits.saved_projections import saved_projections
 
         found = saved_projections(self._listed, prompt_set, component=component, traits=traits)

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from tlcapture.explore.applied_interventions import AppliedInterventions
     from tlcapture.explore.attention_heads import AttentionHeads
     from tlcapture.explore.capture_figures import CaptureFigures
-    from tlcapture.explore.frames import Layers
     from tlcapture.explore.logit_lens_table import LogitLensTable
+    from tlcapture.explore.projection_frames import Layers
     from tlcapture.models.loading import Model
     from tlcapture.traits.projection import Projection
     from tlcapture.views.cache import Cache
@@ -183,7 +183,7 @@ class ExplorableCapture(ABC):
             layers: the layers whose activations are projected: `own` (each vector's own layer), `all`, one, or several.
             how: the options of `project`. `layer=[8, 16]` takes the vectors of these layers, and so compares them.
         """
-        from tlcapture.explore.frames import tidy_frame
+        from tlcapture.explore.projection_frames import tidy_frame
 
         names = [traits] if isinstance(traits, str) else list(traits or ())
         return tidy_frame(self.projected(*names, **how), layers)

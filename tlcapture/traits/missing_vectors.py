@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tlcapture.errors import InputError, VectorError
 from tlcapture.models.embedded import NAME as EMBEDDED
-from tlcapture.models.embedded import cache_folder
 from tlcapture.names import Trait
+from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.config import read_config
 from tlcapture.storage.layout import Layout, shipped_datasets
 from tlcapture.text import as_ranges, beside, did_you_mean
