@@ -113,9 +113,8 @@ def _show(console: Console, settings: _Settings, manifest: Manifest) -> None:
         f"{manifest.n_tokens} tokens, vectors of {counted(len(manifest.traits), 'trait')}, {format_bytes(size)}"
     )
     if manifest.layers:
-        console.line(
-            f"activations: {', '.join(manifest.points)} of layers {as_ranges(manifest.layers)}, {manifest.dtype}"
-        )
+        layers = f"layer{'s' * (len(manifest.layers) > 1)} {as_ranges(manifest.layers)}"
+        console.line(f"activations: {', '.join(manifest.points)} of {layers}, {manifest.dtype}")
     for each in manifest.left_out:
         console.line(f"not exported: {each}")
     if manifest.format == "datasets":

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlcapture.errors import InputError
 from tlcapture.explore.captured_sets import AllCaptures
-from tlcapture.explore.roots import default_root
+from tlcapture.explore.roots import default_root, layout_of
 from tlcapture.storage.config import ExperimentConfig, read_config
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import FRESH, refresh, root_folder
@@ -43,7 +43,8 @@ class Experiment:
         exp.captures["single_trait"][3], exp.vectors["behavioral/refusal"].tensors[12]
 
     Args:
-        name: the experiment's folder below `experiments/`; or `packaged`, the vectors that come with the package.
+        name: the experiment's name, or the path of its folder, `.../experiments/NAME`; or `packaged`, the vectors that
+            come with the package.
         root: the folder with `experiments/` and `datasets/`, or a URL such as `s3://bucket/prefix`; `TLCAPTURE_ROOT` or
             the current folder by default.
 
@@ -51,7 +52,8 @@ class Experiment:
     """
 
     def __init__(self, name: str, root: str | Path | None = None):
-        self.layout = vectors_layout(root_folder(root or default_root()), name)
+        is_folder = root is None and len(Path(name).parts) > 1
+        self.layout = layout_of(name) if is_folder else vectors_layout(root_folder(root or default_root()), name)
         refresh(self.layout.folder, FRESH)
         self.layout.check_exists()
 
