@@ -174,13 +174,24 @@ def test_a_key_without_a_capture_says_where_it_is(exp: Experiment) -> None:
 def test_the_frame_of_a_lens_has_its_numbers(exp: Experiment) -> None:
     lens = exp.captures["short"][1].logit_lens()
     frame = lens.to_pandas()
-    assert len(frame) == lens.n_layers * lens.n_predictions and set(frame["prompt_id"]) == {"1"}
+    assert len(frame) == lens.n_layers * lens.n_predictions
     cell = frame[(frame["layer"] == 2) & (frame["token_idx"] == 3)].squeeze()
     assert (cell["token"], cell["actual_token"]) == (lens.tokens[3], lens.tokens[4])
     assert (cell["top_token"], cell["top_prob"]) == (lens.top_tokens[2][3][0], lens.top_probs[2, 3, 0])
     assert (cell["actual_rank"], cell["actual_prob"]) == (lens.actual_rank[2, 3], lens.actual_prob[2, 3])
     wide = frame.pivot(index="layer", columns="token_idx", values="actual_rank")
     assert (wide.to_numpy() == lens.actual_rank).all()
+
+
+def test_rises_and_projections_of_a_set_have_the_same_ids(exp: Experiment) -> None:
+    captures = exp.captures["short"]
+    assert set(captures.rises()["prompt_id"]) == set(captures.to_pandas()["prompt_id"]) == {cap.id for cap in captures}
+
+
+def test_a_capture_is_saved_to_and_opened_from_a_path_as_text(exp: Experiment, tmp_path: Path) -> None:
+    cap = exp.captures["short"][1]
+    cap.capture.save(f"{tmp_path}/one.pt")
+    assert tlcapture.Capture.open(f"{tmp_path}/one.pt").token_ids == cap.token_ids
 
 
 def test_a_direction_of_ones_own_is_projected_onto(exp: Experiment) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from tlcapture.errors import InputError
@@ -72,6 +72,11 @@ def beside(name: str, existing: Iterable[str], what: str) -> str:
     """
     names = list(existing)
     return f"{did_you_mean(name, names) or ';'} {what}: {', '.join(names) or 'none'}"
+
+
+def layers_named(layers: Sequence[int]) -> str:
+    """`layer 12`, or `layers 8, 12, 16 to 18`."""
+    return f"{'layer' if len(layers) == 1 else 'layers'} {as_ranges(layers)}"
 
 
 def as_ranges(numbers: Iterable[int]) -> str:

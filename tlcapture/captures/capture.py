@@ -208,7 +208,7 @@ class Capture(CaptureNames):
             return torch.cat([each.residual.at(layer, point) for each in parts])
         return self._part(part).residual.at(layer, point)
 
-    def save(self, path: Path, *, before_replacing: Hook = lambda new: None) -> Written:
+    def save(self, path: str | Path, *, before_replacing: Hook = lambda new: None) -> Written:
         """Write the capture in the format of raw residual files.
 
             cap.capture.save(Path("capture.pt"))
@@ -228,15 +228,16 @@ class Capture(CaptureNames):
             record = index_record(value, parts, storages)
             return {INDEX: record} if record else {}
 
-        return write_tensors(path, value, more=index, before_replacing=before_replacing)
+        return write_tensors(Path(path), value, more=index, before_replacing=before_replacing)
 
     @classmethod
-    def open(cls, path: Path) -> Capture:
+    def open(cls, path: str | Path) -> Capture:
         """Open a raw residual file; raises `StorageError` for any other file.
 
         Example:
             Capture.open(exp.layout.residual("single_trait", 1))
         """
+        path = Path(path)
         if (found := read_index(path)) is not None:
             index, metadata, streams = found
             both = [

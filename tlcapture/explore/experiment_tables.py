@@ -78,7 +78,7 @@ def rises_frame(layout: Layout, prompt_set: str, component: str) -> DataFrame:
     layers = layers_of(summary.vectors)
     rows = [
         {
-            "prompt_id": top.prompt_id,
+            "prompt_id": top.prompt_id if top.own_id is None else top.own_id,
             "n_samples": None if top.samples is None else top.samples.n,
             "trait": trait,
             "layer": layers.get(trait),

@@ -106,16 +106,14 @@ class LogitLensTable:
             frame = lens.to_pandas()
             frame.pivot(index="layer", columns="token_idx", values="actual_rank")
 
-        Columns are `prompt_id`, `token_idx` and `token` (the token that the prediction is made after), `layer`,
+        Columns are `token_idx` and `token` (the token that the prediction is made after), `layer`,
         `top_token`, `top_prob`, `actual_token`, `actual_rank` and `actual_prob`.
         """
         from pandas import DataFrame
 
         after = list(self.after)
-        n_rows = self.n_layers * len(after)
         return DataFrame(
             {
-                "prompt_id": [str(self.prompt_id)] * n_rows,
                 "token_idx": np.tile(np.array(after, dtype=np.int64), self.n_layers),
                 "token": [self.tokens[token] for token in after] * self.n_layers,
                 "layer": np.repeat(np.array(self.layer_numbers, dtype=np.int64), len(after)),
