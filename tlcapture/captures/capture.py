@@ -30,6 +30,7 @@ from tlcapture.names import PromptId
 from tlcapture.prompts.spans import TokenSpan, labels_of
 from tlcapture.shapes import Residual
 from tlcapture.storage.files import Hook, Written, read_tensors, write_tensors
+from tlcapture.text import counted
 from tlcapture.views.cache import stacked
 from tlcapture.views.hooks import point_named
 from tlcapture.views.kept_points import KeptPoints, from_the_end, point_index
@@ -90,7 +91,7 @@ class Capture(CaptureNames):
     def __repr__(self) -> str:
         tokens = f"{len(self.prompt.tokens)} + {len(self.response.tokens)} tokens"
         if turns := self.metadata.get("messages"):
-            tokens = f"a conversation of {len(turns)} messages, {tokens}"
+            tokens = f"a conversation of {counted(len(turns), 'message')}, {tokens}"
         return f"{type(self).__name__}({self.capture_set}/{self.name}, {tokens}, {self.response.text[:60]!r})"
 
     def _repr_html_(self) -> str:

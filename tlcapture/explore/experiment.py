@@ -23,6 +23,7 @@ from tlcapture.explore.roots import default_root, layout_of
 from tlcapture.storage.config import ExperimentConfig, read_config
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import FRESH, refresh, root_folder
+from tlcapture.text import counted
 from tlcapture.traits.packaged_vectors import listed_vectors, vectors_layout
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ class Experiment:
 
     def __repr__(self) -> str:
         counts = [f"{name}: {len(self.captures(name))}" for name in self.prompt_sets]
-        return f"Experiment({self.layout.experiment!r}, captures {{{', '.join(counts)}}}, {len(self.traits)} traits)"
+        traits = counted(len(self.traits), "trait")
+        return f"Experiment({self.layout.experiment!r}, captures {{{', '.join(counts)}}}, {traits})"
 
     def _repr_html_(self) -> str:
         sets = "".join(
