@@ -268,7 +268,8 @@ def _row(top: TopTrait, *, with_response: bool) -> tuple[Cell, ...]:
 
 
 def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[str]:
-    again = f"'tlcapture evaluate', then 'tlcapture project --experiment {layout.experiment}'"
+    of = f"--experiment {layout.experiment}"
+    again = f"'tlcapture evaluate {of}', then 'tlcapture project {of} --all-prompt-sets'"
     if any(top.samples is not None for top in summary.tops):
         yield "+-: the standard deviation over the samples of a prompt, of which the mean is shown"
     if has_chance or summary.is_against_set:
