@@ -53,7 +53,7 @@ def no_vectors_of_trait(layout: Layout, trait: Trait) -> InputError:
     """The error for a trait without vectors, naming the traits that have some, and the one that was probably meant."""
     traits = [*map(str, layout.traits())]
     extract = "" if did_you_mean(str(trait), traits) else f"; {how_to_extract(layout, [trait])}"
-    if extract and _has_packaged(layout, trait):
+    if extract and has_packaged(layout, trait):
         extract += f", or take those that come with the package, vector experiment '{PACKAGED}'"
     return InputError(
         f"no vectors for trait {str(trait)!r} in {_place(layout)}{beside(str(trait), traits, 'available traits')}"
@@ -61,7 +61,7 @@ def no_vectors_of_trait(layout: Layout, trait: Trait) -> InputError:
     )
 
 
-def _has_packaged(layout: Layout, trait: Trait) -> bool:
+def has_packaged(layout: Layout, trait: Trait) -> bool:
     """Whether a trait's vectors come with the package, for the model of an experiment that is not `packaged` itself."""
     is_theirs = not is_in_package(layout) and read_config(layout).inference_model == EMBEDDED
     return is_theirs and (shipped_datasets() / PACKAGED / "vectors" / f"{trait}.safetensors").is_file()
