@@ -284,9 +284,10 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
         yield f"all vectors are of layer {layers.pop()}"
     found = summary.findings
     if found is not None:
+        commit, persist = (100 * each / found.n_projections for each in (found.commit, found.persist))
         yield (
-            f"of {counted(found.n_projections, 'projection')} {found.commit} commit and {found.persist} persist, "
-            f"of random directions {100 * found.random_commit:.0f} % and {100 * found.random_persist:.0f} %"
+            f"of {counted(found.n_projections, 'projection')}, {commit:.0f} % commit and {persist:.0f} % persist; "
+            f"of random directions, {100 * found.random_commit:.0f} % and {100 * found.random_persist:.0f} %"
         )
         yield (
             f"more clearly than 95 % of random directions: {found.clearly_commit} commit, {found.clearly_persist} "
