@@ -218,6 +218,8 @@ def test_a_missing_trait_that_comes_with_the_package_is_offered_from_there(
     offered = "or take those that come with the package, vector experiment 'packaged'"
     for trait, expected in (("cognitive/retrieval", True), ("cognitive/none", False)):
         assert (offered in str(no_vectors_of_trait(layout, Trait.parse(trait)))) == expected
+    with pytest.raises(InputError, match=r"come with the package, Experiment\('packaged'\)\.vectors"):
+        Experiment("own", tmp_path).vectors["cognitive/retrieval"]
     layout.config.write_text("{}")
     assert offered not in str(no_vectors_of_trait(layout, Trait.parse("cognitive/retrieval")))
 

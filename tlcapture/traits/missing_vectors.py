@@ -49,12 +49,15 @@ def no_vectors(layout: Layout) -> InputError:
     return InputError(f"experiment {layout.experiment!r} has no trait vectors: {how_to_extract(layout)}")
 
 
-def no_vectors_of_trait(layout: Layout, trait: Trait) -> InputError:
-    """The error for a trait without vectors, naming the traits that have some, and the one that was probably meant."""
+def no_vectors_of_trait(layout: Layout, trait: Trait, packaged: str = f"vector experiment {PACKAGED!r}") -> InputError:
+    """The error for a trait without vectors, naming the traits that have some, and the one that was probably meant.
+
+    Where the package has vectors of the trait, `packaged` says how to take them.
+    """
     traits = [*map(str, layout.traits())]
     extract = "" if did_you_mean(str(trait), traits) else f"; {how_to_extract(layout, [trait])}"
     if extract and has_packaged(layout, trait):
-        extract += f", or take those that come with the package, vector experiment '{PACKAGED}'"
+        extract += f", or take those that come with the package, {packaged}"
     return InputError(
         f"no vectors for trait {str(trait)!r} in {_place(layout)}{beside(str(trait), traits, 'available traits')}"
         f"{extract}"
