@@ -157,6 +157,43 @@ def test_frames_and_figures_compare_layers_each_with_its_own_vector(exp: Experim
         cap.plot.layers("tone/loud", layer=[0, 2])
 
 
+def test_an_experiment_is_opened_by_the_path_of_its_folder(exp: Experiment) -> None:
+    assert Experiment(str(exp.layout.folder)).layout == exp.layout
+    with pytest.raises(InputError, match=r"expected \.\.\./experiments/NAME, or its name"):
+        Experiment(str(exp.root))
+
+
+def test_a_key_without_a_capture_says_where_it_is(exp: Experiment) -> None:
+    captures = exp.captures["short"]
+    with pytest.raises(KeyError, match=r"has captures .*; by position: \.at\(0\)"):
+        captures[0]
+    with pytest.raises(KeyError, match=r"cap.attention\(layer\) and cap.internals\(layer\) compute them"):
+        captures[1].cache["pattern", 99]
+
+
+def test_the_frame_of_a_lens_has_its_numbers(exp: Experiment) -> None:
+    lens = exp.captures["short"][1].logit_lens()
+    frame = lens.to_pandas()
+    assert len(frame) == lens.n_layers * lens.n_predictions
+    cell = frame[(frame["layer"] == 2) & (frame["token_idx"] == 3)].squeeze()
+    assert (cell["token"], cell["actual_token"]) == (lens.tokens[3], lens.tokens[4])
+    assert (cell["top_token"], cell["top_prob"]) == (lens.top_tokens[2][3][0], lens.top_probs[2, 3, 0])
+    assert (cell["actual_rank"], cell["actual_prob"]) == (lens.actual_rank[2, 3], lens.actual_prob[2, 3])
+    wide = frame.pivot(index="layer", columns="token_idx", values="actual_rank")
+    assert (wide.to_numpy() == lens.actual_rank).all()
+
+
+def test_rises_and_projections_of_a_set_have_the_same_ids(exp: Experiment) -> None:
+    captures = exp.captures["short"]
+    assert set(captures.rises()["prompt_id"]) == set(captures.to_pandas()["prompt_id"]) == {cap.id for cap in captures}
+
+
+def test_a_capture_is_saved_to_and_opened_from_a_path_as_text(exp: Experiment, tmp_path: Path) -> None:
+    cap = exp.captures["short"][1]
+    cap.capture.save(f"{tmp_path}/one.pt")
+    assert tlcapture.Capture.open(f"{tmp_path}/one.pt").token_ids == cap.token_ids
+
+
 def test_a_direction_of_ones_own_is_projected_onto(exp: Experiment) -> None:
     cap = exp.captures["short"][1]
     direction = torch.randn(cap.d_model, generator=torch.Generator().manual_seed(0))
@@ -171,6 +208,23 @@ def test_a_direction_of_ones_own_is_projected_onto(exp: Experiment) -> None:
         cap.project(torch.ones(3), layer=1)
     with pytest.raises(VectorError, match="zero, or holds NaN"):
         cap.project(torch.zeros(32), layer=1)
+    with pytest.raises(VectorError, match=r"of type NoneType: expected a tensor or an array \[32\]"):
+        cap.project(None, layer=1)  # type: ignore[arg-type]
+
+
+def test_a_direction_may_be_an_array_and_take_the_place_of_a_trait_anywhere(exp: Experiment) -> None:
+    cap = exp.captures["short"][1]
+    direction = np.random.default_rng(0).standard_normal(cap.d_model)
+    expected = cap.project(torch.tensor(direction), layer=1).trajectory.numpy()
+    frame = cap.to_pandas(direction, layer=1)
+    assert frame["score"].to_numpy() == pytest.approx(expected) and set(frame["trait"]) == {"own/direction"}
+    assert len(cap.to_pandas(np.array(["tone/loud"]), layer=1)) == len(frame)  # names, as pandas' `unique` returns
+    assert set(cap.to_pandas(["tone/loud", direction], layer=1)["trait"]) == {"tone/loud", "own/direction"}
+    both = cap.project(np.stack([direction, -direction]), layer=1)
+    assert both[1].trajectory.numpy() == pytest.approx(-expected)
+    assert cap.coloured(direction, layer=1).scores == pytest.approx(expected)
+    *_, answer = cap.by_span(direction, layer=1)
+    assert answer["mean"] == pytest.approx(expected[len(cap.prompt.tokens) :].mean(), rel=1e-4)
 
 
 def test_internals_are_those_of_the_file_or_of_a_forward_pass(exp: Experiment) -> None:
@@ -318,12 +372,17 @@ def test_a_doubt_about_a_vector_is_told_once_where_it_is_used_in_python(doubtful
         doubtful.captures["short"].to_pandas("tone/loud")
     told = [str(each.message) for each in caught if "adds nothing" in str(each.message)]
     assert told == [f"tone/loud: {DOUBT}"]
-    forget()
-    with pytest.warns(UserWarning, match=f"tone/loud: {DOUBT}"):
-        doubtful.captures["short"].to_pandas("tone/loud")
-    forget()
-    with pytest.warns(UserWarning, match=f"tone/loud: {DOUBT}"):
-        doubtful.captures["short"].plot.trajectory("tone/loud")
+    ways: list[Callable[[], object]] = [
+        lambda: cap.coloured("tone/loud"),
+        lambda: cap.plot.trajectory("tone/loud"),
+        lambda: doubtful.captures["short"].to_pandas("tone/loud"),
+        lambda: doubtful.captures["short"].plot.trajectory("tone/loud"),
+    ]
+    for way in ways:
+        forget()
+        with pytest.warns(UserWarning, match=f"tone/loud: {DOUBT}") as found:
+            way()
+        assert {each.filename for each in found} == {__file__}  # the user's own line, not one of the package
     rises = doubtful.captures["short"].rises().set_index("trait")["doubt"]
     assert set(rises["tone/loud"]) == {DOUBT}
     assert rises["tone/warm"].isna().all()

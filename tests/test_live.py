@@ -15,7 +15,9 @@ INVALID: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no prompt": ([], {}, "no prompts: give at least one text"),
     "a number": ([3], {}, "expected texts, lists of messages, Prompts or a PromptSet: "),
     "an empty text": ("", {}, "text is empty"),
-    "a negative length": ("hi", {"max_new_tokens": -2}, "max_new_tokens is -2: expected at least 0"),
+    "a negative length": ("hi", {"max_new_tokens": -2}, "max_new_tokens is -2: expected a whole number, at least 0"),
+    "a length as text": ("hi", {"max_new_tokens": "2"}, "max_new_tokens is '2': expected a whole number"),
+    "layers as text": ("hi", {"layers": "1,2"}, "layers '1,2': expected numbers from 0 to 2"),
     "a name of vectors": ("hi", {"vectors": "exp"}, r"expected an Experiment, got str: Experiment\('exp'\)"),
     "a missing layer": ("hi", {"layers": [99]}, "99"),
 }
@@ -33,3 +35,8 @@ def test_an_invalid_argument_is_a_one_line_error(what: str) -> None:
 def test_a_layer_that_is_no_number_is_named(layer: Any) -> None:
     with pytest.raises(InputError, match=f"layer {layer!r} is not a number: the model has layers 0 to 2"):
         KeptPoints.of(3).row(layer, "residual_out")
+
+
+def test_one_layer_and_one_point_need_no_list() -> None:
+    (found,) = capture(tiny.model("llama"), "hi", max_new_tokens=1, layers=1, points="residual_out", internals=2)
+    assert (found.kept.layers, found.kept.points) == ((1,), ("residual_out",))

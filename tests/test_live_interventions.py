@@ -142,6 +142,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no layer": (lambda: [Ablate(VECTOR)], {}, "has no selected layer"),
     "a coefficient": (lambda: [Steer(VECTOR, float("inf"), 0)], {}, "expected a finite number"),
     "negative": (lambda: [Ablate(VECTOR, -1)], {}, "expected layers such as"),
+    "half a layer": (lambda: [Ablate(VECTOR, 1.5)], {}, "layers 1.5: expected layers such as"),
     "a place": (lambda: [Ablate(VECTOR, 0, "answer")], {}, "expected prompt, response, thinking or first=N"),
     "no intervention": (lambda: ["a/b"], {}, "expected Steer(...), Ablate(...) or Cap(...)"),
     "no hook": (lambda: [], {"hooks": [("blocks.9.hook_resid_post", nothing)]}, "the model has no hook"),

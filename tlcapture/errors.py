@@ -6,14 +6,30 @@ them; only the command line turns them into an exit status (`exit_code`).
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
-from tlcapture.places import named
+from tlcapture.folder_names import named
 
 _PACKAGE = str(Path(__file__).parent)
+
+
+def warn_user(text: str) -> None:
+    """Warn, naming the innermost line that is neither in this package nor in an installed one: the user's own."""
+    here = frame = inspect.currentframe()
+    while frame is not None and not _is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    found = frame or here
+    if found is None:
+        warnings.warn(text, stacklevel=2)
+    else:
+        registry = found.f_globals.setdefault("__warningregistry__", {})
+        name = found.f_globals.get("__name__", "")
+        warnings.warn_explicit(text, UserWarning, found.f_code.co_filename, found.f_lineno, name, registry)
 
 
 class TlcaptureError(Exception):

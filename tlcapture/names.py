@@ -40,9 +40,11 @@ def is_safe_name(name: str) -> bool:
 def check_name(name: str, what: str) -> str:
     """Return `name`, or raise `InputError` for an unsafe one; `what` is the kind of name, for the message."""
     if not isinstance(name, str) or not is_safe_name(name):
+        folder, _, last = str(name).rstrip("/").rpartition("/")
+        meant = f": did you mean {last!r}?" if folder and is_safe_name(last) else ""
         raise InputError(
             f"{what} {name!r} is not a safe file name: use letters, digits, '.', '_' and '-' "
-            "(at most 128, not starting with '.' or '-')"
+            f"(at most 128, not starting with '.' or '-'){meant}"
         )
     return name
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from tlcapture.errors import InputError
-from tlcapture.places import named
+from tlcapture.folder_names import named
 
 NEWLINE = "\u23ce"
 REPLACEMENT = "\ufffd"  # a token of some bytes of a character decodes to it
@@ -83,6 +83,11 @@ def beside(name: str, existing: Iterable[str], what: str) -> str:
     """
     names = list(existing)
     return f"{did_you_mean(name, names) or ';'} {what}: {', '.join(names) or 'none'}"
+
+
+def layers_named(layers: Sequence[int]) -> str:
+    """`layer 12`, or `layers 8, 12, 16 to 18`."""
+    return f"{'layer' if len(layers) == 1 else 'layers'} {as_ranges(layers)}"
 
 
 def as_ranges(numbers: Iterable[int]) -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tlcapture.captures.capture import Capture
 from tlcapture.cli.answers import show_answers
 from tlcapture.cli.console import Console
-from tlcapture.commands.top_traits import TopTrait, pieces_of
+from tlcapture.commands.top_traits import OverSamples, TopTrait, pieces_of
 from tlcapture.storage.layout import Layout
 from tlcapture.text import printable
 
@@ -83,3 +83,16 @@ def test_a_set_that_is_projected_onto_nothing_shows_its_answers(
     assert "rise" not in done.stdout
     again = capture("--replay", "--logit-lens")
     assert not [line for line in again.stdout.splitlines() if line.split()[:1] == [captures[0].name]]
+
+
+def test_the_samples_of_a_given_prompt_are_shown_where_nothing_is_projected(capture: Callable[..., Result]) -> None:
+    done = capture("--no-project", "--samples", 2, "--temperature", 2, prompts=("--prompt", "Why does it rain?"))
+    shown = done.stdout.splitlines()
+    assert [line for line in shown if line.startswith("adhoc/")] == ["adhoc/1.s1:", "adhoc/1.s2:"]
+
+
+def test_an_answer_of_several_samples_says_which_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    over = OverSamples(3, 0, None, None)
+    top = TopTrait("1", "style/formality", 3.0, 2.0, None, None, None, "Tides rise.", over)
+    show_answers(Console(), Layout(Path(), "exp"), "adhoc", ["1"], [top])
+    assert capsys.readouterr().out.startswith("answer 1, the first sample: style/formality stands out")

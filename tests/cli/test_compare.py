@@ -241,6 +241,7 @@ def test_a_model_that_changed_since_the_capture_is_refused(
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "a missing experiment": (("exp", "none"), "no experiment 'none'"),
+    "a set alone": (("short@a", "exp"), "; expected EXPERIMENT, EXPERIMENT/SET or EXPERIMENT/SET@VARIANT"),
     "a missing set": (("exp/none", "exp"), "exp/none: no captures; captured sets of exp: other, short"),
     "a missing variant": (("exp", "exp/short@lora"), "exp/short@lora: no captures; captured sets of exp: other, short"),
     "an unsafe name": (("exp/../x", "exp"), "is not a safe file name"),

@@ -42,6 +42,14 @@ CASES = {
     "steer: no such trait": ("steer --experiment exp --traits a/b", "'a/b'"),
     "steer: no model": (f"steer --experiment exp --model {MISSING} --allow-model-change", "no such folder"),
     "capture: no such set": ("capture --experiment new --prompt-set none", "no prompt set 'none'"),
+    "capture: the path of a set": (
+        "capture --prompt-set datasets/inference/dynamic.json",
+        "in the package: did you mean 'dynamic'? existing sets: ",
+    ),
+    "capture: the path of an experiment": (
+        "capture --experiment experiments/exp --prompt-set short",
+        "starting with '.' or '-'): did you mean 'exp'?",
+    ),
     "capture: no model": (f"capture --experiment new --prompt hi --model {MISSING}", "no such folder"),
     "capture: no such vectors": ("capture --experiment new --prompt hi --vector-experiment none", "'none'"),
     "capture: revision without model": (

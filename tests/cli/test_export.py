@@ -178,10 +178,12 @@ def test_small_shards_hold_the_same_rows(made: Path, export: Run, tlcapture: Run
     assert files_of(made.parent / "again").keys() == files_of(made).keys()
 
 
-def test_control_vectors_are_as_long_as_the_typical_norm_without_layer_0(made: Path, export: Run, data: Path) -> None:
+def test_control_vectors_are_as_long_as_the_typical_norm_without_layer_0(
+    made: Path, export: Run, tlcapture: Run, data: Path
+) -> None:
     done = export()
     assert "GGUF files have no vectors of layer 0" in done.output
-    reader = gguf.GGUFReader(data / "out/vectors/tone/loud.mean_diff.gguf")
+    reader = gguf.GGUFReader(path := data / "out/vectors/tone/loud.mean_diff.gguf")
     assert bytes(reader.get_field("controlvector.model_hint").parts[-1]) == b"llama"
     directions = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     metadata = read_json(made / "extraction/tone/loud/vectors/metadata.json")
@@ -194,6 +196,9 @@ def test_control_vectors_are_as_long_as_the_typical_norm_without_layer_0(made: P
         assert np.linalg.norm(found) == pytest.approx(norms[layer], rel=1e-6)
     length = reader.get_field("tlcapture.length")
     assert bytes(length.parts[-1]) == b"typical norm of the residual stream"
+    again = tlcapture("traits", "import", path, "--experiment", "exp", "--trait", "tone/again")
+    assert "a file as tlcapture writes it: layers 1, 2, counted as resid_post" in again.output
+    assert "final norm" not in again.output  # which repeng's last layer has passed
 
 
 def test_control_vectors_without_a_typical_norm_have_length_1(made: Path, export: Run, data: Path) -> None:

@@ -190,8 +190,10 @@ def test_the_other_commands_and_the_page_take_imported_vectors(
 def test_traits_that_were_imported_without_examples_do_not_keep_others_from_being_scored(
     bring: Run, tlcapture: Run, root: Path
 ) -> None:
-    for trait in ("persona/evil", "tone/loud"):
-        assert bring(FILES / "repeng.gguf", "--trait", trait).exit_code == 0
+    assert bring(FILES / "repeng.gguf", "--trait", "persona/evil").exit_code == 0
+    alone = tlcapture("evaluate", "--experiment", "exp")
+    assert alone.exit_code == 2 and "datasets/traits/persona/evil" in alone.stderr
+    assert bring(FILES / "repeng.gguf", "--trait", "tone/loud").exit_code == 0
     evaluated = tlcapture("evaluate", "--experiment", "exp")
     assert evaluated.exit_code == 0, evaluated.output
     assert "left out: no examples to score the imported vectors of persona/evil" in evaluated.stderr

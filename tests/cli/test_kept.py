@@ -199,7 +199,7 @@ def test_the_cache_of_a_subset_has_its_activations_and_names_missing_ones(captur
     assert set(cap.cache) == {"blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"}
     assert torch.equal(cap.cache["resid_post", 0], Capture.open(raw / "1.pt").residual(0).float())
     with pytest.raises(
-        KeyError, match=r"blocks\.2\.hook_resid_post: the capture has residual_in, residual_out of layers 0"
+        KeyError, match=r"blocks\.2\.hook_resid_post: the capture has residual_in, residual_out of layer 0"
     ):
         cap.cache["resid_post", 2]
 

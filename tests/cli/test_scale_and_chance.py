@@ -216,7 +216,7 @@ def test_the_summary_says_how_many_findings_chance_alone_would_make(
     put_rises(layout, {"tone/loud": [5.0] * 10}, {"tone/loud": np.zeros((10, 200))})
     show_top_traits(Console(), layout, "short", "residual", RunReport(layout.folder))
     shown = capsys.readouterr().out
-    assert "of 10 projections 10 commit and 0 persist, of random directions 5 % and 15 %\n" in shown
+    assert "of 10 projections, 100 % commit and 0 % persist; of random directions, 5 % and 15 %\n" in shown
     assert (
         "more clearly than 95 % of random directions: 10 commit, 0 persist; chance alone would make 0.5 of each"
         in shown

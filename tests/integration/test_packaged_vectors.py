@@ -17,6 +17,7 @@ from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
+from tlcapture.page.contents import Contents
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.missing_vectors import no_vectors_of_trait
@@ -47,6 +48,15 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
 def _projections(root: Path) -> list[ProjectionFile]:
     paths = sorted((root / "experiments" / "default").glob("inference/*/*/residual_stream/adhoc/1.json"))
     return [ProjectionFile.read(path) for path in paths]
+
+
+def test_the_page_shows_them_with_their_evaluation(captured: tuple[Path, Result]) -> None:
+    found = Contents(captured[0]).vectors("default", "style", "formality")
+    assert (found["source"], found["components"]["residual"]["selected"]["layer"]) == ("packaged", 12)
+    assert found["evaluation"]["trait"]["verdict"]
+    assert found["steering"]["missing"]["command"].startswith(
+        "tlcapture extract --experiment default --traits style/formality"
+    )
 
 
 def test_the_first_capture_is_projected_onto_all_shipped_traits(captured: tuple[Path, Result]) -> None:
@@ -208,6 +218,8 @@ def test_a_missing_trait_that_comes_with_the_package_is_offered_from_there(
     offered = "or take those that come with the package, vector experiment 'packaged'"
     for trait, expected in (("cognitive/retrieval", True), ("cognitive/none", False)):
         assert (offered in str(no_vectors_of_trait(layout, Trait.parse(trait)))) == expected
+    with pytest.raises(InputError, match=r"come with the package, Experiment\('packaged'\)\.vectors"):
+        Experiment("own", tmp_path).vectors["cognitive/retrieval"]
     layout.config.write_text("{}")
     assert offered not in str(no_vectors_of_trait(layout, Trait.parse("cognitive/retrieval")))
 

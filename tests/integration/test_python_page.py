@@ -16,10 +16,10 @@ from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.explore.attention_heads import AttentionHeads
 from tlcapture.explore.capture_figures import CaptureFigures
 from tlcapture.explore.captured_sets import AllCaptures, Captures
-from tlcapture.explore.frames import COLUMNS
 from tlcapture.explore.live_capture import LiveCapture
 from tlcapture.explore.logit_lens_table import LogitLensTable
 from tlcapture.explore.offline_figure import OfflineFigure
+from tlcapture.explore.projection_frames import COLUMNS
 from tlcapture.explore.saved_capture import SavedCapture
 from tlcapture.traits.dynamics import Dynamics
 from tlcapture.traits.projection import Projection

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def test_all_data_is_in_the_file(page_root: Path) -> None:
     assert {f"exp/sets/odd/1/attention/{token}" for token in range(len(TOKENS))} < set(found)
     assert "exp/averages/odd/style/odd/residual" in found
     assert manifest(page)["missing"]["exp/sets/odd/2/lens"]["command"].endswith("--logit-lens --replay")  # type: ignore[index]
+
+
+def test_a_trait_with_the_vectors_of_another_experiment_has_none_of_its_own(tmp_path: Path) -> None:
+    folder = write_experiment(tmp_path) / "experiments/exp"
+    shutil.copytree(folder / "inference/style/odd", folder / "inference/style/lent")
+    target = tmp_path / "page.html"
+    export_page(tmp_path, "exp", ["odd"], target)
+    missing = manifest(target.read_text(encoding="utf-8"))["missing"]
+    assert missing["exp/vectors/style/lent"]["what"] == "no vectors of style/lent"  # type: ignore[index]
 
 
 def test_data_is_not_parsed_as_markup_and_only_the_scripts_of_the_page_can_run(page_root: Path) -> None:

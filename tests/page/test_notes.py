@@ -100,7 +100,7 @@ def test_an_empty_or_too_long_note_is_refused(layout: Layout, text: str) -> None
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 1), (2, 2), (3, 2), (0, 99), (99, None)])
 def test_tokens_that_the_capture_does_not_have_are_refused(start: int, stop: int | None) -> None:
-    with pytest.raises(InputError, match="expected some of the tokens 0 to 6"):
+    with pytest.raises(InputError, match="expected some of the tokens 0 to 5"):
         Marked.of(TOKENS, start, stop)
 
 
@@ -162,7 +162,7 @@ def test_requests_of_other_sites_are_refused(client: TestClient, layout: Layout,
 @pytest.mark.parametrize(
     ("sent", "status", "expected"),
     [
-        ({"start": 2, "stop": 99, "text": "x"}, 404, "expected some of the tokens 0 to 6"),
+        ({"start": 2, "stop": 99, "text": "x"}, 404, "expected some of the tokens 0 to 5"),
         ({"start": "2", "stop": 3, "text": "x"}, 404, "not a valid note: start"),
         ({"start": 2, "stop": 3}, 404, "not a valid note: text"),
         ({"start": 2, "stop": 3, "text": " "}, 404, "expected 1 to 10,000"),

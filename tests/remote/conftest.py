@@ -46,7 +46,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from tlcapture.storage import remote_roots
 
     folder = tmp_path / "cache"
-    monkeypatch.setattr(remote_roots, "_cache_folder", lambda: folder)
+    monkeypatch.setattr(remote_roots, "cache_folder", lambda: folder)
     monkeypatch.setattr(remote_roots, "_mounts", {})
     return folder
 

@@ -313,7 +313,7 @@ def test_a_capture_that_is_killed_leaves_whole_files_and_is_resumed(
     raw = f"{captured}/experiments/default/inference/raw/residual/many"
     running = Command(
         tmp_path / "output", *words, "--root", captured, "--batch-size", 1,
-        before=lambda: vars(remote_roots).update(_mounts={}, _cache_folder=lambda: tmp_path / "another cache"),
+        before=lambda: vars(remote_roots).update(_mounts={}, cache_folder=lambda: tmp_path / "another cache"),
     )  # fmt: skip
     running.wait_for(lambda: time.sleep(0.05) or (s3.exists(raw) and len(s3.find(raw)) > 2))
     running.send(signal.SIGKILL)

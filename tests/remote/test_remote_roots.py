@@ -316,7 +316,7 @@ def test_a_cache_that_cannot_be_made_or_has_no_size_is_named(
 ) -> None:
     (tmp_path / "file").touch()
     with monkeypatch.context() as patch:
-        patch.setattr(remote_roots, "_cache_folder", lambda: tmp_path / "file")
+        patch.setattr(remote_roots, "cache_folder", lambda: tmp_path / "file")
         with pytest.raises(StorageError, match=r"no working copy can be made .*Not a directory.*: set TLCAPTURE_CACHE"):
             root_folder(bucket)
     monkeypatch.setenv("TLCAPTURE_REMOTE_CACHE", "much")

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tests.samples import TOKENS, projected
-from tests.test_frames import write
+from tests.test_projection_frames import write
 from tlcapture.commands import plots
 from tlcapture.commands.pictures import write_pictures
 from tlcapture.commands.plots import PERSISTS, evaluation_heatmaps, projection_picture, steering_curves

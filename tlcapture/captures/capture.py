@@ -30,6 +30,7 @@ from tlcapture.names import PromptId
 from tlcapture.prompts.spans import TokenSpan, labels_of
 from tlcapture.shapes import Residual
 from tlcapture.storage.files import Hook, Written, read_tensors, write_tensors
+from tlcapture.text import counted
 from tlcapture.views.cache import stacked
 from tlcapture.views.hooks import point_named
 from tlcapture.views.kept_points import KeptPoints, from_the_end, point_index
@@ -90,7 +91,7 @@ class Capture(CaptureNames):
     def __repr__(self) -> str:
         tokens = f"{len(self.prompt.tokens)} + {len(self.response.tokens)} tokens"
         if turns := self.metadata.get("messages"):
-            tokens = f"a conversation of {len(turns)} messages, {tokens}"
+            tokens = f"a conversation of {counted(len(turns), 'message')}, {tokens}"
         return f"{type(self).__name__}({self.capture_set}/{self.name}, {tokens}, {self.response.text[:60]!r})"
 
     def _repr_html_(self) -> str:
@@ -208,7 +209,7 @@ class Capture(CaptureNames):
             return torch.cat([each.residual.at(layer, point) for each in parts])
         return self._part(part).residual.at(layer, point)
 
-    def save(self, path: Path, *, before_replacing: Hook = lambda new: None) -> Written:
+    def save(self, path: str | Path, *, before_replacing: Hook = lambda new: None) -> Written:
         """Write the capture in the format of raw residual files.
 
             cap.capture.save(Path("capture.pt"))
@@ -228,15 +229,16 @@ class Capture(CaptureNames):
             record = index_record(value, parts, storages)
             return {INDEX: record} if record else {}
 
-        return write_tensors(path, value, more=index, before_replacing=before_replacing)
+        return write_tensors(Path(path), value, more=index, before_replacing=before_replacing)
 
     @classmethod
-    def open(cls, path: Path) -> Capture:
+    def open(cls, path: str | Path) -> Capture:
         """Open a raw residual file; raises `StorageError` for any other file.
 
         Example:
             Capture.open(exp.layout.residual("single_trait", 1))
         """
+        path = Path(path)
         if (found := read_index(path)) is not None:
             index, metadata, streams = found
             both = [

@@ -85,7 +85,9 @@ class Marked:
         """Tokens of a capture, one token unless `stop` is given; raises `InputError` for others."""
         end = start + 1 if stop is None else stop
         if not 0 <= start < end <= len(tokens):
-            raise InputError(f"tokens {start} to {end}: expected some of the tokens 0 to {len(tokens)} of the capture")
+            raise InputError(
+                f"tokens {start} to {end}: expected some of the tokens 0 to {len(tokens) - 1} of the capture"
+            )
         return cls(start, end, tokens[start:end])
 
 

@@ -6,8 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import TYPE_CHECKING
 
+from tlcapture.names import split_name
 from tlcapture.text import printable
 
 if TYPE_CHECKING:
@@ -22,18 +24,27 @@ MOST_SHOWN = 5
 def show_answers(
     console: Console, layout: Layout, prompt_set: str, ids: Sequence[PromptId], tops: Sequence[TopTrait]
 ) -> None:
-    """Print the answers to the first few prompts, each under a line that says what stands out."""
+    """Print the answers to the first few prompts, each under a line that says what stands out.
+
+    Of samples, the first one where a trait is projected onto, otherwise the first few.
+    """
     by_id = {top.prompt_id: top for top in tops}
     for prompt_id in ids[:MOST_SHOWN]:
-        top, raw = by_id.get(str(prompt_id)), layout.residual(prompt_set, prompt_id)
+        top = by_id.get(str(prompt_id))
         if top is not None:
             _show(console, top)
-        elif raw.is_file():
-            from tlcapture.captures.capture import Capture
-
-            console.line(f"{prompt_set}/{prompt_id}:")
-            _plain(console, Capture.open(raw).response.text)
+        else:
+            names = (name for name in layout.captured(prompt_set) if str(prompt_id) in (name, split_name(name)[0]))
+            for name in islice(names, MOST_SHOWN):
+                _show_capture(console, layout, prompt_set, name)
         console.line()
+
+
+def _show_capture(console: Console, layout: Layout, prompt_set: str, name: str) -> None:
+    from tlcapture.captures.capture import Capture
+
+    console.line(f"{prompt_set}/{name}:")
+    _plain(console, Capture.open(layout.residual(prompt_set, name)).response.text)
 
 
 def show_unprojected(console: Console, layout: Layout, prompt_set: str, ids: Sequence[PromptId]) -> None:
@@ -54,11 +65,12 @@ def show_unprojected(console: Console, layout: Layout, prompt_set: str, ids: Seq
 
 
 def _show(console: Console, top: TopTrait) -> None:
+    answer = f"answer {top.prompt_id}" + ("" if top.samples is None else ", the first sample")
     if not top.stands_out:
-        console.line(f"answer {top.prompt_id}: no trait stands out from chance, so it is not coloured")
+        console.line(f"{answer}: no trait stands out from chance, so it is not coloured")
         _plain(console, top.response)
     elif not _has_colours(as_json=console.as_json):
-        console.line(f"answer {top.prompt_id}: {top.trait} stands out (a terminal shows it in colour)")
+        console.line(f"{answer}: {top.trait} stands out (a terminal shows it in colour)")
         _plain(console, top.response)
     else:
         from tlcapture.coloured_tokens import ColouredTokens
@@ -66,7 +78,7 @@ def _show(console: Console, top: TopTrait) -> None:
         what = (
             "as in the positive examples, blue as in the negative ones" if top.is_calibrated else "above 0, blue below"
         )
-        console.line(f"answer {top.prompt_id}: coloured by {top.trait}, which stands out: red {what}")
+        console.line(f"{answer}: coloured by {top.trait}, which stands out: red {what}")
         pieces = top.pieces
         # The first token is left out of the scale.
         tokens = ColouredTokens(["", *(text for text, _ in pieces)], 1, [None, *(score for _, score in pieces)])

@@ -145,10 +145,9 @@ def _notes(summary: ComparisonSummary) -> Iterator[str]:
     from tlcapture.comparison.paired import LEVEL, smallest_p
 
     if summary.traits:
-        yield (
-            "change: of the mean projection over the response; p: signs flipped over prompts, corrected for the "
-            f"{len(summary.traits)} traits"
-        )
+        n_traits = len(summary.traits)
+        corrected = f", corrected for the {n_traits} traits" if n_traits > 1 else ""
+        yield f"change: of the mean projection over the response; p: signs flipped over prompts{corrected}"
         if smallest_p(summary.n_prompts) > LEVEL:
             yield f"{summary.n_prompts} prompts are too few for any change to stand out from chance: 6 could"
     if summary.kl is not None:

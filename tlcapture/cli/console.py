@@ -268,7 +268,8 @@ def _row(top: TopTrait, *, with_response: bool) -> tuple[Cell, ...]:
 
 
 def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[str]:
-    again = f"'tlcapture evaluate', then 'tlcapture project --experiment {layout.experiment}'"
+    of = f"--experiment {layout.experiment}"
+    again = f"'tlcapture evaluate {of}', then 'tlcapture project {of} --all-prompt-sets'"
     if any(top.samples is not None for top in summary.tops):
         yield "+-: the standard deviation over the samples of a prompt, of which the mean is shown"
     if has_chance or summary.is_against_set:
@@ -283,9 +284,10 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
         yield f"all vectors are of layer {layers.pop()}"
     found = summary.findings
     if found is not None:
+        commit, persist = (100 * each / found.n_projections for each in (found.commit, found.persist))
         yield (
-            f"of {counted(found.n_projections, 'projection')} {found.commit} commit and {found.persist} persist, "
-            f"of random directions {100 * found.random_commit:.0f} % and {100 * found.random_persist:.0f} %"
+            f"of {counted(found.n_projections, 'projection')}, {commit:.0f} % commit and {persist:.0f} % persist; "
+            f"of random directions, {100 * found.random_commit:.0f} % and {100 * found.random_persist:.0f} %"
         )
         yield (
             f"more clearly than 95 % of random directions: {found.clearly_commit} commit, {found.clearly_persist} "

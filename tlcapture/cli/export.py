@@ -104,7 +104,7 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
 
 
 def _show(console: Console, settings: _Settings, manifest: Manifest) -> None:
-    from tlcapture.text import as_ranges, counted, format_bytes
+    from tlcapture.text import counted, format_bytes, layers_named
 
     size = sum(path.stat().st_size for path in settings.to.rglob("*") if path.is_file())
     console.line(
@@ -113,9 +113,7 @@ def _show(console: Console, settings: _Settings, manifest: Manifest) -> None:
         f"{manifest.n_tokens} tokens, vectors of {counted(len(manifest.traits), 'trait')}, {format_bytes(size)}"
     )
     if manifest.layers:
-        console.line(
-            f"activations: {', '.join(manifest.points)} of layers {as_ranges(manifest.layers)}, {manifest.dtype}"
-        )
+        console.line(f"activations: {', '.join(manifest.points)} of {layers_named(manifest.layers)}, {manifest.dtype}")
     for each in manifest.left_out:
         console.line(f"not exported: {each}")
     if manifest.format == "datasets":

@@ -27,7 +27,7 @@ COMMANDS = {
     "doctor": "Check a model's activations against Hugging Face.",
     "plan": "Estimate the size and time of a capture.",
     "export": "Write an experiment as a dataset that others open.",
-    "import": "Make an experiment of such a dataset.",
+    "import": "Make an experiment from an export.",
 }
 _MODULES = {"import": "import_experiment", "list": "list_experiments"}  # no module can have these names
 

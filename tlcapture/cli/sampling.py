@@ -96,7 +96,7 @@ sampling_options = together(
         type=Text(),
         metavar="TEXT",
         multiple=True,
-        help="End a response with the token that completes TEXT; repeatable.",
+        help="End a response with the token that completes TEXT, for a newline in bash $'\\n'; repeatable.",
     ),
     click.option(
         "--samples",

@@ -223,7 +223,7 @@ def _listed(layout: Layout, component: str, datasets: Datasets) -> _Listed:
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @location_options
-@click.option("--trait", type=OneTrait(), required=True, help="Trait that the vectors are of; it may be a new one.")
+@click.option("--trait", type=OneTrait(), required=True, help="Trait to import the vectors for; it may be a new one.")
 @click.option(
     "--convention",
     type=click.Choice(["hidden_states", "resid_post", "resid_pre"]),
@@ -235,7 +235,7 @@ def _listed(layout: Layout, component: str, datasets: Datasets) -> _Listed:
     type=click.Choice(["residual", "attn_out"]),
     help="Which activation the vectors are for.  [default: what the file says, or residual]",
 )
-@click.option("--model", metavar="NAME", help="Model that the vectors are of.  [default: the experiment's]")
+@click.option("--model", metavar="NAME", help="Model that the vectors come from.  [default: the experiment's]")
 @click.option(
     "--allow-model-change", is_flag=True, help="Continue even if the experiment has used another model so far."
 )

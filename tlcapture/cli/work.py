@@ -26,7 +26,7 @@ from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import together
 from tlcapture.cli.stopping import Interrupted, StopSignals
 from tlcapture.errors import NoSpaceError, TlcaptureError
-from tlcapture.places import named
+from tlcapture.folder_names import named
 
 if TYPE_CHECKING:
     from tlcapture.runs.record import Invocation

@@ -15,6 +15,8 @@ from tlcapture.storage.comparisons import comparison_file
 from tlcapture.storage.layout import Layout
 from tlcapture.text import beside, did_you_mean
 
+FORM = "EXPERIMENT, EXPERIMENT/SET or EXPERIMENT/SET@VARIANT"
+
 
 @dataclass(frozen=True)
 class CaptureSet:
@@ -33,8 +35,11 @@ class CaptureSet:
         Raises `InputError` for anything else, for an experiment that does not exist, and for a set without captures.
         """
         experiment, _, name = text.partition("/")
-        layout = Layout(root, experiment)
-        layout.check_exists()
+        try:
+            layout = Layout(root, experiment)
+            layout.check_exists()
+        except InputError as error:
+            raise InputError(f"{error}; expected {FORM}") from None
         found = cls(layout, check_capture_set(name) if name else None)
         if not found.names:
             others = beside(name, layout.captured_prompt_sets(), f"captured sets of {experiment}")

@@ -64,7 +64,11 @@ def run_evaluate(
     traits = traits_with_vectors(layout, options.traits)
     unscored = [] if options.traits else _without_examples(layout, traits)
     if unscored and len(unscored) == len(traits):
-        raise InputError(f"no examples to score the imported vectors of {', '.join(map(str, unscored))}")
+        folder, named = layout.root / "datasets" / "traits" / str(unscored[0]), ", ".join(map(str, unscored))
+        raise InputError(
+            f"no examples to score the imported vectors of {named}: expected positive.jsonl and negative.jsonl "
+            f"in {folder}"
+        )
     run = Run.begin(layout, display)
     for trait in unscored:
         run.warn(f"left out: no examples to score the imported vectors of {trait}")

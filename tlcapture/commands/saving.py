@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 from tlcapture.captures.capture import Capture
@@ -10,6 +9,7 @@ from tlcapture.commands.adhoc_prompts import numbered_on
 from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, write_capture
 from tlcapture.commands.known_views import with_facts
 from tlcapture.commands.projections import ChanceLevels, project_capture, vector_chooser
+from tlcapture.errors import warn_user
 from tlcapture.generation.outcomes import Generation
 from tlcapture.models.loading import Model
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
@@ -71,7 +71,7 @@ def save_into(
         update_config(layout, inference_model=name)
         _write(run, saved, model, more, vectors)
     for text in (*run.report.warnings, *map(str, run.report.failures)):
-        warnings.warn(text, stacklevel=3)
+        warn_user(text)
     return saved
 
 

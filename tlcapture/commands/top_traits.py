@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from tlcapture.commands.summarised import Summarised
 from tlcapture.errors import StorageError
+from tlcapture.names import PromptId
 from tlcapture.storage.layout import Layout
 from tlcapture.text import REPLACEMENT
 from tlcapture.traits.change_points import LEVEL
@@ -63,6 +64,7 @@ class TopTrait:
         pieces: the response (of the first sample) in pieces with the score of each, from -1 as in the negative examples
             to 1 as in the positive ones; as it was projected where `calibrated` is unknown.
         rises: the rise of every trait, that of this one included; `chance` is the level of the largest of them.
+        own_id: the prompt's id as in its set, a number or a text; `None` where it is not known.
     """
 
     prompt_id: str
@@ -77,6 +79,7 @@ class TopTrait:
     pieces: Sequence[tuple[str, float | None]] = ()
 
     rises: Mapping[str, float] = field(default_factory=dict)
+    own_id: PromptId | None = None
 
     @property
     def is_calibrated(self) -> bool:
@@ -295,7 +298,9 @@ def _top(prompt: _Prompt, trait: str, candidates: Mapping[str, _Rise], contents:
     calibrated = float(values.mean()) if len(values) == len(contents) else None
     samples = OverSamples(len(contents), sum(commits), rise.spread, _spread(values)) if has_samples else None
     response, pieces = first.response.text, pieces_of(first.response.text, first.response.tokens, first.scaled)
-    return TopTrait(prompt_id, trait, rise.own, chance, point, token, calibrated, response, samples, pieces, rises)
+    return TopTrait(
+        prompt_id, trait, rise.own, chance, point, token, calibrated, response, samples, pieces, rises, first.prompt_id
+    )
 
 
 def pieces_of(text: str, tokens: Sequence[str], scores: Sequence[float | None]) -> list[tuple[str, float | None]]:

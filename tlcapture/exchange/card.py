@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tlcapture.exchange.manifest import Manifest
-from tlcapture.text import as_ranges
+from tlcapture.text import as_ranges, counted
 
 _COLUMNS = (
     (
@@ -31,7 +31,7 @@ def card(manifest: Manifest, scores: Sequence[str], provenance: Sequence[tuple[s
     lines += ["tags:", "- interpretability", "- activations", "---", "", f"# {manifest.experiment}", ""]
     lines += [
         f"Captures of {manifest.model or 'a model'}, token by token: {manifest.n_captures} responses, "
-        f"{manifest.n_tokens} tokens, projected onto {len(manifest.traits)} traits.",
+        f"{manifest.n_tokens} tokens, projected onto {counted(len({name.split()[0] for name in scores}), 'trait')}.",
         "",
         "```python",
         "from datasets import load_dataset",

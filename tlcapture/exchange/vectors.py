@@ -21,6 +21,7 @@ from torch import Tensor
 from tlcapture.storage.files import read_bytes, read_tensors, write_bytes
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.exported_vectors import HEADER, key, measured
+from tlcapture.traits.other_tools import LENGTH
 from tlcapture.traits.reference import read_reference
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
 from tlcapture.traits.vectors import read_vector
@@ -136,7 +137,7 @@ def _control_vectors(files: VectorFiles, folder: Path, model_type: str) -> list[
         writer = gguf.GGUFWriter(path, _ARCHITECTURE)
         writer.add_string(f"{_ARCHITECTURE}.model_hint", model_type)
         writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len([layer for layer in layers if layer]))
-        writer.add_string("tlcapture.length", "unit" if norms is None else "typical norm of the residual stream")
+        writer.add_string(LENGTH, "unit" if norms is None else "typical norm of the residual stream")
         for layer in layers:
             if layer == 0:
                 left_out.append("GGUF files have no vectors of layer 0, for which llama.cpp has no place")

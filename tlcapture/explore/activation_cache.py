@@ -74,7 +74,10 @@ class _WithFinalScale(dict[str, Tensor]):
         if key != self._KEY:
             found = self._stored(key)
             if found is None:
-                raise KeyError(f"{key}: {self._described}; patterns and internals are there where they were stored")
+                raise KeyError(
+                    f"{key}: {self._described}; patterns and internals are there where they were stored; "
+                    "cap.attention(layer) and cap.internals(layer) compute them"
+                )
             self[key] = found
             return found
         last = self[self._last]

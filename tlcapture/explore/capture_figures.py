@@ -42,7 +42,7 @@ class CaptureFigures:
 
         return trajectory_figure(self._capture.projected(*traits, **how), calibrated=calibrated)
 
-    def layers(self, trait: str, point: str | None = None, **how: Any) -> OfflineFigure:
+    def layers(self, trait: str | Tensor, point: str | None = None, **how: Any) -> OfflineFigure:
         """A heatmap, layers by tokens, of the projection onto a trait's vector.
 
             cap.plot.layers("behavioral/refusal")

@@ -81,6 +81,10 @@ class Captures:
         if str(prompt_id) not in self._ids:
             only = str(prompt_id) in self._experiment.layout.prompt_ids(self.prompt_set)
             hint = "; only projections of this prompt were kept: use .to_pandas(...) of the experiment" if only else ""
+            if str(prompt_id) in self._by_prompt:
+                hint = f"; its samples: .samples({prompt_id!r})"
+            elif isinstance(prompt_id, int) and -len(self) <= prompt_id < len(self):
+                hint = f"; by position: .at({prompt_id})"
             shown = ", ".join(list(self._ids)[:_MOST_ROWS]) + (", ..." if len(self._ids) > _MOST_ROWS else "")
             raise KeyError(f"{prompt_id!r}: prompt set {self.prompt_set!r} has captures {shown or 'none'}{hint}")
         return SavedCapture(self._experiment, self.prompt_set, str(prompt_id))

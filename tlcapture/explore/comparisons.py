@@ -17,7 +17,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import nan
 from operator import index
@@ -27,7 +26,7 @@ from tlcapture.commands.compare import CompareOptions, run_compare
 from tlcapture.commands.compare_summary import read_comparisons, summary_of
 from tlcapture.commands.compared_sets import CaptureSet, ComparedSets, compared_sets
 from tlcapture.comparison.comparison_files import ComparisonFile
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, warn_user
 from tlcapture.explore.doubts import tell_of_vectors
 from tlcapture.names import Trait, split_name
 from tlcapture.traits.choice import VectorChoice
@@ -79,7 +78,7 @@ def compare(
     if report.failures and not report.n_files and not report.n_skipped:
         raise InputError(str(report.failures[0]))
     for text in (*report.warnings, *map(str, report.failures)):
-        warnings.warn(text, stacklevel=3)
+        warn_user(text)
     found = {each: read_comparisons(each.a.layout, each.other, each.a.name or "") for each in sets}
     frame = tidy_frame({each: files for each, (files, _) in found.items()}, by, [str(each) for each in choice.traits])
     summaries = [summary_of(*each) for each in found.values() if each[0]]

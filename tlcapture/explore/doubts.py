@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from tlcapture.errors import warn_user
 from tlcapture.traits.token_scores import TokenScores
 from tlcapture.traits.verdicts import Doubts, UsedVector
 
 _told: set[tuple[str, str]] = set()
 
 
-def tell(doubts: Iterable[tuple[str, str]], stacklevel: int = 2) -> None:
-    """Warn of doubts about traits, in one warning per cause, each only once in a session.
-
-    Args:
-        doubts: pairs of a trait's name and a cause.
-        stacklevel: the `stacklevel` of `warnings.warn`, as seen by the caller.
-    """
+def tell(doubts: Iterable[tuple[str, str]]) -> None:
+    """Warn of doubts, pairs of a trait's name and a cause, in one warning per cause, each only once in a session."""
     by_cause: dict[str, list[str]] = {}
     for trait, cause in doubts:
         if (trait, cause) not in _told:
             _told.add((trait, cause))
             by_cause.setdefault(cause, []).append(trait)
     for cause, traits in by_cause.items():
-        warnings.warn(f"{', '.join(traits)}: {cause}", stacklevel=stacklevel + 1)
+        warn_user(f"{', '.join(traits)}: {cause}")
 
 
 def tell_of_saved(root: Path, projections: Iterable[TokenScores]) -> None:
@@ -44,7 +39,7 @@ def tell_of_vectors(root: Path, vectors: Iterable[UsedVector]) -> None:
     """Warn of the doubts that `evaluate` leaves about vectors, whose experiments are in a root."""
     doubts = Doubts(root)
     found = [(each.trait, doubts.of(each)) for each in dict.fromkeys(vectors)]
-    tell([(trait, doubt) for trait, doubt in found if doubt], stacklevel=5)
+    tell([(trait, doubt) for trait, doubt in found if doubt])
 
 
 def forget() -> None:

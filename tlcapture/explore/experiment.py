@@ -19,17 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 from tlcapture.errors import InputError
 from tlcapture.explore.captured_sets import AllCaptures
-from tlcapture.explore.roots import default_root
+from tlcapture.explore.roots import default_root, layout_of
 from tlcapture.storage.config import ExperimentConfig, read_config
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import FRESH, refresh, root_folder
+from tlcapture.text import counted
 from tlcapture.traits.packaged_vectors import listed_vectors, vectors_layout
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from tlcapture.explore.experiment_vectors import ExperimentVectors
-    from tlcapture.explore.frames import Layers
+    from tlcapture.explore.projection_frames import Layers
     from tlcapture.models.loading import Model
 
 Names = list[str]  # `list` is a method of Experiment
@@ -43,7 +44,8 @@ class Experiment:
         exp.captures["single_trait"][3], exp.vectors["behavioral/refusal"].tensors[12]
 
     Args:
-        name: the experiment's folder below `experiments/`; or `packaged`, the vectors that come with the package.
+        name: the experiment's name, or the path of its folder, `.../experiments/NAME`; or `packaged`, the vectors that
+            come with the package.
         root: the folder with `experiments/` and `datasets/`, or a URL such as `s3://bucket/prefix`; `TLCAPTURE_ROOT` or
             the current folder by default.
 
@@ -51,7 +53,8 @@ class Experiment:
     """
 
     def __init__(self, name: str, root: str | Path | None = None):
-        self.layout = vectors_layout(root_folder(root or default_root()), name)
+        is_folder = root is None and len(Path(name).parts) > 1
+        self.layout = layout_of(name) if is_folder else vectors_layout(root_folder(root or default_root()), name)
         refresh(self.layout.folder, FRESH)
         self.layout.check_exists()
 
@@ -85,7 +88,8 @@ class Experiment:
 
     def __repr__(self) -> str:
         counts = [f"{name}: {len(self.captures(name))}" for name in self.prompt_sets]
-        return f"Experiment({self.layout.experiment!r}, captures {{{', '.join(counts)}}}, {len(self.traits)} traits)"
+        traits = counted(len(self.traits), "trait")
+        return f"Experiment({self.layout.experiment!r}, captures {{{', '.join(counts)}}}, {traits})"
 
     def _repr_html_(self) -> str:
         sets = "".join(
@@ -193,7 +197,7 @@ class Experiment:
         Raises `InputError`, naming the command to run, if the set has no projections.
         """
         from tlcapture.explore.doubts import tell_of_saved
-        from tlcapture.explore.frames import tidy_frame
+        from tlcapture.explore.projection_frames import tidy_frame
         from tlcapture.traits.saved_projections import saved_projections
 
         found = saved_projections(self._listed, prompt_set, component=component, traits=traits)

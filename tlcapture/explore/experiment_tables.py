@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tlcapture.commands.top_traits import is_beyond, summary_of
-from tlcapture.errors import StorageError
+from tlcapture.errors import StorageError, warn_user
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import read_evaluation
@@ -70,7 +69,7 @@ def rises_frame(layout: Layout, prompt_set: str, component: str) -> DataFrame:
     problems: list[StorageError] = []
     summary = summary_of(layout, prompt_set, check_component(component), on_problem=problems.append)
     for problem in problems:
-        warnings.warn(str(problem), stacklevel=4)
+        warn_user(str(problem))
     if not summary.tops:
         raise no_projections(layout, prompt_set, component)
     causes = Doubts(layout.root).by_cause(summary.vectors)
@@ -78,7 +77,7 @@ def rises_frame(layout: Layout, prompt_set: str, component: str) -> DataFrame:
     layers = layers_of(summary.vectors)
     rows = [
         {
-            "prompt_id": top.prompt_id,
+            "prompt_id": top.prompt_id if top.own_id is None else top.own_id,
             "n_samples": None if top.samples is None else top.samples.n,
             "trait": trait,
             "layer": layers.get(trait),

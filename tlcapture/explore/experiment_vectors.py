@@ -52,7 +52,7 @@ class ExperimentVectors(Mapping[str, "TraitVectors"]):
         if not VectorFiles(self._layout, parsed).available(self.component):
             if parsed in self._layout.traits():
                 raise no_vectors_by_method(self._layout, parsed, self.component, None)
-            raise no_vectors_of_trait(self._layout, parsed)
+            raise no_vectors_of_trait(self._layout, parsed, packaged="Experiment('packaged').vectors")
         return TraitVectors(self._layout, parsed, self.component)
 
     def __iter__(self) -> Iterator[str]:

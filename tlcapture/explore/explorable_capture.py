@@ -29,6 +29,7 @@ from tlcapture.views.hooks import hook
 from tlcapture.views.kept_points import from_the_end
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from pandas import DataFrame
     from torch import Tensor
     from transformer_lens import ActivationCache
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from tlcapture.explore.applied_interventions import AppliedInterventions
     from tlcapture.explore.attention_heads import AttentionHeads
     from tlcapture.explore.capture_figures import CaptureFigures
-    from tlcapture.explore.frames import Layers
     from tlcapture.explore.logit_lens_table import LogitLensTable
+    from tlcapture.explore.projection_frames import Layers
     from tlcapture.models.loading import Model
     from tlcapture.traits.projection import Projection
     from tlcapture.views.cache import Cache
@@ -80,7 +81,7 @@ class ExplorableCapture(ABC):
 
     def project(
         self,
-        trait: str | Tensor | Sequence[str],
+        trait: str | Tensor | NDArray[Any] | Sequence[Any],
         *,
         layer: SupportsIndex | str | Sequence[SupportsIndex] = "auto",
         method: str | None = None,
@@ -94,14 +95,16 @@ class ExplorableCapture(ABC):
             cap.project(direction, layer=12)
 
         Args:
-            trait: `category/name`, several of them, or your own direction `[d_model]`, which is scaled to length 1.
+            trait: `category/name`, or your own direction `[d_model]`, a tensor or an array, which is scaled to length
+                1; or several of them.
             layer: the vector's layer, negative ones counting from the last, or several; `auto` selects it. Your own
                 direction needs one.
             method: `probe`, `mean_diff`, `gradient` or `imported`; the selected one by default.
             component: `residual` or `attn_out`.
             vector_experiment: the experiment whose vectors are used, even if they were extracted from another model.
 
-        Returns a `Projection`, or a list of them where several traits or layers are given: by layer, then by trait.
+        Returns a `Projection`, or a list of them where several traits or layers are given: by layer, then by trait,
+        your own directions last.
 
         Warns if the vector is of another model or of unknown origin, or if its layer is a default.
 
@@ -109,25 +112,12 @@ class ExplorableCapture(ABC):
             InputError: the trait has no vectors; the message names the traits that have.
             VectorError: the vector does not fit the capture.
         """
-        layers = _several(layer)
-        how = {"method": method, "component": component, "vector_experiment": vector_experiment}
-        found: list[Projection] = []
-        for at in layers:
-            if isinstance(trait, str):
-                found += self._project([trait], layer=at, **how)  # type: ignore[arg-type]
-            elif isinstance(trait, Sequence):
-                found += self._project(trait, layer=at, **how)  # type: ignore[arg-type]
-            else:
-                found.append(self._project_direction(trait, at, component))
-        is_one = layers == [layer] and (isinstance(trait, str) or not isinstance(trait, Sequence))
-        return found[0] if is_one else found
+        layers, traits = _several(layer), _traits(trait)
+        how: dict[str, Any] = {"method": method, "component": component, "vector_experiment": vector_experiment}
+        found = [each for at in layers for each in self._project(traits, layer=at, **how)]
+        return found[0] if layers == [layer] and any(each is trait for each in traits) else found
 
-    def _project_direction(self, direction: Tensor, layer: Any, component: str) -> Projection:
-        from tlcapture.explore.projecting import project_own
-
-        return project_own(self._captured, self._vectors(), direction, layer, component)
-
-    def projected(self, *traits: str | Tensor, **how: Any) -> list[TokenScores]:
+    def projected(self, *traits: str | Tensor | NDArray[Any], **how: Any) -> list[TokenScores]:
         """Projections with their tokens, as figures and frames need them; onto all traits with vectors by default.
 
             for scores in cap.projected("behavioral/refusal", "style/formality"):
@@ -135,17 +125,13 @@ class ExplorableCapture(ABC):
 
         Your own directions `[d_model]` need a `layer`, and come last at each. `how` are the options of `project`.
         """
-        named = [each for each in traits if isinstance(each, str)]
-        own = [each for each in traits if not isinstance(each, str)]
-        found: list[Projection] = []
-        for layer in _several(how.pop("layer", "auto")):
-            found += self._project(named, layer=layer, **how) if named or not own else []
-            found += [self._project_direction(each, layer, how.get("component", "residual")) for each in own]
+        layers = _several(how.pop("layer", "auto"))
+        found = [each for layer in layers for each in self._project(traits, layer=layer, **how)]
         from tlcapture.explore.projecting import with_tokens
 
         return [with_tokens(self._captured, projection) for projection in found]
 
-    def by_span(self, trait: str, **how: Any) -> list[dict[str, Any]]:
+    def by_span(self, trait: str | Tensor | NDArray[Any], **how: Any) -> list[dict[str, Any]]:
         """The mean and the dynamics of the projection onto a trait within each turn, the thinking and the answer.
 
             [(each["kind"], each["mean"]) for each in cap.by_span("behavioral/refusal")]
@@ -157,7 +143,7 @@ class ExplorableCapture(ABC):
         trajectory = self._project([trait], **how)[0].trajectory.double().numpy()
         return by_span(trajectory[None], self._captured.spans)[0]
 
-    def coloured(self, trait: str | None = None, **how: Any) -> ColouredTokens:
+    def coloured(self, trait: str | Tensor | NDArray[Any] | None = None, **how: Any) -> ColouredTokens:
         """The tokens, coloured by their projection onto a trait, or by turn, thinking and answer if none is given.
 
             cap.coloured("behavioral/refusal")
@@ -169,24 +155,24 @@ class ExplorableCapture(ABC):
             return self.project(trait, **how).coloured()
         return self._captured.coloured_by_part()
 
-    def to_pandas(self, traits: Iterable[str] | str | None = None, layers: Layers = "own", **how: Any) -> DataFrame:
+    def to_pandas(self, traits: Iterable[Any] | str | None = None, layers: Layers = "own", **how: Any) -> DataFrame:
         """Projections as a tidy data frame.
 
             cap.to_pandas("behavioral/refusal").nlargest(5, "score")
             cap.to_pandas("behavioral/refusal", layer=[8, 12])
+            cap.to_pandas(direction, layer=12)
 
         Columns are `prompt_id`, `token_idx`, `token`, `part`, `span`, `role`, `trait`, `layer`, `score` and
         `calibrated`.
 
         Args:
-            traits: one or several; all that have vectors by default.
+            traits: one or several, or your own directions `[d_model]`; all that have vectors by default.
             layers: the layers whose activations are projected: `own` (each vector's own layer), `all`, one, or several.
             how: the options of `project`. `layer=[8, 16]` takes the vectors of these layers, and so compares them.
         """
-        from tlcapture.explore.frames import tidy_frame
+        from tlcapture.explore.projection_frames import tidy_frame
 
-        names = [traits] if isinstance(traits, str) else list(traits or ())
-        return tidy_frame(self.projected(*names, **how), layers)
+        return tidy_frame(self.projected(*([] if traits is None else _traits(traits)), **how), layers)
 
     # -- views ------------------------------------------------------------------------------------
 
@@ -341,23 +327,32 @@ class ExplorableCapture(ABC):
 
     def _project(
         self,
-        traits: Sequence[str],
+        traits: Sequence[Any],
         *,
         layer: SupportsIndex | str = "auto",
         method: str | None = None,
         component: str = "residual",
         vector_experiment: str | None = None,
     ) -> list[Projection]:
-        from tlcapture.explore.projecting import project_traits
+        """Projections onto traits, all of them if none is given, and after them onto the user's own directions."""
+        from tlcapture.explore.projecting import project_own, project_traits
 
+        named = [each for each in traits if isinstance(each, str)]
+        own = [each for each in traits if not isinstance(each, str)]
         how: dict[str, Any] = {"method": method, "component": component, "vector_experiment": vector_experiment}
-        return project_traits(self._captured, self._source(vector_experiment), traits, layer=layer, **how)
+        found: list[Projection] = []
+        if named or not own:
+            found = project_traits(self._captured, self._source(vector_experiment), named, layer=layer, **how)
+        return found + [project_own(self._captured, self._vectors(), each, layer, component) for each in own]
 
     def _source(self, vector_experiment: str | None) -> Layout:
         own = self._vectors()
         if vector_experiment is None:
             if own is None:
-                raise InputError("this capture is of no experiment: say whose vectors, vector_experiment='NAME'")
+                raise InputError(
+                    "this capture is of no experiment: say whose vectors, vector_experiment='NAME', or 'packaged' for "
+                    "those that come with the package"
+                )
             return own
         source = vectors_layout(default_root() if own is None else own.root, vector_experiment)
         source.check_exists()
@@ -366,3 +361,9 @@ class ExplorableCapture(ABC):
 
 def _several(layer: Any) -> list[Any]:
     return [layer] if isinstance(layer, str) or not isinstance(layer, Sequence) else list(layer)
+
+
+def _traits(given: Any) -> list[Any]:
+    """Traits and directions `[d_model]`, given as one or as several; the rows of a matrix are directions."""
+    is_direction = getattr(given, "ndim", 2) < 2 and getattr(given.dtype, "kind", "f") not in "OUST"
+    return [given] if isinstance(given, str) or is_direction or not isinstance(given, Iterable) else list(given)

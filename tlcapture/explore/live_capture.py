@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -191,10 +191,10 @@ def capture(
     batch_size: int | None = None,
     attention: bool = False,
     logit_lens: bool = False,
-    internals: Iterable[int] | str = (),
+    internals: Iterable[int] | int | str = (),
     capture_attn: bool = False,
-    layers: Iterable[int] = (),
-    points: Iterable[str] = (),
+    layers: Iterable[int] | int = (),
+    points: Iterable[str] | str = (),
     tokens: str | None = None,
     save_dtype: str = "auto",
     system_prompt: str | None = None,
@@ -252,8 +252,8 @@ def capture(
         OutOfMemoryError: a prompt does not fit in memory, even alone in its batch.
         NumericalError: a prompt's logits are NaN or inf.
     """
-    if max_new_tokens is not None and max_new_tokens < 0:
-        raise InputError(f"max_new_tokens is {max_new_tokens}: expected at least 0")
+    if max_new_tokens is not None and not (isinstance(max_new_tokens, SupportsIndex) and index(max_new_tokens) >= 0):
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}: expected a whole number, at least 0")
     if isinstance(internals, str) and internals != ALL_LAYERS:
         raise InputError(f"internals {internals!r}: expected layers, or {ALL_LAYERS!r}")
     if vectors is not None and not isinstance(vectors, Experiment):
@@ -279,7 +279,7 @@ def capture(
     wanted = CaptureOptions(
         attention=attention,
         logit_lens=logit_lens,
-        internals=internals if isinstance(internals, str) else tuple(map(index, internals)),
+        internals=internals if isinstance(internals, str) else _several(internals),
         capture_attn=capture_attn,
         layers=kept.layers,
         points=kept.points,
@@ -361,6 +361,10 @@ def _most_tokens(asked: int | None, prompts: Sequence[TokenizedPrompt], n_ctx: i
     if not any(prompt.thinks for prompt in prompts):
         return NEW_TOKENS
     return max(NEW_TOKENS, min(THINKING_TOKENS, n_ctx - max(len(prompt.token_ids) for prompt in prompts)))
+
+
+def _several(layers: Iterable[SupportsIndex] | SupportsIndex) -> tuple[int, ...]:
+    return (index(layers),) if isinstance(layers, SupportsIndex) else tuple(map(index, layers))
 
 
 def _as_prompt_set(prompts: PromptSet | Iterable[Any] | Prompt | str) -> PromptSet:

@@ -16,6 +16,8 @@ from tlcapture.text import printable
 from tlcapture.views.saved_lens import SavedLens
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from tlcapture.views.logit_lens import LogitLens
 
 _MOST_COLUMNS = 60
@@ -29,6 +31,7 @@ class LogitLensTable:
         lens = cap.logit_lens()
         lens.n_layers, lens.layer_numbers, lens.n_predictions, lens.after
         lens.actual_prob[:, -1]  # by layer, of the last token
+        lens.to_pandas()  # a row for each layer and token
 
     Attributes:
         prompt_set, prompt_id: the capture.
@@ -94,6 +97,31 @@ class LogitLensTable:
         rank, prob = self.actual_rank[layer, column], self.actual_prob[layer, column]
         following = printable(self.tokens[self.after[column] + 1])
         return [*lines, f"actual next token: {following!r}, rank {rank}, {prob:.4g}"]
+
+    def to_pandas(self) -> DataFrame:
+        """The likeliest next token and the actual one, as a data frame: a row for each layer and token.
+
+            frame = lens.to_pandas()
+            frame.pivot(index="layer", columns="token_idx", values="actual_rank")
+
+        Columns are `token_idx` and `token` (the token that the prediction is made after), `layer`,
+        `top_token`, `top_prob`, `actual_token`, `actual_rank` and `actual_prob`.
+        """
+        from pandas import DataFrame
+
+        after = list(self.after)
+        return DataFrame(
+            {
+                "token_idx": np.tile(np.array(after, dtype=np.int64), self.n_layers),
+                "token": [self.tokens[token] for token in after] * self.n_layers,
+                "layer": np.repeat(np.array(self.layer_numbers, dtype=np.int64), len(after)),
+                "top_token": [top[0] for row in self.top_tokens for top in row],
+                "top_prob": self.top_probs[:, :, 0].ravel(),
+                "actual_token": [self.tokens[token + 1] for token in after] * self.n_layers,
+                "actual_rank": self.actual_rank.ravel(),
+                "actual_prob": self.actual_prob.ravel(),
+            }
+        )
 
     def __repr__(self) -> str:
         ranks = self.actual_rank[-1, self._first_of_response :]

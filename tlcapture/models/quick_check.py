@@ -22,9 +22,9 @@ from torch import Tensor
 from tlcapture.errors import ModelError, StorageError
 from tlcapture.models.checkpoints import cast
 from tlcapture.models.deviation import allowed, deviation
-from tlcapture.models.embedded import cache_folder
 from tlcapture.models.engines.base import Model
 from tlcapture.models.layer_inputs import layer_inputs
+from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.files import write_json
 from tlcapture.version import __version__, installed
 from tlcapture.views.hooks import hook

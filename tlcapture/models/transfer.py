@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tlcapture.models.adapters import BASE, GIVEN, adapter_of
-from tlcapture.models.embedded import cache_folder
+from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.files import read_bytes, write_bytes, write_folder
 from tlcapture.storage.locks import locked
 

@@ -143,7 +143,8 @@ def _of_sets(layout: Layout, prompt_sets: Sequence[str]) -> Iterator[tuple[str, 
         for component in COMPONENTS:
             of_set = {**of_experiment, "prompt_set": name, "component": component}
             yield f"what stands out in {name}", [("overview", of_set)]
-    for trait in layout.traits():
+    projected = [trait for name in prompt_sets for trait, _ in layout.projection_folders(name)]
+    for trait in sorted({*layout.traits(), *projected}):
         yield f"vectors of {trait}", [("vectors", {**of_experiment, **_named(trait)})]
     for name in prompt_sets:
         for trait, component in layout.projection_folders(name):

@@ -84,6 +84,11 @@ def vectors(layout: Layout, trait: object) -> MissingError:
     return _error(layout, f"no vectors of {trait}", extract_command(layout, [trait]))
 
 
+def own_vectors(layout: Layout, trait: object) -> MissingError:
+    """For the steering results of vectors that come with the package, which has none."""
+    return _error(layout, "not steered: only vectors of your own can be", extract_command(layout, [trait]))
+
+
 def evaluation(layout: Layout) -> MissingError:
     """For vectors that have not been evaluated."""
     return _error(layout, "not evaluated", f"tlcapture evaluate --experiment {layout.experiment}")

@@ -11,6 +11,8 @@ from tlcapture.names import Trait
 from tlcapture.page import missing
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import Evaluation
+from tlcapture.traits.missing_vectors import PACKAGED, has_packaged
+from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.selection import Selection, n_layers_of_origin, runner_up, select
 from tlcapture.traits.steering_files import SteeringResults, largest_by_chance, percentile_95
 from tlcapture.traits.vector_files import VectorFiles
@@ -25,18 +27,23 @@ _Tell = Callable[[TlcaptureError], str]
 def vectors_of(layout: Layout, trait: Trait, tell: _Tell) -> dict[str, Any]:
     """A trait's vectors by component with the selected one, their evaluation and steering results.
 
+    Where an experiment of the embedded model has none, those that come with the package, from the experiment `source`.
     `tell` makes the text of an error. Raises `MissingError` if the trait has no vectors.
     """
-    files = VectorFiles(layout, trait)
+    is_lent = trait not in layout.traits() and has_packaged(layout, trait)
+    source = vectors_layout(layout.root, PACKAGED) if is_lent else layout
+    files = VectorFiles(source, trait)
     components = {component: _component_vectors(files, component, tell) for component in COMPONENTS}
     components = {component: found for component, found in components.items() if found}
     if not components:
         raise missing.vectors(layout, trait)
+    not_steered = {"missing": missing.own_vectors(layout, trait).to_json()}
     return {
         "trait": str(trait),
+        "source": source.experiment,
         "components": components,
-        "evaluation": _evaluation(layout, trait, tell),
-        "steering": _steering(layout, trait, tell),
+        "evaluation": _evaluation(source, trait, tell),
+        "steering": not_steered if is_lent else _steering(layout, trait, tell),
     }
 
 

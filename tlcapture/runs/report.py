@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tlcapture.errors import NoSpaceError, TlcaptureError
-from tlcapture.places import named
+from tlcapture.folder_names import named
 from tlcapture.storage.file_index import Learned
 from tlcapture.text import counted, format_bytes
 

@@ -85,9 +85,10 @@ class Datasets:
             path = folder / "inference" / f"{name}.json"
             if path.is_file():
                 return path
+        meant = name.rpartition("inference/")[2].removesuffix(".json")  # of a path
         raise InputError(
             f"no prompt set {name!r}: looked for {self.folders[0] / 'inference' / (name + '.json')} and in the package"
-            f"{beside(name, self.prompt_sets(), 'existing sets')}"
+            f"{beside(meant, self.prompt_sets(), 'existing sets')}"
         )
 
     def traits(self, *, own: bool = False) -> list[Trait]:

@@ -23,7 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.places import name_place
+from tlcapture.folder_names import name_folder
+from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.object_stores import Store, checked_url, is_url
 from tlcapture.storage.working_copies import Mount, new_copy
 
@@ -196,9 +197,9 @@ def _found(path: Path) -> tuple[Mount | None, str]:
 def _mounted(url: str) -> Mount:
     """A new working copy that lists the root's objects; it is removed when this process ends."""
     try:
-        folder = new_copy(_cache_folder())
+        folder = new_copy(cache_folder())
     except OSError as error:
-        place = f"{error.filename or _cache_folder()}: {error.strerror}"
+        place = f"{error.filename or cache_folder()}: {error.strerror}"
         raise StorageError(
             f"{url}: no working copy can be made ({place}): set TLCAPTURE_CACHE to another folder"
         ) from None
@@ -209,7 +210,7 @@ def _mounted(url: str) -> Mount:
     except BaseException:
         _remove(folder.parent, os.getpid())
         raise
-    name_place(str(folder), url)
+    name_folder(str(folder), url)
     _mounts[str(folder)] = mount
     return mount
 
@@ -219,12 +220,6 @@ def _remove(folder: Path, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _cache_folder() -> Path:
-    import platformdirs
-
-    return Path(os.environ.get("TLCAPTURE_CACHE") or platformdirs.user_cache_dir("tlcapture"))
-
-
 for _folder, _url in json.loads(os.environ.get(_ATTACHED) or "{}").items():
     _mounts[_folder] = Mount(Path(_folder), _url, is_owner=False)
-    name_place(_folder, _url)
+    name_folder(_folder, _url)

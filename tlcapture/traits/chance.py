@@ -64,9 +64,9 @@ class ChanceLevel:
     persist: int | None
     commitment: float | None
     persistence: float | None
-    rises: Values | None
+    rises: Values | None = field(repr=False)
     reference_rises: tuple[float, float] | None
-    standardised: Values | None
+    standardised: Values | None = field(repr=False)
 
     def standard_score(self, rise: float) -> float | None:
         """A rise of the vector less the mean of its rises over the reference prompts, in their standard deviations."""

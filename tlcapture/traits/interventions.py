@@ -85,7 +85,9 @@ class TraitIntervention(ABC):
         if isinstance(layers, str):
             chosen = parse_layers(layers)
         else:
-            several = [layers] if isinstance(layers, SupportsIndex) else list(layers)
+            several = list(layers) if isinstance(layers, Iterable) else [layers]
+            if not all(isinstance(layer, SupportsIndex) for layer in several):
+                raise InputError(f"{name}: layers {layers!r}: expected {LAYER_FORMS}")
             chosen = tuple(sorted({index(layer) for layer in several}))
             if not chosen or chosen[0] < 0:
                 raise InputError(f"{name}: layers {layers!r}: expected {LAYER_FORMS}")

@@ -147,7 +147,7 @@ def _from_start(path: Path, rows: Mapping[int, Any], convention: str | None, n_l
     if min(rows) >= 0:
         return dict(rows)
     if n_layers is None:
-        raise InputError(f"{path}: layers that count from the end need --model, the model they are of")
+        raise InputError(f"{path}: layers that count from the end need --model, the model that they come from")
     total = n_layers + (convention == "hidden_states")
     counted = {n + total if n < 0 else n: row for n, row in rows.items()}
     if len(counted) < len(rows) or min(counted) < 0:

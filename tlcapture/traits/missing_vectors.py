@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tlcapture.errors import InputError, VectorError
 from tlcapture.models.embedded import NAME as EMBEDDED
-from tlcapture.models.embedded import cache_folder
 from tlcapture.names import Trait
+from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.config import read_config
 from tlcapture.storage.layout import Layout, shipped_datasets
 from tlcapture.text import as_ranges, beside, did_you_mean
@@ -49,19 +49,22 @@ def no_vectors(layout: Layout) -> InputError:
     return InputError(f"experiment {layout.experiment!r} has no trait vectors: {how_to_extract(layout)}")
 
 
-def no_vectors_of_trait(layout: Layout, trait: Trait) -> InputError:
-    """The error for a trait without vectors, naming the traits that have some, and the one that was probably meant."""
+def no_vectors_of_trait(layout: Layout, trait: Trait, packaged: str = f"vector experiment {PACKAGED!r}") -> InputError:
+    """The error for a trait without vectors, naming the traits that have some, and the one that was probably meant.
+
+    Where the package has vectors of the trait, `packaged` says how to take them.
+    """
     traits = [*map(str, layout.traits())]
     extract = "" if did_you_mean(str(trait), traits) else f"; {how_to_extract(layout, [trait])}"
-    if extract and _has_packaged(layout, trait):
-        extract += f", or take those that come with the package, vector experiment '{PACKAGED}'"
+    if extract and has_packaged(layout, trait):
+        extract += f", or take those that come with the package, {packaged}"
     return InputError(
         f"no vectors for trait {str(trait)!r} in {_place(layout)}{beside(str(trait), traits, 'available traits')}"
         f"{extract}"
     )
 
 
-def _has_packaged(layout: Layout, trait: Trait) -> bool:
+def has_packaged(layout: Layout, trait: Trait) -> bool:
     """Whether a trait's vectors come with the package, for the model of an experiment that is not `packaged` itself."""
     is_theirs = not is_in_package(layout) and read_config(layout).inference_model == EMBEDDED
     return is_theirs and (shipped_datasets() / PACKAGED / "vectors" / f"{trait}.safetensors").is_file()

@@ -26,6 +26,7 @@ from tlcapture.storage.tensors import described, is_plain
 from tlcapture.text import printable
 
 PERSONA_VECTORS, REPENG, STEERING_VECTORS = "persona-vectors", "repeng", "steering-vectors"
+LENGTH = "tlcapture.length"  # the key of GGUF control vectors that `tlcapture export` writes
 _STEERING_VECTOR = "steering_vectors.steering_vector.SteeringVector"
 _PARTS = {"decoder_block": "residual", "self_attn": "attn_out"}  # steering-vectors' layer types that have a place here
 # Parts of a name that say which activation it is, in the order in which they are looked for.
@@ -102,6 +103,7 @@ def _of_gguf(path: Path) -> ToolVectors:
         fields = {name: reader.get_field(f"{name}") for name in ("general.architecture", "controlvector.model_hint")}
         architecture, hint = (field and str(field.contents()) for field in fields.values())
         tensors = {tensor.name: _gguf_tensor(tensor) for tensor in reader.tensors}
+        tool = REPENG if reader.get_field(LENGTH) is None else "tlcapture"
     if architecture != "controlvector":
         raise VectorError(f"{path}: a GGUF file of {printable(str(architecture))!r}, expected one of 'controlvector'")
     layers = {}
@@ -112,7 +114,7 @@ def _of_gguf(path: Path) -> ToolVectors:
         if int(match[1]) in layers:
             raise VectorError(f"{path}: {printable(name)!r} is the second entry of layer {int(match[1])}")
         layers[int(match[1])] = tensor
-    return ToolVectors(REPENG, _some(path, layers), False, "residual", "resid_post", hint or None)
+    return ToolVectors(tool, _some(path, layers), False, "residual", "resid_post", hint or None)
 
 
 def _gguf_tensor(tensor: Any) -> Any:

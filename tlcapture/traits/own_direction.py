@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import VectorError
@@ -22,13 +21,18 @@ _NO_METADATA: Mapping[str, Any] = {}
 
 
 def project_direction(
-    capture: Capture, direction: Tensor, layer: int, component: str, random: RandomDirections | None = None
+    capture: Capture, direction: Any, layer: int, component: str, random: RandomDirections | None = None
 ) -> Projection:
     """Project a capture onto a direction `[d_model]` at a layer, as `own/direction`, and onto `random` ones if given.
 
-    Raises `VectorError` unless it is a finite, non-zero direction of the capture's width.
+    Raises `VectorError` unless it is finite, not zero, and of the capture's width.
     """
-    vector = torch.as_tensor(direction).detach().to("cpu", torch.float32)
+    try:
+        vector = torch.as_tensor(direction).detach().to("cpu", torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise VectorError(
+            f"a direction of type {type(direction).__name__}: expected a tensor or an array [{capture.d_model}]"
+        ) from None
     if vector.shape != (capture.d_model,):
         raise VectorError(f"a direction of shape {list(vector.shape)}: expected [{capture.d_model}]")
     if not vector.isfinite().all() or not vector.any():

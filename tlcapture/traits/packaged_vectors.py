@@ -14,7 +14,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 from tlcapture.errors import StorageError
-from tlcapture.models.embedded import NAME, cache_folder
+from tlcapture.models.embedded import NAME
+from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.config import read_config
 from tlcapture.storage.files import write_folder
 from tlcapture.storage.layout import Layout, shipped_datasets

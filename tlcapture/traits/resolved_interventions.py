@@ -111,7 +111,10 @@ def _resolved(
     record: dict[str, Any] = {"kind": asked.kind}
     if isinstance(asked.vector, Trait):
         if source is None:
-            raise InputError(f"{asked!r}: say whose vectors of {asked.vector}: vectors=Experiment(...)")
+            raise InputError(
+                f"{asked!r}: say whose vectors of {asked.vector}: vectors=Experiment(NAME), or "
+                "Experiment('packaged') for those that come with the package"
+            )
         found, doubts = _trait_vectors(asked, source, n_layers, d_model, model, method)
         vectors, more = [each.vector for each in found], _origin(found, source)
     else:

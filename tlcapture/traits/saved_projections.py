@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import lexists
 from pathlib import Path
 from typing import Any
 
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, warn_user
 from tlcapture.names import PromptId, Trait
 from tlcapture.storage.files import Written, read_json, write_json
 from tlcapture.storage.layout import Layout
@@ -45,7 +44,7 @@ def saved_projections(
     bare = [prompt_id for prompt_id, found in by_prompt.items() if not found]
     if bare:
         which = f"{len(bare)} of {len(ids)} captures of {prompt_set!r}"
-        warnings.warn(f"{which} have no projection and are left out: {', '.join(bare)}", stacklevel=3)
+        warn_user(f"{which} have no projection and are left out: {', '.join(bare)}")
     return projections
 
 

@@ -144,7 +144,7 @@ class TokenScores:
         return self.scores[:, :, -1 if sublayer is None else list(self.sublayers).index(sublayer)]
 
     @classmethod
-    def read(cls, path: Path) -> TokenScores:
+    def read(cls, path: str | Path) -> TokenScores:
         """Read a projection file; raises `StorageError` for any other file.
 
             path = exp.layout.projection(Trait.parse("behavioral/refusal"), "residual", "single_trait", 1)
@@ -152,7 +152,7 @@ class TokenScores:
 
         Labels that the file lacks are taken from its path.
         """
-        return cls.of(ProjectionFile.read(path), path, path)
+        return cls.of(ProjectionFile.read(Path(path)), Path(path), Path(path))
 
     @classmethod
     def of(cls, content: ProjectionFile, path: Path, place_of: Path) -> TokenScores:

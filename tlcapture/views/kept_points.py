@@ -17,7 +17,7 @@ from operator import index
 from typing import Any, SupportsIndex
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.text import as_ranges
+from tlcapture.text import as_ranges, layers_named
 from tlcapture.views.hooks import POINTS
 
 
@@ -60,9 +60,12 @@ class KeptPoints:
         object.__setattr__(self, "points", tuple(point for point in POINTS if point in self.points))
 
     @classmethod
-    def of(cls, n_layers: int, layers: Iterable[int] = (), points: Iterable[str] = ()) -> KeptPoints:
-        """The named layers and points; all of them if none is named."""
-        layers, points = tuple(layers), tuple(points)
+    def of(cls, n_layers: int, layers: Iterable[int] | int = (), points: Iterable[str] | str = ()) -> KeptPoints:
+        """The named layers and points, one or several; all of them if none is named."""
+        layers = (layers,) if isinstance(layers, SupportsIndex | str) else tuple(layers)
+        points = (points,) if isinstance(points, str) else tuple(points)
+        if unknown := [layer for layer in layers if not isinstance(layer, SupportsIndex)]:
+            raise InputError(f"layers {unknown[0]!r}: expected numbers from 0 to {n_layers - 1}")
         if not layers and not points:
             return _all_of(n_layers)
         return cls(n_layers, layers or tuple(range(n_layers)), points or POINTS)
@@ -126,7 +129,7 @@ class KeptPoints:
 
     def described(self) -> str:
         """The kept layers and points, as a clause for messages."""
-        return f"the capture has {', '.join(self.points)} of layers {as_ranges(self.layers)}"
+        return f"the capture has {', '.join(self.points)} of {layers_named(self.layers)}"
 
 
 @lru_cache(maxsize=64)

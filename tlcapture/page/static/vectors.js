@@ -109,7 +109,7 @@ tl.views.vectors = {
         if (!state.trait) throw new tl.source.Missing({ what: `no trait vectors in ${state.experiment}`, command: await tl.source.command(`tlcapture extract --experiment ${state.experiment}`) });
         const found = await tl.source.vectors(state);
         figures.splice(0).forEach((each) => each.remove());
-        chosen.replaceChildren(tl.note(`Vectors of ${found.trait} in ${state.experiment}; a frame marks the selected one.`),
+        chosen.replaceChildren(tl.note(`Vectors of ${found.trait} ${found.source === state.experiment ? `in ${state.experiment}` : "that come with the package"}; a frame marks the selected one.`),
           ...Object.entries(found.components).map(([component, each]) => why(component, each)), verdict(found.evaluation));
         await Promise.all([...drawHeats(state, found), ...drawMatrix(found.evaluation), ...drawCurves(found)]);
       },

@@ -12,7 +12,7 @@ import pytest
 from tests.samples import N_LAYERS, N_PROMPT, POINTS, TOKENS, projected
 from tlcapture import Experiment
 from tlcapture.errors import InputError, StorageError
-from tlcapture.explore.frames import COLUMNS, tidy_frame
+from tlcapture.explore.projection_frames import COLUMNS, tidy_frame
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.token_scores import TokenScores

@@ -5,7 +5,7 @@ from __future__ import annotations
 _names: dict[str, str] = {}
 
 
-def name_place(folder: str, name: str) -> None:
+def name_folder(folder: str, name: str) -> None:
     """Call a folder by a name in all messages."""
     _names[folder] = name
 
