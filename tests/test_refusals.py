@@ -171,6 +171,13 @@ def test_the_bridge_gives_the_reason_for_a_refusal(architecture: str, evidence: 
     evidence.refused(architecture, "bridge", what)
 
 
+def test_an_assertion_of_transformerlens_is_a_refusal_too() -> None:
+    several = transformers.GPTBigCodeConfig(
+        vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=1, n_head=4, multi_query=False
+    )
+    assert reason(build(several), "bridge").startswith("tiny: TransformerBridge does not run GPTBigCodeForCausalLM: ")
+
+
 def test_logits_that_involve_more_than_the_lens_computes_are_refused(evidence: Evidence) -> None:
     model = copy.deepcopy(tiny.hf_model("llama"))
     original = model.forward
