@@ -92,6 +92,14 @@ NOT_ON_HOOKED: dict[str, tuple[Any, str]] = {
         lambda: transformers.OPTConfig(**{**_OPT, "word_embed_proj_dim": 16}),
         "OPT with projected embeddings",
     ),
+    "opt_norms_without_weights": (
+        lambda: transformers.OPTConfig(**_OPT, layer_norm_elementwise_affine=False),
+        "OPT with norms without weights",
+    ),
+    "opt_without_final_norm": (
+        lambda: transformers.OPTConfig(**_OPT, _remove_final_layer_norm=True),
+        "OPT without a final norm",
+    ),
     "opt_unbiased": (lambda: transformers.OPTConfig(**_OPT, enable_bias=False), "OPT without biases"),
 }
 
