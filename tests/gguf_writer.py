@@ -24,7 +24,7 @@ def write_gguf(
     """Write a model with a byte-level vocabulary.
 
     Args:
-        metadata: further values of its architecture, by their names.
+        metadata: further values of its architecture, by their names; `split.count` is the file's own.
         tensors: further tensors.
         without: names of tensors to leave out.
     """
@@ -46,7 +46,7 @@ def write_gguf(
     writer.add_vocab_size(config.vocab_size)
     for name, value in (metadata or {}).items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
-        add(f"{architecture}.{name}", value)
+        add(name if name == "split.count" else f"{architecture}.{name}", value)
     writer.add_tokenizer_model("gpt2")
     tokens = tiny.tokenizer().get_vocab()
     writer.add_token_list([*sorted(tokens, key=tokens.__getitem__)[:-2], "ab", "ba"])

@@ -128,6 +128,7 @@ def test_a_file_is_the_model_that_it_was_written_from(stated: str, tmp_path: Pat
         ({"tensors": {"rope_freqs.weight": np.array([1, 2, 3, 4], np.float32)}}, "other than those of Llama 3"),
         ({"metadata": {"rope.scaling.type": "yarn", "rope.scaling.yarn_log_multiplier": 0.1}}, "of type 'yarn'"),
         ({"metadata": {"attention.sliding_window": 8}}, "a sliding window of 8 tokens"),
+        ({"metadata": {"split.count": 2}}, "one of 2 parts: join them with 'llama-gguf-split --merge' first"),
         ({"metadata": {"final_logit_softcapping": 3.0}}, "final_logit_softcapping 3"),
     ],
 )

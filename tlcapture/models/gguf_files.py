@@ -39,7 +39,11 @@ def load_gguf(source: Path) -> Any:
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    file = _File(source, GGUFReader(source))
+    reader = GGUFReader(source)
+    parts = reader.get_field("split.count")
+    if parts is not None and parts.contents() > 1:
+        raise ModelError(f"{source}: one of {parts.contents()} parts: join them with 'llama-gguf-split --merge' first")
+    file = _File(source, reader)
     options: dict[str, Any] = {"gguf_file": source.name}
     config = AutoConfig.from_pretrained(str(source.parent), **options)
     _complete(config, file)
