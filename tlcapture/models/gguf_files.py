@@ -19,11 +19,11 @@ from tlcapture.models.untaken import listed
 
 _ROPE_FREQS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 _FLAT_ROPE = (
-    "falcon", "gemma2", "llama", "mistral", "nemotron", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm",
+    "falcon", "gemma2", "llama", "nemotron", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm",
     "starcoder2",
 )  # fmt: skip
 _READ_BY_TRANSFORMERS = ("gpt_oss",)  # architectures whose rotary scaling transformers reads itself
-_WINDOWED = ("mistral", "phi3", "starcoder2")  # those whose config has a sliding window that transformers leaves out
+_WINDOWED = ("phi3", "starcoder2")  # those whose config has a sliding window that transformers leaves out
 _PARTLY_ROTATED = ("nemotron", "phi3", "stablelm")
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}  # Gemma models that scale attention by d_model / n_heads
 # Llama-3's scaling: only its factor differs between models, and the file has it.
@@ -103,8 +103,8 @@ def _complete(config: Any, file: _File) -> None:
                 raise file.refused(f"{name} {cap}")
             setattr(config, name, float(cap))
     window = file.value("attention.sliding_window")
-    if isinstance(window, int) and kind in _WINDOWED:
-        config.sliding_window = window or None
+    if kind in _WINDOWED:
+        config.sliding_window = window or None  # rather than the default of the config
     elif isinstance(window, int) and kind in _FLAT_ROPE and kind != "gemma2" and 0 < window < _context(config):
         raise file.refused(f"a sliding window of {window} tokens")
     if kind in ("gemma2", "gemma3_text"):
