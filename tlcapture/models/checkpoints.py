@@ -132,12 +132,13 @@ def fetch_weights(
             f"expected {list(expected)}: check that config.json belongs to these weights"
         )
     missing = sorted(map(str, found.get("missing_keys", ())))
+    extra = untaken(found.get("unexpected_keys", ()), model.config)
     if missing:
+        others = f"; no module takes its {listed(extra)}: expected names as transformers saves them" if extra else ""
         raise ModelError(
             f"model {name!r} is incomplete: its checkpoint has no fitting {listed(missing)}; they would be initialised "
-            "at random"
+            f"at random{others}"
         )
-    extra = untaken(found.get("unexpected_keys", ()), model.config)
     if quantised.are_scales(extra):
         raise ModelError(
             f"model {name!r} has weights that only quantised checkpoints have ({listed(extra)}): expected a "
