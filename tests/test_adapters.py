@@ -144,6 +144,26 @@ def test_the_merged_weights_equal_those_of_peft_in_the_dtype_of_the_checkpoint(t
 
 
 @needs_peft
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_an_adapter_of_a_tied_embedding_changes_no_other_module(targets: list[str], tmp_path: Path) -> None:
+    import peft
+
+    base = write_base(tmp_path / "base", "gemma")  # ties its embedding and unembedding
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(copy.deepcopy(tiny.hf_model("gemma")), settings).eval()
+    tuned.save_pretrained(tmp_path / "adapter")  # names no model, since that one was made in memory
+    assert_equals_merged(load_model(str(base), adapter=str(tmp_path / "adapter")), tuned)
+
+
+@needs_peft
+def test_an_adapter_that_repeats_layers_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    folder = write_adapter(tmp_path / "adapter", str(base), layer_replication=[[0, 2], [1, 3]])
+    assert "repeats layers of the model (layer_replication)" in one_line(folder)
+
+
+@needs_peft
 def test_added_tokens_get_the_rows_of_the_adapter(tmp_path: Path) -> None:
     import peft
 
@@ -298,7 +318,7 @@ def test_what_is_not_an_adapter_is_refused_in_one_line(tmp_path: Path) -> None:
     wrong = one_line(str(other), adapter=write_adapter(tmp_path / "lora", base), warn=lambda text: None)
     assert "its adapter" in wrong
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
-    assert "names the model that it is for" in one_line(base, adapter=str(tmp_path / "lora"))
+    assert "expected the config of a PEFT adapter" in one_line(base, adapter=str(tmp_path / "lora"))
 
 
 @needs_peft

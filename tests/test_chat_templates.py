@@ -274,6 +274,14 @@ def test_of_several_templates_the_default_is_taken_and_its_absence_is_explained(
     assert tokenize(tokenizer, "hi", prompt_set="s", prompt_id="1", chat_template=False).token_ids[0] == BOS
 
 
+def test_a_token_that_also_ends_the_thinking_does_not_end_a_response() -> None:
+    """Copies of gpt-oss's template end a message with `<|end|>`, as the channel before the answer ends."""
+    for end, expected in (("<|return|>", ["<eos>", "<|return|>"]), ("<|end|>", ["<eos>"])):
+        tokenizer = tokenizer_with(PUBLISHED["gptoss"].replace("<|return|>", end))
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|return|>"]})
+        assert tokenizer.convert_ids_to_tokens(sorted(stop_ids(tokenizer, None))) == expected
+
+
 def test_stop_ids_come_from_a_template_only_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny.tokenizer()
     assert stop_ids(tokenizer, None) == {1, 3}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +40,17 @@ def test_auto_chooses_the_bridge_if_hooked_does_not_cover_the_architecture() -> 
     assert from_hugging_face(model, tiny.tokenizer(), name="biased").engine == "bridge"
     with pytest.raises(ModelError, match=r"'hooked' does not cover 'biased'.*attention biases; use --engine bridge"):
         from_hugging_face(model, tiny.tokenizer(), name="biased", engine="hooked")
+
+
+@pytest.mark.parametrize("named", [None, ["LlamaModel"], ["Qwen2ForCausalLM"], ["GPT2LMHeadModel"]])
+def test_the_architecture_is_that_of_the_class_that_transformers_loads(
+    named: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": named}))
+    model = load_model(str(tmp_path), check=False)
+    assert (model.engine, model.hf_config.architectures) == (tiny.ENGINES[0], ["LlamaForCausalLM"])
 
 
 class _Lines(Display):

@@ -92,6 +92,14 @@ NOT_ON_HOOKED: dict[str, tuple[Any, str]] = {
         lambda: transformers.OPTConfig(**{**_OPT, "word_embed_proj_dim": 16}),
         "OPT with projected embeddings",
     ),
+    "opt_norms_without_weights": (
+        lambda: transformers.OPTConfig(**_OPT, layer_norm_elementwise_affine=False),
+        "OPT with norms without weights",
+    ),
+    "opt_without_final_norm": (
+        lambda: transformers.OPTConfig(**_OPT, _remove_final_layer_norm=True),
+        "OPT without a final norm",
+    ),
     "opt_unbiased": (lambda: transformers.OPTConfig(**_OPT, enable_bias=False), "OPT without biases"),
 }
 
@@ -169,6 +177,13 @@ def test_the_bridge_gives_the_reason_for_a_refusal(architecture: str, evidence: 
     config, what = NOT_ON_BRIDGE[architecture]
     assert reason(build(config()), "bridge").startswith(f"tiny: {what}")
     evidence.refused(architecture, "bridge", what)
+
+
+def test_an_assertion_of_transformerlens_is_a_refusal_too() -> None:
+    several = transformers.GPTBigCodeConfig(
+        vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=1, n_head=4, multi_query=False
+    )
+    assert reason(build(several), "bridge").startswith("tiny: TransformerBridge does not run GPTBigCodeForCausalLM: ")
 
 
 def test_logits_that_involve_more_than_the_lens_computes_are_refused(evidence: Evidence) -> None:

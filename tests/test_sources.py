@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.gguf_writer import write_gguf
 from tlcapture.errors import ModelError
 from tlcapture.models.loading import load_model
 from tlcapture.models.sources import check_name, commit_of, source_of
@@ -260,43 +261,7 @@ def test_only_folders_of_the_hub_cache_have_a_commit(tmp_path: Path, smollm2: An
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small GGUF file, written with the gguf package from the weights of a tiny Llama."""
-    import gguf
-    from transformers import AutoTokenizer
-
-    from tlcapture.models.embedded import embedded_folder
-
-    hf = tiny.hf_model("llama")
-    config, state = hf.config, hf.state_dict()
-    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)[: config.vocab_size - 2]
-    writer.add_token_list([*vocabulary, "ab", "ba"])
-    writer.add_token_merges(["a b", "b a"])  # the oldest gguf that setup.cfg allows reads a list of one as its element
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in state.items():
-        kind, dot, suffix = name.rpartition(".")
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(kind.split(".")[-1])
-        if heads:  # llama.cpp rotates adjacent pairs of a head's dimensions
-            weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-        writer.add_tensor(f"{names.get_name(kind)}{dot}{suffix}", weight.float().contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny.hf_model("llama"))
 
 
 @pytest.mark.parametrize("given", ["file", "folder"])

@@ -316,6 +316,18 @@ def test_values_for_a_template_have_to_be_read_by_it() -> None:
         template_args(tokenizer_with(PUBLISHED["qwen3"]), "off", {"enable_thinking": True})
 
 
+def test_a_content_of_parts_of_text_is_their_text_and_a_developer_the_system() -> None:
+    parts = [{"type": "text", "text": "Why is "}, {"type": "input_text", "text": "the sea salty?"}]
+    developer = {"role": "developer", "content": "Be brief."}
+    assert check_messages([developer, {"role": "user", "content": parts}]) == (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Why is the sea salty?"},
+    )
+    for part in ({"type": "image_url", "image_url": {}}, {"type": "text"}, "text"):
+        with pytest.raises(ValueError, match=r"message 1: content: part 2 is .*: expected {'type': 'text'"):
+            check_messages([{"role": "user", "content": [parts[0], part]}])
+
+
 @pytest.mark.parametrize("value", [float("nan"), {1}, lambda: None, "\ud800", {1: "x"}])
 def test_what_metadata_cannot_record_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="message 1: 'x': expected a JSON value"):
@@ -427,7 +439,7 @@ def test_prompts_in_python_may_be_texts_and_conversations() -> None:
     for wrong, reason in (
         ([[{"role": "poet", "content": "x"}]], "role 'poet': expected one of system, user, assistant, tool"),
         ([[{"role": "user", "content": " "}]], "message 1: content is empty"),
-        ([[{"role": "user", "content": ["x"]}]], "message 1: content: expected a text, got list"),
+        ([[{"role": "user", "content": ["x"]}]], "message 1: content: part 1 is 'str': expected"),
         ([[USER, {"role": "assistant", "content": ""}]], "the last assistant message is empty: leave it out"),
         ([[3]], "message 1: expected"),
     ):

@@ -86,6 +86,12 @@ def test_a_module_without_weights_is_refused(without: str, engine: str, tmp_path
         load_model(write(tmp_path, {}, without=without), engine=engine)
 
 
+def test_weights_under_other_names_are_named_beside_those_that_lack(tmp_path: Path) -> None:
+    prefixed = {f"module.{key}": each.clone() for key, each in tiny.hf_model("llama").state_dict().items()}
+    with pytest.raises(ModelError, match=r"no fitting lm_head.*at random; no module takes its module\.lm_head"):
+        load_model(write(tmp_path, prefixed, without="."))
+
+
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, {"model.norm.weight": torch.ones(7)})
     with pytest.raises(ModelError) as caught:

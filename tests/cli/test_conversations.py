@@ -222,6 +222,10 @@ def test_prompts_come_from_standard_input_and_from_files(
     assert adhoc(data, "3").metadata["messages"] == TURNS
     capture(prompts=("--prompt-file", tmp_path / "c.json"))
     assert not (data / "experiments/exp/inference/raw/residual/adhoc/4.pt").exists()
+    (tmp_path / "c.jsonl").write_text(f"{json.dumps({'messages': TURNS})}\n\n{json.dumps([USER])}\n")
+    capture(prompts=("--prompt-file", tmp_path / "c.jsonl"))
+    assert adhoc(data, "4").metadata["messages"] == [USER]
+    assert not (data / "experiments/exp/inference/raw/residual/adhoc/5.pt").exists()
 
 
 def test_windows_line_endings_and_byte_order_marks_are_no_part_of_a_prompt(
@@ -262,6 +266,8 @@ def test_a_closed_or_empty_standard_input_is_one_clear_line(tmp_path: Path, redi
         (b'{"messages": [], "tools": []}', "a.json", 'an object with "messages" alone, found messages, tools'),
         (b"\xef\xbb\xbf[]", "a.json", "a.json: messages: expected at least one"),  # a BOM is read over in all JSON
         (b"[]", "a.json", "a.json: messages: expected at least one"),
+        (b'["a"]\n[', "a.jsonl", "a.jsonl:2: line 1, column 2: not valid JSON"),
+        (b'[]\n{"prompt": "x"}', "a.jsonl", 'a.jsonl:2: expected a list of messages, or an object with "messages"'),
         (b'["a"]', "a.json", 'a.json: message 1: expected {"role", "content"}, got str'),
         (b'[{"role": "user"}]', "a.json", "message 1: content: expected a text, got NoneType"),
         (b'[{"role": "user", "content": "x", "weight": NaN}]', "a.json", "not valid JSON"),

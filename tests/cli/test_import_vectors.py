@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
@@ -19,6 +20,7 @@ from tests.cli.conftest import Run
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.other_tools import read_tool_vectors
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import read_vector
 
@@ -51,7 +53,12 @@ def imported(root: Path, component: str = "residual") -> dict[int, torch.Tensor]
 
 
 def saved(path: Path, value: Any) -> Path:
-    (save_file if path.suffix == ".safetensors" else torch.save)(value, path)
+    if path.suffix == ".npz":
+        np.savez(path, **value)
+    elif path.suffix == ".npy":
+        np.save(path, value)
+    else:
+        (save_file if path.suffix == ".safetensors" else torch.save)(value, path)
     return path
 
 
@@ -103,6 +110,16 @@ def test_what_is_special_about_a_file_is_said(bring: Run, root: Path) -> None:
     attn = bring(FILES / "steering_vectors_self_attn.pt")
     assert "models that norm it first" in attn.stderr
     assert "--component attn_out" in attn.stdout
+
+
+@pytest.mark.parametrize("name", ["layers.npz", "table.npz", "table.npy"])
+def test_arrays_of_numpy_are_read_as_tensors_are(name: str, tmp_path: Path) -> None:
+    rows = table(3)
+    arrays = {"layers.npz": {f"layer_{n}": row.numpy() for n, row in enumerate(rows)}, "table.npz": {"v": rows.numpy()}}
+    found = read_tool_vectors(saved(tmp_path / name, arrays.get(name, rows.numpy())))
+    assert list(found.rows) == [0, 1, 2]
+    assert all(torch.equal(found.rows[n], row) for n, row in enumerate(rows))
+    assert found.is_table == name.startswith("table")
 
 
 @pytest.mark.parametrize("convention", ["hidden_states", "resid_post", "resid_pre"])
@@ -435,6 +452,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], str]] = {
     "attention with a convention": (
         lambda f: FILES / "steering_vectors_self_attn.pt", POST, "--convention is for vectors of the residual stream",
     ),
+    "arrays of objects": (
+        lambda f: saved(f / "x.npz", {"1": np.array([Malicious()], dtype=object)}), (), "Object arrays cannot be",
+    ),
+    "a truncated .npy": (lambda f: cut(f / "x.npy", FILES / "repeng.gguf", 0.1), (), "cannot be read"),
     "text": (lambda f: cut(f / "x.txt", FILES / "write.py", 1), (), "not a file of vectors"),
     "a folder": (lambda f: f, (), "expected a file, found a folder"),
 }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ given_prompt_options = together(
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
         metavar="FILE",
         multiple=True,
-        help="A prompt from a text file, or a conversation from a .json file of messages; repeatable.",
+        help="A prompt from a text file, a conversation from a .json file of messages, or one from each line of a "
+        ".jsonl file; repeatable.",
     ),
 )
 
@@ -45,7 +46,7 @@ def given_prompts(texts: Sequence[str], files: Sequence[Path]) -> PromptSet:
     if texts.count("-") > 1:
         raise InputError("--prompt -: standard input can be read once")
     read: list[Any] = [("--prompt -", _standard_input()) if text == "-" else ("--prompt", text) for text in texts]
-    return adhoc([*read, *(_read(path) for path in files)])
+    return adhoc([*read, *(each for path in files for each in _read(path))])
 
 
 def _standard_input() -> str:
@@ -58,26 +59,44 @@ def _standard_input() -> str:
         raise InputError(f"{name}: {error.strerror}") from None
 
 
-def _read(path: Path) -> tuple[str, Any]:
-    """The text of a file, or the messages of a `.json` file, after the option that names it."""
-    name = f"--prompt-file {path}"
-    if path.suffix.lower() != ".json":
-        try:
-            return name, _text(path.read_bytes(), name)
-        except OSError as error:
-            raise InputError(f"{name}: {error.strerror}") from None
-    from tlcapture.storage.files import read_json
+def _read(path: Path) -> list[tuple[str, Any]]:
+    """The text of a file, the messages of a `.json` file, or those of each line of a `.jsonl` file.
 
+    Each is after the option that names it.
+    """
+    name, kind = f"--prompt-file {path}", path.suffix.lower()
     try:
-        content = read_json(path, exact=True)
+        if kind == ".json":
+            from tlcapture.storage.files import read_json
+
+            return [(name, _messages(read_json(path, exact=True), name))]
+        data = path.read_bytes()
+        if kind != ".jsonl":
+            return [(name, _text(data, name))]
+        return [(f"{name}:{number}", content) for number, content in _lines(data, path)]
     except StorageError as error:
         raise InputError(f"--prompt-file {error}") from None
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}") from None
+
+
+def _lines(data: bytes, path: Path) -> Iterator[tuple[int, Any]]:
+    """The number and the prompt, a text or messages, of each line that is not empty."""
+    from tlcapture.storage.json_text import parsed
+
+    for number, line in enumerate(data.splitlines(), start=1):
+        if line.strip():
+            place = Path(f"{path}:{number}")
+            yield number, _messages(parsed(line, place, exact=True), f"--prompt-file {place}")
+
+
+def _messages(content: Any, name: str) -> Any:
     if isinstance(content, dict) and content.keys() == {"messages"}:
         content = content["messages"]
     if not isinstance(content, str | list):
         keys = f", found {', '.join(sorted(content))}" if isinstance(content, dict) else ""
         raise InputError(f'{name}: expected a list of messages, or an object with "messages" alone{keys}')
-    return name, content
+    return content
 
 
 def _text(data: bytes, name: str) -> str:

@@ -248,7 +248,8 @@ def import_(
     """Import vectors that another tool made, from FILE, as vectors of a trait.
 
     FILE is persona-vectors' .pt, a GGUF control vector (repeng), a SteeringVector saved with torch.save
-    (steering-vectors), or a .pt or .safetensors file with one vector per layer. Their method is called "imported".
+    (steering-vectors), or a .pt, .safetensors, .npz or .npy file with one vector per layer. Their method is called
+    "imported".
     """
     from tlcapture.errors import InputError
     from tlcapture.models.sources import check_name

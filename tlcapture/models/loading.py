@@ -240,8 +240,7 @@ def from_hugging_face(
     Raises `ModelError` if the engine does not support the model.
     """
     config = model.config
-    if not getattr(config, "architectures", None):
-        config.architectures = [type(model).__name__]
+    config.architectures = [type(model).__name__]
     chosen = pick_engine(name, engine, config)
     model = model.eval().requires_grad_(False)
     identity = {"name": name, "checkpoint_fingerprint": checkpoint_fingerprint or fingerprint(model)}

@@ -33,6 +33,15 @@ def auto_class_of(config: Any) -> str:
     )
 
 
+def name_class(config: Any) -> None:
+    """Let a config name the class that transformers loads, which it chooses by model type whatever the file says."""
+    import transformers
+
+    kind = _class_of(config, getattr(transformers, auto_class_of(config)))
+    if kind is not None:
+        config.architectures = [kind.__name__]
+
+
 def text_config_of(config: Any) -> Any:
     """The config of the causal language model that is captured: `config` itself unless it has several parts."""
     text = config.get_text_config()

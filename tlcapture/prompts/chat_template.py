@@ -23,7 +23,7 @@ ADVICE = "use --no-chat-template"
 MAX_STEPS = 2_000_000  # lines of Python that one rendering may run; published templates take hundreds a message
 NO_ARGS: Mapping[str, Any] = MappingProxyType({})
 
-_PROBE = "tlcapture"
+_PROBE, _THOUGHT = "tlcapture", "thought"
 _PART = re.compile(r"""\{['"]type['"]: ['"]text['"],""")  # a content part that was printed as it is
 
 
@@ -113,7 +113,7 @@ def stop_ids(tokenizer: Any, generation_config: Any, *, chat_template: bool = Tr
     """All token ids that end a response.
 
     These are the end-of-sequence ids of the tokenizer and the generation config and, with `chat_template`, the special
-    token that the chat template puts after an assistant message.
+    token that the chat template puts after an assistant message, unless it also comes between thinking and answer.
     """
     found: set[int] = set()
     for ids in (tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)):
@@ -240,4 +240,18 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     assert span is not None
     ids = tokenizer(rendered.text[span.stop :], add_special_tokens=False)["input_ids"]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return ids[0] if ids and ids[0] in special else None
+    if not ids or ids[0] not in special or ids[0] in _after_thinking(tokenizer, messages):
+        return None
+    return int(ids[0])
+
+
+def _after_thinking(tokenizer: Any, messages: Sequence[Message]) -> set[int]:
+    """The tokens between the thinking of an assistant message and its text, which end neither: gpt-oss's `<|end|>`."""
+    found: set[int] = set()
+    for key in ("reasoning_content", "thinking"):
+        rendered = rendered_or_none(tokenizer, [*messages[:-1], {**messages[-1], key: _THOUGHT}]) or ""
+        _, thought, following = rendered.partition(_THOUGHT)
+        between, answer, _ = following.partition(_PROBE)
+        if thought and answer:
+            found.update(tokenizer(between, add_special_tokens=False)["input_ids"])
+    return found

@@ -2,8 +2,9 @@
 
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How do tides work?"}]
 
-Roles are system, user, assistant and tool. A last assistant message is the beginning of the response, which goes on
-from there. Further keys of a message, such as `tool_calls`, are given to the chat template.
+Roles are system, user, assistant and tool; `developer` is another name for system. A content may be a list of parts of
+text, `[{"type": "text", "text": "..."}]`. A last assistant message is the beginning of the response, which goes on from
+there. Further keys of a message, such as `tool_calls`, are given to the chat template.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import orjson
 from tlcapture.prompts.message_spans import Message
 
 ROLES = ("system", "user", "assistant", "tool")
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def check_messages(messages: Sequence[Any]) -> tuple[Message, ...]:
@@ -69,11 +71,27 @@ def is_json(value: Any) -> bool:
     return True
 
 
+def _joined(name: str, content: Any) -> Any:
+    """The text of a content that is a list of parts of text; any other content as it is."""
+    if not isinstance(content, list | tuple):
+        return content
+    for number, part in enumerate(content, start=1):
+        if (
+            not isinstance(part, Mapping)
+            or part.get("type") not in _TEXT_PARTS
+            or not isinstance(part.get("text"), str)
+        ):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ValueError(f"{name}: content: part {number} is {kind!r}: expected {{'type': 'text', 'text': ...}}")
+    return "".join(part["text"] for part in content)
+
+
 def _checked(number: int, message: Any) -> Message:
     name = f"message {number}"
     if not isinstance(message, Mapping) or not all(isinstance(key, str) for key in message):
         raise ValueError(f'{name}: expected {{"role", "content"}}, got {type(message).__name__}')
-    role, content = message.get("role"), message.get("content")
+    role, content = message.get("role"), _joined(name, message.get("content"))
+    role = "system" if role == "developer" else role
     if role not in ROLES:
         raise ValueError(f"{name}: role {role!r}: expected one of {', '.join(ROLES)}")
     others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}

@@ -5,7 +5,7 @@
 | persona-vectors' `.pt` | a tensor `[n_layers + 1, d_model]`, whose row 0 is the embedding |
 | repeng's (and llama.cpp's) GGUF control vector | `direction.L`: the output of block L |
 | steering-vectors' object, by `torch.save` | `layer_activations[L]`: the output of block L, or of its attention |
-| `.pt` or `.safetensors` | a tensor with one row per layer, or tensors by layer: numbers, or names with one number |
+| `.pt`, `.safetensors`, `.npz`, `.npy` | a tensor with one row per layer, or tensors by number or name of a layer |
 
 Where each layer's vector belongs in a model is decided in `traits/layer_conventions.py`.
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tlcapture.errors import StorageError, VectorError
@@ -81,9 +82,11 @@ def read_tool_vectors(path: Path) -> ToolVectors:
         raise StorageError(f"{path}: not a GGUF file: it does not begin with 'GGUF'")
     if path.suffix.lower() == ".safetensors":
         return _of_tensors(path, _safetensors(path))
+    if path.suffix.lower() in (".npz", ".npy"):
+        return _of_tensors(path, _arrays(path))
     if not start.startswith(b"PK"):
         raise StorageError(
-            f"{path}: not a file of vectors: expected one by torch.save, a .safetensors file or a GGUF control vector"
+            f"{path}: not a file of vectors: expected one by torch.save, .safetensors, .npz, .npy or GGUF"
         )
     return _of_tensors(path, read_tensors(path, records=(_STEERING_VECTOR,)))
 
@@ -93,6 +96,16 @@ def _safetensors(path: Path) -> dict[str, torch.Tensor]:
 
     with opening(path):
         return dict(load_file(path))
+
+
+def _arrays(path: Path) -> torch.Tensor | dict[str, torch.Tensor]:
+    """NumPy's arrays as tensors; those of Python objects are not opened."""
+    with opening(path):
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return torch.from_numpy(loaded)
+        with loaded:
+            return {name: torch.from_numpy(loaded[name]) for name in loaded.files}
 
 
 def _of_gguf(path: Path) -> ToolVectors:

@@ -298,17 +298,9 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, checkpoint_fingerprin
         support_newer_transformers(tl.original_model, model.dtype)
         bridge = BridgeModel(tl, tokenizer, model.config, model.generation_config, name, checkpoint_fingerprint)
         bridge.check()
-    except (ModelError, torch.OutOfMemoryError):
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ImportError,
-        RuntimeError,
-        ProcessRefusedError,
-    ) as error:
+    except Exception as error:  # TransformerLens raises many kinds for what it does not have
         reason = f"TransformerBridge does not run {architecture_of(model.config)}: {_why(error)}"
         advice = "" if isinstance(error, ProcessRefusedError) else f"; {version_advice()}"
         raise ModelError(f"{name}: {reason}{advice}") from None

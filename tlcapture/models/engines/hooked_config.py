@@ -152,6 +152,8 @@ def _opt(config: Any) -> Fields:
     _refuse(not config.do_layer_norm_before, "OPT with the norm after each sublayer")
     _refuse(config.word_embed_proj_dim != config.hidden_size, "OPT with projected embeddings")
     _refuse(not config.enable_bias, "OPT without biases")
+    _refuse(not config.layer_norm_elementwise_affine, "OPT with norms without weights")
+    _refuse(config._remove_final_layer_norm, "OPT without a final norm")
     return {
         "d_model": config.hidden_size,
         "d_head": config.hidden_size // config.num_attention_heads,

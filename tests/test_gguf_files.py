@@ -1,0 +1,138 @@
+"""A GGUF file is the model that it was written from, or refused: transformers leaves out much of what it states."""
+
+from __future__ import annotations
+
+from math import pi
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests import tiny
+from tests.gguf_writer import write_gguf
+from tlcapture.errors import ModelError
+from tlcapture.models.checkpoints import quiet_loading
+from tlcapture.models.gguf_files import load_gguf
+
+SMALL = {**tiny._GROUPED, "num_hidden_layers": 2}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FACTORS = [1.0, 1.3, 1.7, 2.0]
+LONGROPE = {"rope_type": "longrope", "short_factor": FACTORS, "long_factor": [4 * factor for factor in FACTORS]}
+
+
+def llama3_factors() -> np.ndarray:
+    """What llama.cpp divides frequencies by: as `convert_hf_to_gguf` computes it, by wavelength."""
+    found = []
+    for pair in range(4):
+        wavelength = 2 * pi * 50_000.0 ** (pair / 4)
+        smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+        middle = 1 / ((1 - smooth) / 8.0 + smooth)
+        found.append(1.0 if wavelength < 8192 / 4 else 8.0 if wavelength > 8192 else middle)
+    return np.array(found, np.float32)
+
+
+def rope(base: float = 10_000.0, original: int = 64, **parameters: Any) -> dict[str, Any]:
+    return {"rope_theta": base, "original_max_position_embeddings": original, **parameters}
+
+
+SCALED = {"rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
+# The config, and what a file states of it.
+STATED: dict[str, tuple[Any, dict[str, Any], dict[str, np.ndarray]]] = {
+    "llama3": (
+        lambda: transformers.LlamaConfig(**SMALL, rope_parameters=rope(50_000.0, 8192, **LLAMA3)),
+        {"rope.freq_base": 50_000.0},
+        {"rope_freqs.weight": llama3_factors()},
+    ),
+    "yarn": (
+        lambda: transformers.Qwen2Config(**SMALL, rope_parameters=rope(rope_type="yarn", factor=4.0)),
+        {"rope.freq_base": 10_000.0, "rope.scaling.type": "yarn", **SCALED},
+        {},
+    ),
+    "longrope": (
+        lambda: transformers.Phi3Config(**SMALL, original_max_position_embeddings=64, rope_parameters=rope(**LONGROPE)),
+        {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": 64},
+        {
+            "rope_factors_short.weight": np.array(FACTORS, np.float32),
+            "rope_factors_long.weight": np.array([4 * factor for factor in FACTORS], np.float32),
+        },
+    ),
+    "biases": (lambda: transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True), {}, {}),
+    "window": (lambda: transformers.Phi3Config(**SMALL, sliding_window=8), {"attention.sliding_window": 8}, {}),
+    "gemma2": (
+        lambda: transformers.Gemma2Config(
+            **SMALL,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=8,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+        ),
+        {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "attention.sliding_window": 8},
+        {},
+    ),
+    "gemma3": (
+        lambda: transformers.Gemma3TextConfig(
+            **{**SMALL, "num_hidden_layers": 6},
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=8,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
+        {
+            "rope.freq_base": 1e6,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+            "attention.sliding_window": 8,
+        },
+        {},
+    ),
+}
+
+
+def model_of(config: Any) -> Any:
+    """A random model, whose norms and biases matter."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("stated", STATED)
+def test_a_file_is_the_model_that_it_was_written_from(stated: str, tmp_path: Path) -> None:
+    config, metadata, tensors = STATED[stated]
+    model, ids = model_of(config()), torch.tensor([[0, *range(40, 70)]])
+    path = write_gguf(tmp_path / "tiny.gguf", model, metadata=metadata, tensors=tensors)
+    with quiet_loading(), torch.no_grad():
+        torch.testing.assert_close(load_gguf(path)(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (
+            {"without": ["blk.1.ffn_up.weight"]},
+            r"it has no model\.layers\.1\.mlp\.up_proj\.weight, which would be random",
+        ),
+        (
+            {"tensors": {"blk.0.attn_norm.bias": np.ones(32, np.float32)}},
+            r"biases that .* does not load: blk\.0\.attn_norm",
+        ),
+        ({"tensors": {"rope_freqs.weight": np.array([1, 2, 3, 4], np.float32)}}, "other than those of Llama 3"),
+        ({"metadata": {"rope.scaling.type": "yarn", "rope.scaling.yarn_log_multiplier": 0.1}}, "of type 'yarn'"),
+        ({"metadata": {"attention.sliding_window": 8}}, "a sliding window of 8 tokens"),
+        ({"metadata": {"split.count": 2}}, "one of 2 parts: join them with 'llama-gguf-split --merge' first"),
+        ({"metadata": {"final_logit_softcapping": 3.0}}, "final_logit_softcapping 3"),
+    ],
+)
+def test_what_would_be_left_out_is_refused(written: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny.hf_model("llama"), **written)
+    with quiet_loading(), pytest.raises(ModelError, match=rf"tiny\.gguf: .*{message}"):
+        load_gguf(path)
