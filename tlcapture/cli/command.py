@@ -231,5 +231,5 @@ def _root(named: str) -> Path:
 
 def _without_storage(text: str) -> str:
     """A help text without limits that only reflect how a number is stored; other limits are written in one form."""
-    text = re.sub(r"\[(\d+)<=x\]", r"[x>=\1]", _STORED.sub("", text))
+    text = re.sub(r"\b(\d+)<=x(?=[\];])", r"x>=\1", _STORED.sub("", text))
     return re.sub(r"\s*\[(?:;\s*)*\]|;\s*(?=\])|(?<=\[);\s*", "", text)

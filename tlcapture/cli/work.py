@@ -24,6 +24,7 @@ import click
 
 from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import together
+from tlcapture.cli.option_types import NewPath
 from tlcapture.cli.stopping import Interrupted, StopSignals
 from tlcapture.errors import NoSpaceError, TlcaptureError
 from tlcapture.places import named
@@ -36,7 +37,7 @@ _output_options = together(
     click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors."),
     click.option(
         "--log-file",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=NewPath(dir_okay=False),
         metavar="FILE",
         help="Append all messages to a file, with timestamps.",
     ),
