@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from tlcapture.cli.streams import lasting_streams
 from tlcapture.text import decoded, did_you_mean
 
 SETTINGS = "tlcapture.toml"
@@ -47,7 +48,16 @@ GROUPS: Mapping[str, frozenset[str]] = {
 _STORED = re.compile(r"-?\d{10,}<=x<=\d{10,}|(?<=<=x)<=(?:2147483647|9223372036854775807)")
 
 
-class Group(click.Group):
+class _Printing(click.Command):
+    """A command whose work goes on where nobody can read what it prints."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line; exits with status 1 where its output was lost."""
+        with lasting_streams():
+            return super().main(*args, **options)
+
+
+class Group(_Printing, click.Group):
     """Commands by name; a mistyped name is answered by a suggestion."""
 
     def resolve_command(
@@ -78,7 +88,7 @@ def help_settings() -> dict[str, Any]:
     return {"help_option_names": ["-h", "--help"], "max_content_width": shutil.get_terminal_size().columns}
 
 
-class Command(click.Command):
+class Command(_Printing):
     """A command whose help is in groups, and whose options may come from `tlcapture.toml`."""
 
     def __init__(self, *args: Any, examples: Sequence[str] = (), **options: Any):

@@ -112,7 +112,12 @@ class _Ending:
 
 
 def _run(ctx: click.Context, command: Callable[[], None], console: Console) -> _Ending:
-    ending = _outcome(ctx, command, console)
+    try:
+        ending = _outcome(ctx, command, console)
+    except BaseException as error:
+        if console.recorded is not None and console.recorded.n_files:
+            console.recorded.end("failed", 1, f"{type(error).__name__}: {error}")
+        raise
     # A run that was refused before it wrote anything leaves no record.
     if console.recorded is not None and (console.recorded.n_files or not ending.error):
         n_shown = len(console.recorded.warnings)
