@@ -172,10 +172,15 @@ def test_the_experiment_is_named_by_the_environment(root: Path, monkeypatch: pyt
         ("[capture]\nseed = 'x'", "'x' is not a valid integer"),
         ("seed =", "tlcapture.toml: cannot be read"),
         ("[capture]\nlayers = ['x']", "'x' is not a list of layer numbers"),
+        ('[capture]\nadapter = "a\\u0000b"', "adapter: expected text without NUL"),
+        (None, "tlcapture.toml: cannot be read: Too many levels of symbolic links"),
     ],
 )
-def test_a_mistake_in_the_file_is_one_line(root: Path, content: str, said: str) -> None:
-    (root / "tlcapture.toml").write_text(content)
+def test_a_mistake_in_the_file_is_one_line(root: Path, content: str | None, said: str) -> None:
+    if content is None:
+        (root / "tlcapture.toml").symlink_to("tlcapture.toml")
+    else:
+        (root / "tlcapture.toml").write_text(content)
     done = CliRunner().invoke(main, ["capture", "--prompt", "x"])
     assert done.exit_code == 2
     assert said in done.output

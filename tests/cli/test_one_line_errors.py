@@ -29,7 +29,6 @@ PLAN = ("plan", "--prompts", "1", "--prompt-tokens", "1", "--new-tokens", "1")
         (["capture", "--root", "/nowhere", "--prompt", "x"], "invalid value for '--root'"),
         (["capture", "--prompt", "x", "--stop", "\udcff"], "stop '\\udcff': expected valid Unicode"),
         (["capture", "--prompt", "x", "--log-file", ""], "invalid value for '--log-file': '' is not a path"),
-        (["project", "--prompt-set", "x", "--plot", "a\0b"], "invalid value for '--plot': 'a\\x00b' is not a path"),
         (["view", "--export", ""], "invalid value for '--export': '' is not a path"),
         (["view", "--max-size", "nan"], "invalid value for '--max-size': nan is not a finite number"),
         ([*PLAN, "--tokens-per-second", "inf"], "invalid value for '--tokens-per-second': inf is not a finite number"),

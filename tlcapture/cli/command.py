@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def settings_of(root: Path, of: click.Command, ctx: click.Context) -> dict[str, 
     or, at the top, of any command.
     """
     path = root / SETTINGS
-    if not path.is_file():
+    if not lexists(path):
         return {}
     content = _read(path)
     options = {str(param.name): param for param in of.get_params(ctx) if isinstance(param, click.Option)}
@@ -159,6 +160,11 @@ def settings_of(root: Path, of: click.Command, ctx: click.Context) -> dict[str, 
         if _name(key) not in options:
             raise _no_such(path, key, options, f"'tlcapture {command_name}'")
         found[_name(key)] = _as_given(value, options[_name(key)])
+    for name, value in found.items():
+        if any(
+            "\0" in text for text in ([value] if isinstance(value, str) else value if isinstance(value, list) else ())
+        ):
+            raise click.UsageError(f"{path}: {name}: expected text without NUL, which no command line can have")
     return found
 
 
@@ -170,7 +176,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(decoded(local(path).read_bytes()))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise click.UsageError(f"{path}: cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise click.UsageError(f"{path}: cannot be read: {reason}") from None
 
 
 def _own_table(tables: Mapping[str, Any], ctx: click.Context) -> tuple[str, Mapping[str, Any]]:

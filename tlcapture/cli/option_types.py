@@ -72,8 +72,8 @@ class NewPath(click.Path):
         super().__init__(path_type=Path, **kinds)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path; fails for an empty one, which would be the current folder, and for one that no file can have."""
-        if not str(value) or "\0" in str(value):
+        """The path; fails for an empty one, which would be the current folder."""
+        if not str(value):
             self.fail(f"{value!r} is not a path", param, ctx)
         return super().convert(value, param, ctx)
 
