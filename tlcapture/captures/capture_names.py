@@ -46,7 +46,8 @@ def check_place(metadata: Mapping[str, Any], path: Path) -> None:
     """Raise `StorageError` where metadata name another capture than the path of a raw file in an experiment."""
     parts = path.parts
     starts = [at for at in range(3, len(parts)) if parts[at - 3 : at] == ("inference", "raw", "residual")]
-    if not starts or metadata.get("prompt_id") is None or metadata.get("prompt_set") is None:
+    is_named = metadata.get("prompt_id") is not None and metadata.get("prompt_set") is not None
+    if not starts or path.suffix != ".pt" or not is_named:  # another suffix: it is about to be moved here
         return
     name = capture_name(metadata["prompt_id"], metadata.get("sample"))
     named = (of_variant(str(metadata["prompt_set"]), metadata.get("variant")), str(name))

@@ -16,7 +16,7 @@ import orjson
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.names import base_set, capture_name
+from tlcapture.names import COMPACT, base_set, capture_name
 from tlcapture.storage.compact_files import is_compact, open_compact
 from tlcapture.storage.files import read_json
 from tlcapture.storage.regular_files import check_regular
@@ -90,7 +90,8 @@ class PerTokenHead(FileContent):
     def _prompt_named_otherwise(self, path: Path) -> str | None:
         """The prompt that the content names, if it contradicts the path. Variants are named by the path alone."""
         extra, parts = self.model_extra or {}, path.parts
-        if extra.get("prompt_id") is None or "per_token" not in parts:
+        is_in_place = "per_token" in parts and path.suffix in (".json", COMPACT)  # not about to be moved here
+        if extra.get("prompt_id") is None or not is_in_place:
             return None
         name = f"{capture_name(extra['prompt_id'], extra.get('sample'))}"
         in_set = base_set("/".join(parts[len(parts) - parts[::-1].index("per_token") : -1]))
