@@ -468,6 +468,7 @@ def test_vectors_that_no_trait_has_are_not_evaluated(
 ) -> None:
     path = data / "experiments" / "exp" / "extraction" / "extraction_evaluation.json"
     before = path.read_bytes()
-    result = tlcapture("evaluate", "--experiment", "exp", *words)
-    assert (result.exit_code, path.read_bytes()) == (2, before)
-    assert result.stderr.startswith(f"error: {says}")
+    for command in (["evaluate"], ["evaluate", "--examples", str(data / "datasets" / "traits")], ["steer"]):
+        result = tlcapture(*command, "--experiment", "exp", *words)
+        assert (result.exit_code, path.read_bytes()) == (2, before)
+        assert result.stderr.startswith(f"error: {says}")

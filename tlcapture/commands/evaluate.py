@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any
 
 from tlcapture.commands.cross_traits import cross_trait_aurocs
@@ -29,11 +28,10 @@ from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config
 from tlcapture.storage.files import write_bytes, write_json
 from tlcapture.storage.layout import Datasets, Layout
-from tlcapture.text import as_ranges, beside
 from tlcapture.traits.evaluation_files import Evaluation, EvaluationRow, best_by_trait, read_evaluation
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import is_present
-from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles, traits_with_vectors
+from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles, check_available, traits_with_vectors
 from tlcapture.traits.vectors import read_vector
 from tlcapture.views.hooks import COMPONENTS
 
@@ -66,7 +64,8 @@ def run_evaluate(
     """
     layout.check_exists()
     traits = traits_with_vectors(layout, options.traits)
-    _check_available(layout, options, traits)
+    named = options.methods if options.methods != EvaluateOptions.methods else ()
+    check_available(layout, traits, named, options.layers)
     unscored = [] if options.traits else _without_examples(layout, traits)
     if unscored and len(unscored) == len(traits):
         raise InputError(f"no examples to score the imported vectors of {', '.join(map(str, unscored))}")
@@ -77,19 +76,6 @@ def run_evaluate(
     executor.run(Work(partial(_Worker, options), load, traits, lambda trait: 1, "trait", str), run)
     _write_cross_traits(run)
     return run.report
-
-
-def _check_available(layout: Layout, options: EvaluateOptions, traits: Sequence[Trait]) -> None:
-    """Raise `InputError` for a method or layer that no trait has a vector of."""
-    available = [VectorFiles(layout, trait).available(component) for trait in traits for component in COMPONENTS]
-    methods = list(dict.fromkeys(chain.from_iterable(available)))
-    for method in options.methods if options.methods != EvaluateOptions.methods else ():
-        if method not in methods:
-            raise InputError(f"--methods {method}: no trait has such vectors{beside(method, methods, 'methods')}")
-    layers = sorted({layer for found in available for layer in chain.from_iterable(found.values())})
-    for layer in options.layers:
-        if layer not in layers:
-            raise InputError(f"--layers {layer}: there are vectors of layers {as_ranges(layers)}")
 
 
 def _without_examples(layout: Layout, traits: Sequence[Trait]) -> list[Trait]:
