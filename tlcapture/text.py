@@ -32,6 +32,15 @@ def decoded(data: bytes, errors: str = "strict") -> str:
     return data.decode("utf-8", errors).removeprefix(BYTE_ORDER_MARK)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text holds only characters; half of a surrogate pair, as in bytes of another encoding, is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 200 characters; its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -62,7 +71,10 @@ def parse_bytes(text: str) -> int:
     match = _WRITTEN.fullmatch(text.strip())
     if match is None:
         raise InputError(f"{text!r} is not a size: expected a number and a unit, for example 500GiB")
-    return math.floor(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    size = float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")
+    if math.isinf(size):
+        raise InputError(f"{text!r} is not a size: it is larger than any number")
+    return math.floor(size)
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

@@ -430,3 +430,45 @@ def test_a_trait_without_questions_is_told_what_they_look_like(tlcapture: Run, e
     assert line.startswith(f"error: {path}: no such file: expected questions")
     path.write_text(line.split("such as ")[1])
     assert tlcapture(*STEER).exit_code == 0
+
+
+def test_evaluating_some_vectors_again_leaves_the_score_of_the_choice_among_all(
+    tlcapture: Run, data: Path, evaluated: Result
+) -> None:
+    path = data / "experiments" / "exp" / "extraction" / "extraction_evaluation.json"
+    before = read_json(path)
+    words = ("evaluate", "--experiment", "exp", "--component", "residual", "--traits", "tone/loud")
+    assert tlcapture(*words, "--methods", "probe", "--layers", "1").exit_code == 0
+    assert read_json(path)["best_vectors"] == before["best_vectors"]
+
+
+def test_an_evaluation_leaves_out_rows_of_vectors_that_were_removed(
+    tlcapture: Run, data: Path, evaluated: Result
+) -> None:
+    vectors = data / "experiments" / "exp" / "extraction"
+    best = read_json(vectors / "extraction_evaluation.json")["best_vectors"]["tone/loud"]
+    (vectors / "tone" / "loud" / "vectors" / f"{best['method']}_layer{best['layer']}.pt").unlink()
+    assert tlcapture("evaluate", "--experiment", "exp", "--component", "residual").exit_code == 0
+    value, gone = read_json(vectors / "extraction_evaluation.json"), (best["method"], best["layer"])
+    assert gone not in [(row["method"], row["layer"]) for row in value["all_results"] if row["trait"] == "tone/loud"]
+    now = value["best_vectors"]["tone/loud"]
+    assert (now["method"], now["layer"]) != gone
+    assert f"{best['method']} {best['layer']}" not in now["chosen_layers"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--methods", "prob"], "--methods prob: no trait has such vectors: did you mean 'probe'? methods: probe, "),
+        (["--layers", "77"], "--layers 77: there are vectors of layers 0 to 2"),
+    ],
+)
+def test_vectors_that_no_trait_has_are_not_evaluated(
+    tlcapture: Run, data: Path, evaluated: Result, words: list[str], says: str
+) -> None:
+    path = data / "experiments" / "exp" / "extraction" / "extraction_evaluation.json"
+    before = path.read_bytes()
+    for command in (["evaluate"], ["evaluate", "--examples", str(data / "datasets" / "traits")], ["steer"]):
+        result = tlcapture(*command, "--experiment", "exp", *words)
+        assert (result.exit_code, path.read_bytes()) == (2, before)
+        assert result.stderr.startswith(f"error: {says}")

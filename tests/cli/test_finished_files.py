@@ -433,3 +433,23 @@ def test_the_summary_of_the_last_run_is_shown_until_a_projection_changes(
     os.utime(projections[0])
     make(*FORMS[form], "--skip-existing")
     assert read == ["read", "read"]
+
+
+def test_files_of_other_prompts_are_not_taken_for_finished_ones(make: Run, capture: Run, folder: Path) -> None:
+    make("--attention", "--logit-lens")
+    moved = {
+        "1": ("analysis/per_token/short/{}_attention.json", "it names prompt short/2"),
+        "2": ("analysis/per_token/short/{}_logit_lens.json", "it names prompt short/3"),
+        "3": ("inference/tone/loud/residual_stream/short/{}.json", "its metadata names prompt 1"),
+    }
+    expected = {}
+    for prompt, (place, says) in moved.items():
+        path = folder / place.format(prompt)
+        path.write_bytes((folder / place.format(says[-1])).read_bytes())
+        expected[path] = f"failed: short/{prompt}: {path}: {says}: it was moved or renamed: use --overwrite"
+    before = {path: path.read_bytes() for path in expected}
+    result = capture("--attention", "--logit-lens", "--skip-existing")
+    assert result.exit_code == 1
+    for line in expected.values():
+        assert line in result.stderr
+    assert {path: path.read_bytes() for path in expected} == before

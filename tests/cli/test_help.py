@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -172,10 +173,15 @@ def test_the_experiment_is_named_by_the_environment(root: Path, monkeypatch: pyt
         ("[capture]\nseed = 'x'", "'x' is not a valid integer"),
         ("seed =", "tlcapture.toml: cannot be read"),
         ("[capture]\nlayers = ['x']", "'x' is not a list of layer numbers"),
+        ('[capture]\nadapter = "a\\u0000b"', "adapter: expected text without NUL"),
+        (None, "tlcapture.toml: cannot be read: Too many levels of symbolic links"),
     ],
 )
-def test_a_mistake_in_the_file_is_one_line(root: Path, content: str, said: str) -> None:
-    (root / "tlcapture.toml").write_text(content)
+def test_a_mistake_in_the_file_is_one_line(root: Path, content: str | None, said: str) -> None:
+    if content is None:
+        (root / "tlcapture.toml").symlink_to("tlcapture.toml")
+    else:
+        (root / "tlcapture.toml").write_text(content)
     done = CliRunner().invoke(main, ["capture", "--prompt", "x"])
     assert done.exit_code == 2
     assert said in done.output
@@ -205,14 +211,22 @@ def test_list_shows_experiments_and_what_one_holds(capture: Run, extract: Run, t
     assert nothing.exit_code == 0
     assert "no experiments" in nothing.output
     extract()
-    capture("--prompt-set", "short", prompts=())
+    capture("--prompt-set", "short", "--capture-attn", prompts=())
     found = tlcapture("list").output
     assert re.search(r"exp +tiny-llama +1 +3 +2", found)
     found = tlcapture("list", "--experiment", "exp").output
     assert re.search(r"short +3 +2", found)
     assert "vectors of 2 traits: tone/loud, tone/warm" in found
     assert "tlcapture view --experiment exp" in found
-    (data / "experiments/exp/runs/20200101T000000Z-capture-1.json").write_text(json.dumps([1]))
+    runs = data / "experiments" / "exp" / "runs"
+    ended = json.loads(next(runs.glob("*-capture-*.json")).read_text())
+    assert ended["system"]["process"] == os.getpid()
+    killed = {**ended, "status": "running", "system": {**ended["system"], "process": 2**22 + 1}}  # no process has it
+    for number, status in enumerate(({**ended, "status": "running"}, killed)):
+        (runs / f"30000101T00000{number}Z-capture-1.json").write_text(json.dumps(status))
+    statuses = [line.split()[1] for line in tlcapture("list", "--experiment", "exp").output.splitlines() if "T" in line]
+    assert statuses[-2:] == ["running", "killed"]
+    (runs / "20200101T000000Z-capture-1.json").write_text(json.dumps([1]))
     assert tlcapture("list", "--experiment", "exp").exit_code == 0
     done = tlcapture("list", "--experiment", "nix")
     assert done.exit_code == 2

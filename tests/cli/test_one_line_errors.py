@@ -8,6 +8,7 @@ import pytest
 from click.testing import Result
 
 Command = Callable[..., Result]
+PLAN = ("plan", "--prompts", "1", "--prompt-tokens", "1", "--new-tokens", "1")
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,17 @@ Command = Callable[..., Result]
         (["export", "--experiment", "nix", "--to", "x"], "no experiment 'nix'"),
         (["project", "--prompt-set", "nix"], "no experiment 'default'"),
         (["capture", "--root", "/nowhere", "--prompt", "x"], "invalid value for '--root'"),
+        (["capture", "--prompt", "x", "--stop", "\udcff"], "stop '\\udcff': expected valid Unicode"),
+        (["capture", "--prompt", "x", "--log-file", ""], "invalid value for '--log-file': '' is not a path"),
+        (["view", "--export", ""], "invalid value for '--export': '' is not a path"),
+        (["view", "--max-size", "nan"], "invalid value for '--max-size': nan is not a finite number"),
+        ([*PLAN, "--tokens-per-second", "inf"], "invalid value for '--tokens-per-second': inf is not a finite number"),
+        ([*PLAN, "--gpu", "h100", "--efficiency", "1e-320"], "invalid value for '--efficiency': 1e-320 is not in"),
+        ([*PLAN, "--budget", "9" * 400], f"invalid value for '--budget': {'9' * 400!r} is not a size: it is larger"),
+        (
+            ["plan", "--prompts", "1", "--prompt-tokens", "9" * 20, "--new-tokens", "1"],
+            "invalid value for '--prompt-tok",
+        ),
     ],
 )
 def test_an_error_is_one_line(tlcapture: Command, words: list[str], says: str) -> None:

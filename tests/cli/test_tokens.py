@@ -122,8 +122,9 @@ def test_a_capture_of_some_tokens_says_which_and_is_read_by_both_readers(capture
     assert saved.residual(1).shape == saved.residual(1, part="response").shape == (3, tiny.D_MODEL)
     assert saved.residual(1, part="prompt").shape == (0, tiny.D_MODEL)
     assert len(saved.tokens) == n_prompt + N_NEW
-    torch.save(torch.load(raw / "1.pt", weights_only=True), raw / "2.pt")  # without an index
-    again = Capture.open(raw / "2.pt")
+    copy = raw.parents[3] / "copy.pt"
+    torch.save(torch.load(raw / "1.pt", weights_only=True), copy)  # without an index
+    again = Capture.open(copy)
     assert again.positions == saved.positions
     assert torch.equal(again.residual(1), saved.residual(1))
 

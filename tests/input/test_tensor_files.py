@@ -265,6 +265,7 @@ def test_separate_tensors_are_read_like_views_of_one_buffer(layout: Layout) -> N
             for point, tensor in by_point.items():
                 by_point[point] = tensor.clone()
     for number, each in enumerate((value, separate)):
+        each["metadata"]["prompt_id"] = str(number)
         torch.save(each, layout.residual("odd", str(number)))
     one, other = (Capture.open(layout.residual("odd", str(number))) for number in (0, 1))
     assert one.prompt.residual.points.equal(other.prompt.residual.points)

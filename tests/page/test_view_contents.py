@@ -14,7 +14,8 @@ import torch
 from click.testing import Result
 
 from tests.cli.conftest import capture, data  # noqa: F401  fixtures
-from tests.page.conftest import N_HEADS, N_LAYERS, N_PROMPT, TOKENS
+from tests.input import captures
+from tests.page.conftest import N_HEADS, N_LAYERS, N_PROMPT, TOKENS, write
 from tests.page.test_export import carried
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError, StorageError
@@ -212,3 +213,19 @@ def test_points_that_were_not_kept_are_null(capture: Run, root: Path) -> None:  
     found = Contents(root).contributions(*WHERE)
     assert (found["layers"], found["attn"]) == ([1, 2], [None, None])
     assert None not in found["mlp"] and None not in found["stream"]
+
+
+def test_files_of_another_prompt_are_not_shown_as_this_one_s(page_root: Path) -> None:
+    folder = page_root / "experiments" / "exp"
+    for kind in ("attention", "logit_lens"):
+        path = folder / "analysis" / "per_token" / "odd" / f"1_{kind}.json"
+        write(path, {**read_json(path), "prompt_id": "2"})
+    raw = folder / "inference" / "raw" / "residual" / "odd" / "1.pt"
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    other = captures.content()
+    other["metadata"]["prompt_id"] = "2"
+    torch.save(other, raw)
+    contents = Contents(page_root)
+    for show in (contents.attention, contents.lens, contents.contributions):
+        with pytest.raises(StorageError, match="names prompt odd/2: it was moved or renamed"):
+            show("exp", "odd", "1")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlcapture.captures.capture_names import CaptureNames
+from tlcapture.captures.capture_names import CaptureNames, check_place
 from tlcapture.captures.format import FORMAT_VERSION, CaptureContent, PartContent
 from tlcapture.captures.index import NAME as INDEX
 from tlcapture.captures.index import index_record, read_index
@@ -233,7 +233,9 @@ class Capture(CaptureNames):
 
     @classmethod
     def open(cls, path: str | Path) -> Capture:
-        """Open a raw residual file; raises `StorageError` for any other file.
+        """Open a raw residual file; raises `StorageError` for any other file, and for one of another prompt.
+
+        The prompt must be the one in the path of a file in an experiment.
 
         Example:
             Capture.open(exp.layout.residual("single_trait", 1))
@@ -241,6 +243,7 @@ class Capture(CaptureNames):
         path = Path(path)
         if (found := read_index(path)) is not None:
             index, metadata, streams = found
+            check_place(metadata, path)
             both = [
                 CapturedPart(part.text, part.tokens, part.token_ids, streams[name], index.held(name))
                 for name, part in (("prompt", index.prompt), ("response", index.response))
@@ -248,6 +251,7 @@ class Capture(CaptureNames):
             return cls(both[0], both[1], metadata, spans=index.spans)
         value = read_tensors(path)
         content = CaptureContent.check(value, path)
+        check_place(value["metadata"], path)
         parts = [
             _part_from_file(part, content, content.held(name))
             for name, part in (("prompt", content.prompt), ("response", content.response))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from tlcapture.errors import StorageError
 from tlcapture.names import PromptId, capture_name, of_variant
 
 
@@ -38,3 +40,16 @@ class CaptureNames:
     def name(self) -> PromptId:
         """The capture's name within its set, also used in file names: `7`, or `7.s1` for a sample."""
         return capture_name(self.prompt_id, self.sample)
+
+
+def check_place(metadata: Mapping[str, Any], path: Path) -> None:
+    """Raise `StorageError` where metadata name another capture than the path of a raw file in an experiment."""
+    parts = path.parts
+    starts = [at for at in range(3, len(parts)) if parts[at - 3 : at] == ("inference", "raw", "residual")]
+    is_named = metadata.get("prompt_id") is not None and metadata.get("prompt_set") is not None
+    if not starts or path.suffix != ".pt" or not is_named:  # another suffix: it is about to be moved here
+        return
+    name = capture_name(metadata["prompt_id"], metadata.get("sample"))
+    named = (of_variant(str(metadata["prompt_set"]), metadata.get("variant")), str(name))
+    if named != ("/".join(parts[starts[-1] : -1]), path.name.removesuffix(".pt")):
+        raise StorageError(f"{path}: its metadata names prompt {'/'.join(named)}: it was moved or renamed")

@@ -29,6 +29,7 @@ from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import locked
 from tlcapture.storage.remote_roots import refresh
 from tlcapture.storage.validation import Count, FileContent, checked
+from tlcapture.text import is_unicode
 
 LONGEST = 10_000  # characters of a note
 _ID = re.compile(r"[0-9a-f]{12}")
@@ -177,6 +178,8 @@ def _checked_text(text: str) -> str:
     found = text.strip()
     if not 1 <= len(found) <= LONGEST:
         raise InputError(f"a note of {len(found)} characters: expected 1 to {LONGEST:,}")
+    if not is_unicode(found):
+        raise InputError("a note that is not valid Unicode: expected text")
     return found
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.grouping import collected, together
+from tlcapture.cli.option_types import Finite
 
 if TYPE_CHECKING:
     from tlcapture.runs.executors import Executor
@@ -80,12 +81,12 @@ cluster_options = together(
     click.option("--workers", type=click.IntRange(min=1), help="Number of Ray workers.  [default: as many as fit]"),
     click.option(
         "--gpus-per-worker",
-        type=click.FloatRange(min=0),
+        type=Finite(min=0),
         help="GPUs per Ray worker; 0 runs the model on CPUs.  [default: 1, or --n-devices, where the cluster has GPUs]",
     ),
     click.option(
         "--cpus-per-worker",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Finite(min=0, min_open=True),
         default=1.0,
         show_default=True,
         help="CPUs, and threads, per Ray worker.",

@@ -13,11 +13,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
 import click
 
+from tlcapture.cli.streams import lasting_streams
 from tlcapture.text import decoded, did_you_mean
 
 SETTINGS = "tlcapture.toml"
@@ -47,7 +49,16 @@ GROUPS: Mapping[str, frozenset[str]] = {
 _STORED = re.compile(r"-?\d{10,}<=x<=\d{10,}|(?<=<=x)<=(?:2147483647|9223372036854775807)")
 
 
-class Group(click.Group):
+class _Printing(click.Command):
+    """A command whose work goes on where nobody can read what it prints."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line; exits with status 1 where its output was lost."""
+        with lasting_streams():
+            return super().main(*args, **options)
+
+
+class Group(_Printing, click.Group):
     """Commands by name; a mistyped name is answered by a suggestion."""
 
     def resolve_command(
@@ -78,7 +89,7 @@ def help_settings() -> dict[str, Any]:
     return {"help_option_names": ["-h", "--help"], "max_content_width": shutil.get_terminal_size().columns}
 
 
-class Command(click.Command):
+class Command(_Printing):
     """A command whose help is in groups, and whose options may come from `tlcapture.toml`."""
 
     def __init__(self, *args: Any, examples: Sequence[str] = (), **options: Any):
@@ -130,7 +141,7 @@ def settings_of(root: Path, of: click.Command, ctx: click.Context) -> dict[str, 
     or, at the top, of any command.
     """
     path = root / SETTINGS
-    if not path.is_file():
+    if not lexists(path):
         return {}
     content = _read(path)
     options = {str(param.name): param for param in of.get_params(ctx) if isinstance(param, click.Option)}
@@ -149,6 +160,11 @@ def settings_of(root: Path, of: click.Command, ctx: click.Context) -> dict[str, 
         if _name(key) not in options:
             raise _no_such(path, key, options, f"'tlcapture {command_name}'")
         found[_name(key)] = _as_given(value, options[_name(key)])
+    for name, value in found.items():
+        if any(
+            "\0" in text for text in ([value] if isinstance(value, str) else value if isinstance(value, list) else ())
+        ):
+            raise click.UsageError(f"{path}: {name}: expected text without NUL, which no command line can have")
     return found
 
 
@@ -160,7 +176,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(decoded(local(path).read_bytes()))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise click.UsageError(f"{path}: cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise click.UsageError(f"{path}: cannot be read: {reason}") from None
 
 
 def _own_table(tables: Mapping[str, Any], ctx: click.Context) -> tuple[str, Mapping[str, Any]]:
@@ -231,5 +248,5 @@ def _root(named: str) -> Path:
 
 def _without_storage(text: str) -> str:
     """A help text without limits that only reflect how a number is stored; other limits are written in one form."""
-    text = re.sub(r"\[(\d+)<=x\]", r"[x>=\1]", _STORED.sub("", text))
+    text = re.sub(r"\b(\d+)<=x(?=[\];])", r"x>=\1", _STORED.sub("", text))
     return re.sub(r"\s*\[(?:;\s*)*\]|;\s*(?=\])|(?<=\[);\s*", "", text)

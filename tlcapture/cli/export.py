@@ -13,7 +13,7 @@ import click
 from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import ByteSize, LayersOrNone, Names, StreamPoints
+from tlcapture.cli.option_types import ByteSize, LayersOrNone, Names, NewPath, StreamPoints
 from tlcapture.cli.options import Location, location_options
 from tlcapture.cli.work import working
 
@@ -40,9 +40,7 @@ class _Settings:
 )
 @location_options
 @click.option("--prompt-set", type=Names(), help="Prompt sets, comma-separated.  [default: all with captures]")
-@click.option(
-    "--to", type=click.Path(path_type=Path), metavar="DIR", required=True, help="Folder to write; it must not exist."
-)
+@click.option("--to", type=NewPath(), metavar="DIR", required=True, help="Folder to write; it must not exist.")
 @click.option(
     "--format",
     type=click.Choice(["datasets", "parquet", "safetensors", "json"]),

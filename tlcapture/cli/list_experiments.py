@@ -66,8 +66,8 @@ def _list_one(root: Path, name: str) -> None:
     layout.check_exists()
     sets = layout.prompt_sets()
     if sets:
-        projected = {each: len(layout.projection_folders(each)) for each in sets}
-        rows = [(each, f"{len(layout.prompt_ids(each))}", f"{projected[each]}") for each in sets]
+        traits = {each: {trait for trait, _ in layout.projection_folders(each)} for each in sets}
+        rows = [(each, f"{len(layout.prompt_ids(each))}", f"{len(traits[each])}") for each in sets]
         echo_table([Column("prompt set"), Column("captures", right=True), Column("projected onto", right=True)], rows)
     else:
         click.echo("no captures")
@@ -82,13 +82,15 @@ def _list_one(root: Path, name: str) -> None:
 def _runs(folder: Path) -> list[tuple[str, ...]]:
     """Time, status and command line of the last runs; damaged records are left out."""
     from tlcapture.errors import StorageError
+    from tlcapture.runs.record import status_of
     from tlcapture.storage.files import read_json
 
     found = []
     for path in sorted((folder / "runs").glob("*.json"))[-_MOST_RUNS:]:
         try:
             record = read_json(path)
-            found.append(tuple(printable(str(record[key])) for key in ("started", "status", "command_line")))
-        except (StorageError, KeyError, TypeError):
+            row = (record["started"], status_of(record), record["command_line"])
+        except (StorageError, KeyError, TypeError, ValueError, AttributeError):
             continue
+        found.append(tuple(printable(str(cell)) for cell in row))
     return found

@@ -54,6 +54,30 @@ class Text(click.ParamType):
             return value
 
 
+class Finite(click.FloatRange):
+    """A number within limits, which click takes NaN and infinity to be."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number; fails for NaN and infinity."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+class NewPath(click.Path):
+    """A path to write to, which may not exist yet."""
+
+    def __init__(self, **kinds: bool):
+        super().__init__(path_type=Path, **kinds)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; fails for an empty one, which would be the current folder."""
+        if not str(value):
+            self.fail(f"{value!r} is not a path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Root(click.Path):
     """An existing folder, or the URL of a remote root, as the folder of its working copy."""
 

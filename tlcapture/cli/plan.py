@@ -10,7 +10,7 @@ import click
 from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import BatchSize, ByteSize, Views
+from tlcapture.cli.option_types import BatchSize, ByteSize, Finite, Views
 from tlcapture.cli.options import KeptOptions, kept_options, save_dtype_option
 from tlcapture.cli.plan_output import Estimate
 from tlcapture.plan.accelerators import ACCELERATORS
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from tlcapture.plan.cost import Pace, Workload
 
 _DEFAULT_BATCH = 16
+_LOWEST = 1e-6  # tokens per second, or share of a bound: a duration stays a number that can be read
+_LONGEST = 10_000_000  # tokens, which are counted one by one
+_MOST_TRAITS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -102,15 +105,19 @@ class _PaceOptions:
     metavar="NAME",
     help="smollm2 (embedded), a folder with a Hugging Face config, a GGUF file, or a hub name (also name@revision).",
 )
-@click.option("--prompts", type=click.IntRange(min=1), required=True, help="Number of prompts.")
+@click.option("--prompts", type=click.IntRange(1, 2**31 - 1), required=True, help="Number of prompts.")
 @click.option(
     "--prompt-tokens",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, _LONGEST),
     required=True,
     help="Mean number of tokens of a prompt, with its chat template.",
 )
-@click.option("--new-tokens", type=click.IntRange(min=1), required=True, help="Mean number of tokens of a response.")
-@click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Responses to each prompt.  [default: one]")
+@click.option(
+    "--new-tokens", type=click.IntRange(1, _LONGEST), required=True, help="Mean number of tokens of a response."
+)
+@click.option(
+    "--samples", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Responses to each prompt.  [default: one]"
+)
 @click.option(
     "--views",
     type=Views(),
@@ -120,7 +127,11 @@ class _PaceOptions:
     "--projections-only.",
 )
 @click.option(
-    "--traits", type=click.IntRange(min=1), default=10, show_default=True, help="Number of traits to project onto."
+    "--traits",
+    type=click.IntRange(1, _MOST_TRAITS),
+    default=10,
+    show_default=True,
+    help="Number of traits to project onto.",
 )
 @kept_options
 @save_dtype_option
@@ -132,11 +143,9 @@ class _PaceOptions:
     help=f"Prompts that run together; auto: {_DEFAULT_BATCH} with --gpu, as many as fit with --measure.",
 )
 @click.option(
-    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Number of runs side by side."
+    "--workers", type=click.IntRange(1, 2**31 - 1), default=1, show_default=True, help="Number of runs side by side."
 )
-@click.option(
-    "--tokens-per-second", type=click.FloatRange(min=0, min_open=True), help="New tokens per second of one worker."
-)
+@click.option("--tokens-per-second", type=Finite(_LOWEST), help="New tokens per second of one worker.")
 @click.option("--measure", is_flag=True, help="Load the model and time a few batches on this machine.")
 @click.option(
     "--gpu",
@@ -145,7 +154,7 @@ class _PaceOptions:
 )
 @click.option(
     "--efficiency",
-    type=click.FloatRange(min=0, max=1, min_open=True),
+    type=Finite(_LOWEST, 1),
     default=0.2,
     show_default=True,
     help="Share of --gpu's bound that is reached. This is an assumption; --measure is more accurate.",

@@ -12,7 +12,7 @@ from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import Traits
+from tlcapture.cli.option_types import NewPath, Traits
 from tlcapture.cli.options import (
     Location,
     PromptSetOptions,
@@ -86,7 +86,7 @@ class _Settings:
 @format_option
 @click.option(
     "--plot",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=NewPath(file_okay=False),
     metavar="DIR",
     help="Also draw the trajectory and layers of each prompt and trait, as PNG files in DIR.",
 )

@@ -100,7 +100,7 @@ sampling_options = together(
     ),
     click.option(
         "--samples",
-        type=click.IntRange(1, 2**31 - 1),
+        type=click.IntRange(1, 100_000),  # each is looked at before any is generated
         metavar="N",
         help="N responses to each prompt, captured as ID.s1, ID.s2, ... The prompt is read once.",
     ),

@@ -9,7 +9,7 @@ import click
 
 from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, one_line_errors
-from tlcapture.cli.option_types import Names
+from tlcapture.cli.option_types import Finite, Names, NewPath
 from tlcapture.cli.options import Location, location_options
 from tlcapture.text import counted, printable
 
@@ -28,20 +28,16 @@ if TYPE_CHECKING:
 @click.option("--port", type=click.IntRange(1, 65535), help="Port on 127.0.0.1.  [default: 8765, or any free port]")
 @click.option("--no-browser", is_flag=True, help="Serve the page without opening it.")
 @click.option("--read-only", is_flag=True, help="Take no notes: the page writes nothing.")
-@click.option(
-    "--export", type=click.Path(dir_okay=False, path_type=Path), help="Write a single HTML file that needs no server."
-)
+@click.option("--export", type=NewPath(dir_okay=False), help="Write a single HTML file that needs no server.")
 @click.option(
     "--max-size",
-    type=click.FloatRange(1),
+    type=Finite(1),
     default=50.0,
     show_default=True,
     metavar="MIB",
     help="Maximum size of the exported file's data.",
 )
-@click.option(
-    "--png", type=click.Path(file_okay=False, path_type=Path), help="Write pictures of each prompt to a folder."
-)
+@click.option("--png", type=NewPath(file_okay=False), help="Write pictures of each prompt to a folder.")
 @one_line_errors
 def view(
     location: Location,

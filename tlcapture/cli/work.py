@@ -24,6 +24,7 @@ import click
 
 from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import together
+from tlcapture.cli.option_types import NewPath
 from tlcapture.cli.stopping import Interrupted, StopSignals
 from tlcapture.errors import NoSpaceError, TlcaptureError
 from tlcapture.folder_names import named
@@ -36,7 +37,7 @@ _output_options = together(
     click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors."),
     click.option(
         "--log-file",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=NewPath(dir_okay=False),
         metavar="FILE",
         help="Append all messages to a file, with timestamps.",
     ),
@@ -111,7 +112,12 @@ class _Ending:
 
 
 def _run(ctx: click.Context, command: Callable[[], None], console: Console) -> _Ending:
-    ending = _outcome(ctx, command, console)
+    try:
+        ending = _outcome(ctx, command, console)
+    except BaseException as error:
+        if console.recorded is not None and console.recorded.n_files:
+            console.recorded.end("failed", 1, f"{type(error).__name__}: {error}")
+        raise
     # A run that was refused before it wrote anything leaves no record.
     if console.recorded is not None and (console.recorded.n_files or not ending.error):
         n_shown = len(console.recorded.warnings)

@@ -32,7 +32,7 @@ from tlcapture.storage.rounding import rounded_or_none
 from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import select
-from tlcapture.traits.vector_files import IMPORTED, VectorFiles, traits_with_vectors
+from tlcapture.traits.vector_files import IMPORTED, VectorFiles, check_available, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector, read_vector
 
 LABELLINGS = 1000
@@ -91,6 +91,7 @@ def run_carry_over(
 
 def _tasks(layout: Layout, options: CarryOverOptions) -> list[CarryOverTask]:
     folder, traits = options.folder, traits_with_vectors(layout, options.traits)
+    check_available(layout, traits, options.methods, options.layers)
     if not folder.is_dir():
         raise InputError(f"--examples {folder}: expected a folder with positive.jsonl and negative.jsonl")
     read = partial(_read, options.examples_as)
@@ -146,6 +147,8 @@ def _check_others(options: CarryOverOptions, examples: Examples, own: Examples |
 def _carry_over(run: Run, model: Model, options: CarryOverOptions, task: CarryOverTask) -> None:
     with run.progress(1, str(task.trait), "trait") as progress:
         rows = [row for component in options.components for row in _rows(run.layout, model, options, task, component)]
+        if not rows:
+            raise VectorError("no such vectors, so that nothing was scored")
         with run_lock(run, "the evaluation"):
             content = Evaluation.read(run.layout.evaluation)
             stored = content.carry_overs

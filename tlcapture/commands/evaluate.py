@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -30,7 +30,8 @@ from tlcapture.storage.files import write_bytes, write_json
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.evaluation_files import Evaluation, EvaluationRow, best_by_trait, read_evaluation
 from tlcapture.traits.projection import check_fits
-from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles, traits_with_vectors
+from tlcapture.traits.selection import is_present
+from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles, check_available, traits_with_vectors
 from tlcapture.traits.vectors import read_vector
 from tlcapture.views.hooks import COMPONENTS
 
@@ -58,10 +59,13 @@ def run_evaluate(
     """Evaluate vectors and write `extraction_evaluation.json`; rows of other vectors are kept.
 
     Raises:
-        InputError: the experiment has no vectors, or none of a trait in `options`; nothing was written.
+        InputError: the experiment has no vectors, or none of a trait, method or layer in `options`; nothing was
+            written.
     """
     layout.check_exists()
     traits = traits_with_vectors(layout, options.traits)
+    named = options.methods if options.methods != EvaluateOptions.methods else ()
+    check_available(layout, traits, named, options.layers)
     unscored = [] if options.traits else _without_examples(layout, traits)
     if unscored and len(unscored) == len(traits):
         folder, named = layout.root / "datasets" / "traits" / str(unscored[0]), ", ".join(map(str, unscored))
@@ -106,10 +110,10 @@ class _Worker:
             found = _evaluate(self._run, trait, self._options, lambda: self._model)
             if found:
                 with run_lock(self._run, "the evaluation"):
-                    content = _merged(self._run.layout, found)
+                    content = _merged(self._run.layout, trait, found)
                     self._run.wrote(write_json(self._run.layout.evaluation, content, indent=True))
             self._keep_reference(found)
-            progress.advance(1, done=f"{trait}: evaluated")
+            progress.advance(1, done=f"{trait}: {'evaluated' if found else 'no such vectors'}")
 
     def _keep_reference(self, found: Mapping[str, EvaluatedComponent]) -> None:
         """Make the references that the evaluated components lack; the model is loaded only where one is missing."""
@@ -145,31 +149,37 @@ def _evaluate(
 ) -> dict[str, EvaluatedComponent]:
     """The evaluation of a trait's vectors, by component."""
     layout, files = run.layout, VectorFiles(run.layout, trait)
+    earlier = _present(layout, trait, read_evaluation(layout.evaluation))
     found: dict[str, EvaluatedComponent] = {}
     for component in options.components:
         available = files.available(component)
-        methods = [method for method in options.methods if method in available]
+        layers = {
+            method: [layer for layer in available.get(method, ()) if not options.layers or layer in options.layers]
+            for method in options.methods
+        }
+        methods = [method for method in options.methods if layers[method]]
         if not methods:
             continue
         reading = _Reading.of(files, component, methods, options)
         _check_held_out(reading.examples)
         kept = _activations(run, files, component, reading, options, model)
         vectors = {
-            method: [
-                read_vector(files, component, method, layer)
-                for layer in available[method]
-                if not options.layers or layer in options.layers
-            ]
-            for method in methods
+            method: [read_vector(files, component, method, layer) for layer in layers[method]] for method in methods
         }
         for vector in (vector for of_method in vectors.values() for vector in of_method):
             check_fits(vector, *kept.activations.shape[::2])
-        made = rows_of(layout, reading.examples, kept, vectors, options.seed)
+        others = [row for row in earlier if row.component == component and row.layer not in layers.get(row.method, ())]
+        made = rows_of(layout, reading.examples, kept, vectors, options.seed, others)
         keep_held_out_calibrations(run, files, component, held_out_calibrations(reading.examples, kept, vectors))
         for note in doubts(made.rows):
             run.warn(f"{trait}: {note}")
         found[component] = made
     return found
+
+
+def _present(layout: Layout, trait: Trait, rows: Iterable[EvaluationRow]) -> list[EvaluationRow]:
+    """The rows of a trait whose vectors have neither been removed nor extracted again."""
+    return [row for row in rows if row.trait == str(trait) and is_present(VectorFiles(layout, trait), row)]
 
 
 def _check_held_out(examples: Examples) -> None:
@@ -247,23 +257,28 @@ def _activations(
     return kept
 
 
-def _merged(layout: Layout, found: Mapping[str, EvaluatedComponent]) -> dict[str, Any]:
-    """The content of the evaluation file, with earlier rows of the same vectors replaced by new ones."""
+def _merged(layout: Layout, trait: Trait, found: Mapping[str, EvaluatedComponent]) -> dict[str, Any]:
+    """The content of the evaluation file, with a trait's new rows in place of those of the same vectors.
+
+    Rows of vectors that were removed or extracted again are left out.
+    """
     before = Evaluation.read(layout.evaluation)
+    others = [row for row in before.all_results if row.trait != str(trait)]
+    earlier = [*others, *_present(layout, trait, before.all_results)]
     made = [EvaluationRow.model_validate(row) for each in found.values() for row in each.rows]
-    kept = {row.key: row for row in [*before.all_results, *made]}
+    kept = {row.key: row for row in [*earlier, *made]}
     merged = [kept[key] for key in sorted(kept)]
     known = {trait: each.summary for trait, each in before.by_trait.items()}
     best: dict[str, Any] = {}
-    for trait, row in best_by_trait(merged).items():
+    for name, row in best_by_trait(merged).items():
         component = found.get(row.component)
-        is_new = component is not None and component.trait == trait
-        summary = component.summary if is_new and component is not None else known.get(trait, {})
-        best[trait] = best_vector(row, summary)
+        is_new = component is not None and component.trait == name
+        summary = component.summary if is_new and component is not None else known.get(name, {})
+        best[name] = best_vector(row, summary)
     cross = before.cross_trait if isinstance(before.cross_trait, dict) else {}
-    others = before.model_dump(exclude_unset=True)
+    content = before.model_dump(exclude_unset=True)
     rows = [row.as_written() for row in merged]
-    return {**others, "all_results": rows, "best_vectors": best, "cross_trait": cross}
+    return {**content, "all_results": rows, "best_vectors": best, "cross_trait": cross}
 
 
 def _write_cross_traits(run: Run) -> None:

@@ -22,7 +22,6 @@ from tlcapture.extraction.evaluation import CONFIDENCE, Separation, separation
 from tlcapture.extraction.examples import Examples
 from tlcapture.extraction.kept_activations import KeptActivations
 from tlcapture.extraction.many_fits import Span
-from tlcapture.extraction.methods import FITS
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
@@ -64,13 +63,17 @@ def rows_of(
     kept: KeptActivations,
     vectors: Mapping[str, Sequence[TraitVector]],
     seed: int,
+    others: Sequence[EvaluationRow] = (),
 ) -> EvaluatedComponent:
-    """Score a component's vectors, given by method, on the activations of the trait's examples."""
+    """Score a component's vectors, given by method, on the activations of the trait's examples.
+
+    The summary is of the choice among these and the vectors of `others`, the component's rows of earlier evaluations.
+    """
     labels = torch.tensor([item.positive for item in examples.items])
     held_out = torch.tensor([item.held_out for item in examples.items])
     groups, trait = examples.groups, str(examples.trait)
     span = Span.of(kept.activations, seed=seed)
-    grid = {method: [v.layer for v in found] for method, found in vectors.items() if method in FITS and found}
+    grid = _grid(vectors, others)
     outer = folds(groups, labels, OUTER_FOLDS, seed=seed)
     baselines = text_baselines(kept.texts, kept.n_tokens, labels, outer)
     largest = largest_by_chance(span, labels, groups, held_out, grid, seed=seed)
@@ -90,7 +93,8 @@ def rows_of(
     if validated is None or not rows:
         return EvaluatedComponent(trait, kept.fingerprint, rows)
     first = Baseline.of("layer 0", validated.layer_0, labels, outer)
-    best = max((row["val_auroc"] or 0 for row in rows if row["method"] in grid), default=0)
+    scored = [(row["method"], row["val_auroc"]) for row in rows] + [(row.method, row.val_auroc) for row in others]
+    best = max((score or 0 for method, score in scored if method in grid), default=0)
     p = (1 + int((largest >= best).sum())) / (1 + len(largest))
     compared = [*baselines, first]
     judged = verdict(validated.nested, compared, labels, groups, p, seed=seed)
@@ -103,6 +107,14 @@ def rows_of(
         "verdict": judged.text + (TOO_FEW if p > 1 - CONFIDENCE and common.null_p95 == 1 else ""),
     }
     return EvaluatedComponent(trait, kept.fingerprint, rows, summary)
+
+
+def _grid(vectors: Mapping[str, Sequence[TraitVector]], others: Sequence[EvaluationRow]) -> dict[str, list[int]]:
+    """The layers of all fitted vectors, by method."""
+    layers = {method: {vector.layer for vector in found} for method, found in vectors.items()}
+    for row in others:
+        layers.setdefault(row.method, set()).add(row.layer)
+    return {method: sorted(layers[method]) for method in METHODS if layers.get(method)}
 
 
 def _nested_record(nested: NestedScore) -> dict[str, Any]:

@@ -40,8 +40,8 @@ from tlcapture.storage.layout import Layout
 from tlcapture.storage.projection_places import STREAM_FOLDERS
 from tlcapture.storage.projection_shards import Shard, merged_shards
 from tlcapture.storage.regular_files import check_regular
-from tlcapture.storage.validation import not_valid
 from tlcapture.traits.packaged_vectors import vectors_layout
+from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import TraitVector
 
@@ -358,6 +358,5 @@ class PromptFiles:
 
 def _projection_content(path: Path) -> Any:
     content = read_json(path)
-    if not isinstance(content, dict) or "projections" not in content:
-        raise not_valid(path, "projection", "it has no projections")
+    ProjectionFile.parse(content, path)
     return content

@@ -40,7 +40,7 @@ from tlcapture.text import decoded
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import COHERENT, select
 from tlcapture.traits.steering_files import SteeringResults, SteeringRun
-from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+from tlcapture.traits.vector_files import VectorFiles, check_available, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector, read_vector
 
 COEFFICIENTS = (0.1, 0.2, 0.3)
@@ -78,6 +78,7 @@ def run_steer(
             a judge; nothing was written.
     """
     layout.check_exists()
+    check_available(layout, traits_with_vectors(layout, options.traits), options.methods, options.layers)
     tasks, left_out = _tasks(layout, options)
     run = Run.begin(layout, display)
     for reason in left_out:

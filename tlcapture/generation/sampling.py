@@ -13,6 +13,7 @@ from torch import Tensor
 from tlcapture.errors import InputError
 from tlcapture.generation.processors import NO_RULES, LogitRules, is_number
 from tlcapture.shapes import LastLogits, NextTokens, Noise, Rows
+from tlcapture.text import is_unicode
 
 STOP_TOKEN = "stop_token"
 STOP_TEXT = "stop_text"
@@ -105,6 +106,9 @@ def checked_stop(texts: Any) -> tuple[str, ...]:
         raise InputError(f"stop {texts!r}: expected a text or several")
     if not all(texts):
         raise InputError("stop '': expected a text that is not empty")
+    for text in texts:
+        if not is_unicode(text):
+            raise InputError(f"stop {text!r}: expected valid Unicode")
     return tuple(dict.fromkeys(texts))
 
 

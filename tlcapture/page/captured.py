@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tlcapture.captures.capture_names import check_place
 from tlcapture.errors import StorageError
 from tlcapture.storage.archives import Archive
 
@@ -20,6 +21,7 @@ def captured_tokens(path: Path) -> dict[str, Any]:
     Raises `StorageError` for a file that cannot be read.
     """
     content = _index(path) or _pickled(path)
+    check_place(content.get("metadata") or {}, path)
     try:
         prompt, response = content["prompt"], content["response"]
         tokens = [*prompt["tokens"], *response["tokens"]]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tlcapture.captures.capture_names import check_place
 from tlcapture.errors import InputError, StorageError
 from tlcapture.page import missing
 from tlcapture.storage.layout import Layout
@@ -146,7 +147,9 @@ def _capture(layout: Layout, prompt_set: str, prompt_id: str) -> tuple[Any, Path
     path = layout.residual(prompt_set, prompt_id)
     if not path.is_file():
         raise missing.raw(layout, prompt_set)
-    return read_arrays(path, whole=True), path
+    content = read_arrays(path, whole=True)
+    check_place((content.get("metadata") or {}) if isinstance(content, dict) else {}, path)
+    return content, path
 
 
 def _positions(content: Mapping[str, Any], n_rows: int) -> list[int]:

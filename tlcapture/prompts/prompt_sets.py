@@ -23,6 +23,7 @@ from tlcapture.prompts.conversations import check_messages, system_prompt_of, te
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets
 from tlcapture.storage.validation import first_problem
+from tlcapture.text import is_unicode
 
 ADHOC = "adhoc"  # the prompt set of prompts that are given as text
 
@@ -105,10 +106,8 @@ def _without_nulls(value: dict[Any, Any], known: set[str]) -> dict[Any, Any]:
 
 
 def _unicode(text: str, what: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} contains half of a surrogate pair, which is not a Unicode character") from None
+    if not is_unicode(text):
+        raise ValueError(f"{what} contains half of a surrogate pair, which is not a Unicode character")
     return text
 
 

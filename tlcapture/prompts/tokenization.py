@@ -25,7 +25,7 @@ from tlcapture.prompts.spans import (
     unfound,
 )
 from tlcapture.prompts.thinking import thinks
-from tlcapture.text import n_shared
+from tlcapture.text import is_unicode, n_shared
 
 # Decoded texts by tokenizer and token id: one logit lens needs thousands of them, and the next needs the same ones.
 _texts: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
@@ -356,7 +356,5 @@ def _tokens_from(tokenizer: Any, text: str, start: int) -> tuple[list[int], int]
 
 
 def _check_unicode(text: str, name: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{name}: its text or system prompt is not valid Unicode") from None
+    if not is_unicode(text):
+        raise InputError(f"{name}: its text or system prompt is not valid Unicode")

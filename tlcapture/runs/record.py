@@ -29,6 +29,7 @@ from tlcapture.errors import StorageError
 from tlcapture.runs.report import Done, RunReport
 from tlcapture.storage.files import Written, write_json
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.working_copies import HOST, is_running
 from tlcapture.version import __version__, installed
 
 _PACKAGES = ("torch", "transformer_lens", "transformers", "numpy")
@@ -123,6 +124,14 @@ class RecordedReport(RunReport):
         return {name: _text(value) for name, value in content.items()}
 
 
+def status_of(record: Mapping[str, Any]) -> str:
+    """The status in a record; `killed` for a run whose process has ended on this machine without saying so."""
+    status, system = str(record["status"]), record.get("system")
+    if status != RUNNING or not isinstance(system, dict) or system.get("host") != HOST:
+        return status
+    return status if is_running(int(system["process"])) else "killed"
+
+
 def _text(value: Any) -> Any:
     """A value with valid Unicode strings; those from a shell can contain other bytes, which are escaped."""
     if isinstance(value, str):
@@ -140,7 +149,8 @@ def _surroundings() -> dict[str, Any]:
             versions[package] = installed(package)
         except PackageNotFoundError:
             versions[package] = None
-    system = {"platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count()}
+    system: dict[str, Any] = {"platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count()}
+    system |= {"host": HOST, "process": os.getpid()}
     if (torch := sys.modules.get("torch")) is not None:
         system["threads"] = torch.get_num_threads()
     return {"versions": versions, "system": system}

@@ -294,8 +294,8 @@ def _free_here(path: Path) -> int:
 
 
 def _write(path: Path, write: Callable[[Path], object], needed: int, before_replacing: Hook | None = None) -> Written:
-    temporary = _temporary(path)
     _check_is_file(path)  # the rename would replace a device or a pipe
+    temporary = _temporary(path)
     try:
         try:
             write(temporary)

@@ -174,6 +174,15 @@ def is_current(files: VectorFiles, score: SteeringRun | EvaluationRow, component
     return score.vector_digest == files.digest(component, score.method, score.layer)
 
 
+def is_present(files: VectorFiles, score: EvaluationRow) -> bool:
+    """Whether the vector that was scored is still there; scores of other tools, which record no vector, are trusted."""
+    if score.vector_digest is None:
+        return True
+    return files.file(score.component, score.method, score.layer).is_file() and is_current(
+        files, score, score.component
+    )
+
+
 def _has_earlier_scores(files: VectorFiles, component: str) -> bool:
     rows, runs = _all_rows(files, component), _all_steering_runs(files)
     return not (

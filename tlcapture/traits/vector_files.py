@@ -13,16 +13,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 from os.path import lexists
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_bytes, read_json, remove, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import FileContent, Layer, Number, checked
+from tlcapture.text import as_ranges, beside
 from tlcapture.traits.calibration import CalibrationRecord
 from tlcapture.traits.missing_vectors import no_vectors, no_vectors_of_trait
 
@@ -142,3 +145,16 @@ def traits_with_vectors(layout: Layout, named: Sequence[Trait] = ()) -> list[Tra
         if trait not in available:
             raise no_vectors_of_trait(layout, trait)
     return list(dict.fromkeys(named)) or available
+
+
+def check_available(layout: Layout, traits: Sequence[Trait], methods: Sequence[str], layers: Sequence[int]) -> None:
+    """Raise `InputError` for a method or layer that is asked for, but that none of the traits has a vector of."""
+    available = [VectorFiles(layout, trait).available(component) for trait in traits for component in _PREFIX]
+    known = list(dict.fromkeys(chain.from_iterable(available)))
+    for method in methods:
+        if method not in known:
+            raise InputError(f"--methods {method}: no trait has such vectors{beside(method, known, 'methods')}")
+    there = sorted({layer for found in available for layer in chain.from_iterable(found.values())})
+    for layer in layers:
+        if layer not in there:
+            raise InputError(f"--layers {layer}: there are vectors of layers {as_ranges(there)}")

@@ -16,6 +16,7 @@ import orjson
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from tlcapture.errors import InputError, StorageError
+from tlcapture.names import COMPACT, base_set, capture_name
 from tlcapture.storage.compact_files import is_compact, open_compact
 from tlcapture.storage.files import read_json
 from tlcapture.storage.regular_files import check_regular
@@ -62,8 +63,14 @@ class PerTokenHead(FileContent):
 
     @classmethod
     def of(cls: type[Head], value: Any, path: Path) -> Head:
-        """The head of a file, given its content; raises `StorageError` for an invalid one."""
-        return checked(cls, value, path, cls.what)
+        """The head of a file, given its content; raises `StorageError` for an invalid one, or one of another prompt.
+
+        The prompt must be the one in the path of a file in an experiment.
+        """
+        found = checked(cls, value, path, cls.what)
+        if (other := found._prompt_named_otherwise(path)) is not None:
+            raise StorageError(f"{path}: it names prompt {other}: it was moved or renamed")
+        return found
 
     @classmethod
     def read(cls: type[Head], path: Path) -> Head:
@@ -79,6 +86,18 @@ class PerTokenHead(FileContent):
         head = cls.read(path)
         if not isinstance((head.model_extra or {}).get(cls.entries), list):
             raise not_valid(path, cls.what, f"{cls.entries}: expected a list")
+
+    def _prompt_named_otherwise(self, path: Path) -> str | None:
+        """The prompt that the content names, if it contradicts the path. Variants are named by the path alone."""
+        extra, parts = self.model_extra or {}, path.parts
+        is_in_place = "per_token" in parts and path.suffix in (".json", COMPACT)  # not about to be moved here
+        if extra.get("prompt_id") is None or not is_in_place:
+            return None
+        name = f"{capture_name(extra['prompt_id'], extra.get('sample'))}"
+        in_set = base_set("/".join(parts[len(parts) - parts[::-1].index("per_token") : -1]))
+        named_set = extra.get("prompt_set", in_set)
+        is_same = (name, named_set) == (path.stem.removesuffix("_attention").removesuffix("_logit_lens"), in_set)
+        return None if is_same else f"{named_set}/{name}"
 
     @model_validator(mode="after")
     def _counts_agree(self) -> PerTokenHead:
