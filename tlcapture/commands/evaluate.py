@@ -144,14 +144,18 @@ def draw_heatmaps(layout: Layout, report: RunReport) -> None:
 def _evaluate(
     run: Run, trait: Trait, options: EvaluateOptions, model: Callable[[], Model]
 ) -> dict[str, EvaluatedComponent]:
-    """The evaluation of a trait's vectors, by component."""
+    """The evaluation of a trait's vectors, by component.
+
+    Those that were evaluated before are scored with them: the choice is among all that have scores, and so is chance.
+    """
     layout, files = run.layout, VectorFiles(run.layout, trait)
     found: dict[str, EvaluatedComponent] = {}
     for component in options.components:
         available = files.available(component)
-        methods = [method for method in options.methods if method in available]
-        if not methods:
+        if not any(method in available for method in options.methods):
             continue
+        before = _evaluated(layout, trait, component)
+        methods = [each for each in available if each in options.methods or each in {method for method, _ in before}]
         reading = _Reading.of(files, component, methods, options)
         _check_held_out(reading.examples)
         kept = _activations(run, files, component, reading, options, model)
@@ -159,7 +163,8 @@ def _evaluate(
             method: [
                 read_vector(files, component, method, layer)
                 for layer in available[method]
-                if not options.layers or layer in options.layers
+                if (method, layer) in before
+                or (method in options.methods and layer in (options.layers or available[method]))
             ]
             for method in methods
         }
@@ -171,6 +176,12 @@ def _evaluate(
             run.warn(f"{trait}: {note}")
         found[component] = made
     return found
+
+
+def _evaluated(layout: Layout, trait: Trait, component: str) -> set[tuple[str, int]]:
+    """Method and layer of the vectors that have been evaluated before."""
+    rows = read_evaluation(layout.evaluation)
+    return {(row.method, row.layer) for row in rows if (row.trait, row.component) == (str(trait), component)}
 
 
 def _check_held_out(examples: Examples) -> None:
@@ -260,7 +271,7 @@ def _merged(layout: Layout, found: Mapping[str, EvaluatedComponent]) -> dict[str
         component = found.get(row.component)
         is_new = component is not None and component.trait == trait
         summary = component.summary if is_new and component is not None else known.get(trait, {})
-        best[trait] = best_vector(row, summary)
+        best[trait] = best_vector(row, {} if row.method == IMPORTED else summary)
     cross = before.cross_trait if isinstance(before.cross_trait, dict) else {}
     others = before.model_dump(exclude_unset=True)
     rows = [row.as_written() for row in merged]

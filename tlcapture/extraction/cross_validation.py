@@ -156,14 +156,34 @@ def largest_by_chance(
 
     Every labelling is fitted on the training examples and scored on the held-out ones, as the vectors are.
     """
-    drawn = relabelled(labels, groups, RELABELLINGS, seed=seed)
-    drawn = drawn[[_has_both(~held_out, each) and _has_both(held_out, each) for each in drawn]]
+    drawn = _relabelled_on_both(labels, groups, held_out, seed)
     largest = torch.zeros(len(drawn))
     for method, layers in grid.items():
         scores = span.scores(method, ~held_out[None], drawn)[0][:, list(layers)][..., held_out]
         for number, each in enumerate(drawn):
             largest[number] = max(float(largest[number]), float(auroc(scores[number], each[held_out]).max()))
     return largest
+
+
+def largest_of_given(
+    scores: Float[Tensor, "n_vectors n_examples"],
+    labels: Labels,
+    groups: Sequence[str],
+    held_out: Labels,
+    *,
+    seed: int = 0,
+) -> Float[Tensor, " n_labellings"]:
+    """The largest held-out AUROC of vectors that were not fitted to the examples, for each of 200 labellings."""
+    drawn = _relabelled_on_both(labels, groups, held_out, seed)
+    return torch.tensor([float(auroc(scores[:, held_out], each[held_out]).max()) for each in drawn])
+
+
+def _relabelled_on_both(
+    labels: Labels, groups: Sequence[str], held_out: Labels, seed: int
+) -> Bool[Tensor, "n_labellings n_examples"]:
+    """The random labellings that leave both sides among the training and among the held-out examples."""
+    drawn = relabelled(labels, groups, RELABELLINGS, seed=seed)
+    return drawn[[_has_both(~held_out, each) and _has_both(held_out, each) for each in drawn]]
 
 
 def _inner_folds(groups: Sequence[str], labels: Labels, left_out: Labels, seed: int) -> Training:
