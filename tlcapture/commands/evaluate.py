@@ -34,6 +34,8 @@ from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles, traits
 from tlcapture.traits.vectors import read_vector
 from tlcapture.views.hooks import COMPONENTS
 
+_CHANGED = "examples or model have changed since the vectors were extracted: extract them again"
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -188,7 +190,7 @@ def _check_held_out(examples: Examples) -> None:
     if not all(examples.count(positive=side, held_out=True) for side in (True, False)):
         raise InputError(
             "no examples are held out on one or both sides: expected at least three pairs, or three unpaired examples "
-            "a side"
+            "a side; those that repeat one another count as one"
         )
 
 
@@ -214,6 +216,8 @@ class _Reading:
         seed, position = _split_and_position(files, component)
         examples_as = metadata.get("examples_as") or options.examples_as
         examples = read_examples(datasets, trait, seed=seed, examples_as=examples_as)
+        if metadata["split"].get("held_out_pairs") not in (None, examples.split_record(seed)["held_out_pairs"]):
+            raise VectorError(_CHANGED)
         return cls(examples, position, (metadata.get("examples"), metadata.get("model_fingerprint")))
 
 
@@ -249,7 +253,7 @@ def _activations(
         return kept
     prepared = prepare_examples(layout, model(), reading.examples, reading.position)
     if reading.made_from not in (None, (prepared.digest, model().fingerprint)):
-        raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
+        raise VectorError(_CHANGED)
     if reading.examples.is_guess and reading.made_from is None:
         run.warn(GUESS)
     activations = read_out(model(), prepared.readings, [component], batch_size=options.batch_size)[component]

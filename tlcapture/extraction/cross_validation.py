@@ -126,20 +126,22 @@ def cross_validate(
 def relabelled(
     labels: Labels, groups: Sequence[str], n_labellings: int = RELABELLINGS, *, seed: int = 0
 ) -> Bool[Tensor, "n_labellings n_examples"]:
-    """Random labellings: the labels of a pair are exchanged or not; labels of unpaired examples are shuffled."""
+    """Random labellings: the labels of a group with both sides are exchanged or not; those of other groups are shuffled."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {name: [n for n, group in enumerate(groups) if group == name] for name in dict.fromkeys(groups)}
     drawn = labels.expand(n_labellings, -1).clone()
-    single: list[int] = []
+    single: list[list[int]] = []
     for members in pairs.values():
         if len({bool(labels[member]) for member in members}) == 2:
             exchanged = torch.rand(n_labellings, generator=generator) < 0.5
             drawn[:, members] ^= exchanged[:, None]
         else:
-            single += members
+            single.append(members)
     if single:
         order = torch.rand(n_labellings, len(single), generator=generator).argsort(dim=1)
-        drawn[:, single] = labels[single][order]
+        shuffled = labels[[members[0] for members in single]][order]
+        for members, sides in zip(single, shuffled.T, strict=True):
+            drawn[:, members] = sides[:, None]
     return drawn
 
 
