@@ -41,9 +41,7 @@ def evaluated(root: Path, vectors: dict[str, Tensor], activations: Tensor) -> tu
     for method, of_layers in vectors.items():
         for layer, vector in enumerate(of_layers):
             write_vector(files, "residual", method, layer, vector)
-    found = {
-        method: [read_vector(files, "residual", method, layer) for layer in range(N_LAYERS)] for method in vectors
-    }
+    found = {method: [read_vector(files, "residual", method, layer) for layer in range(N_LAYERS)] for method in vectors}
     kept = KeptActivations(activations, ["same"] * n, [1] * n, "", "", "", "", "response_mean")
     return rows_of(layout, examples, kept, found, 0), examples
 
@@ -90,7 +88,7 @@ def test_p_counts_labellings_that_separate_exactly_as_well(tmp_path: Path) -> No
 
 def test_the_nested_score_of_extracted_vectors_is_not_that_of_an_imported_one(tmp_path: Path) -> None:
     common = {"trait": str(TRAIT), "layer": 0, "component": "residual"}
-    rows = [{**common, "method": "probe", "val_effect_size": 1.0}, {**common, "method": IMPORTED, "val_effect_size": 2.0}]
+    rows = [{**common, "method": each, "val_effect_size": size} for each, size in (("probe", 1.0), (IMPORTED, 2.0))]
     found = EvaluatedComponent(str(TRAIT), "", rows, {"nested_auroc": 0.9, "verdict": "adds +0.100 AUROC"})
     best = _merged(Layout(tmp_path, "exp"), {"residual": found})["best_vectors"][str(TRAIT)]
     assert best["method"] == IMPORTED

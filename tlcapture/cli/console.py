@@ -230,9 +230,7 @@ def show_top_traits(
         show_unprojected(console, layout, prompt_set, names)
 
 
-def _show_tops(
-    console: Console, layout: Layout, prompt_set: str, summary: Summary, *, with_responses: bool
-) -> None:
+def _show_tops(console: Console, layout: Layout, prompt_set: str, summary: Summary, *, with_responses: bool) -> None:
     console.line()
     has_chance = any(top.chance is not None for top in summary.tops)
     alone = "the reference prompts" if has_chance else "its own spread along the tokens"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,8 @@ Unembed = Callable[[Residual], Logits]
 def cosine(a: Residual, b: Residual) -> Tensor:
     """The cosine of the angle between activations `[n_tokens, d_model]`; NaN where one is zero."""
     one, other = a.double(), b.double()
-    lengths = (one.square().sum(-1) * other.square().sum(-1)).sqrt()
+    squares = one.square().sum(-1) * other.square().sum(-1)
+    lengths = torch.from_numpy(np.sqrt(squares.numpy()))  # torch's root of a square may differ by its last bit
     return (one * other).sum(-1) / torch.where(lengths > 0, lengths, torch.nan)
 
 
