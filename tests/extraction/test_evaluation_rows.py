@@ -17,9 +17,11 @@ from tlcapture.extraction.examples import Examples, read_examples
 from tlcapture.extraction.kept_activations import KeptActivations
 from tlcapture.extraction.methods import FITS
 from tlcapture.names import Trait
+from tlcapture.storage.files import write_json
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
 from tlcapture.traits.vectors import read_vector, write_vector
+from tlcapture.traits.verdicts import Doubts, UsedVector
 
 TRAIT = Trait.parse("tone/loud")
 N_LAYERS, PAIRS = 2, 15  # of which three are held out
@@ -93,3 +95,16 @@ def test_the_nested_score_of_extracted_vectors_is_not_that_of_an_imported_one(tm
     best = _merged(Layout(tmp_path, "exp"), {"residual": found})["best_vectors"][str(TRAIT)]
     assert best["method"] == IMPORTED
     assert "nested_auroc" not in best and "verdict" not in best
+
+
+def test_a_verdict_on_extracted_vectors_is_no_doubt_about_an_imported_one(tmp_path: Path) -> None:
+    layout, common = Layout(tmp_path, "exp"), {"trait": str(TRAIT), "layer": 0, "component": "residual"}
+    rows = [{**common, "method": each, "val_effect_size": size} for each, size in (("probe", 2.0), (IMPORTED, 1.0))]
+    summary = {
+        "p": 0.5,
+        "gain_interval": [-0.1, 0.1],
+        "verdict": "no better than vectors of shuffled labels (p = 0.50)",
+    }
+    write_json(layout.evaluation, _merged(layout, {"residual": EvaluatedComponent(str(TRAIT), "", rows, summary)}))
+    vectors = [UsedVector(str(TRAIT), "residual", each, 0, "exp") for each in ("probe", IMPORTED)]
+    assert [Doubts(tmp_path).of(each) is None for each in vectors] == [False, True]

@@ -314,8 +314,10 @@ def test_the_stretch_in_which_a_trait_persists_is_drawn_thick_over_its_line(page
     content = json.loads((folder / "odd" / "4.json").read_text())
     for token, point in enumerate(content["projections"]["response"]):
         point[:] = [[0.0, 0.0, 10.0 if 5 <= token < 12 else 1.0]] * N_LAYERS
-    content["dynamics"] |= {"persistence": 6, "commitment_point": None}
+    answer = {"kind": "answer", "role": "assistant", "start": 5, "stop": 12, "mean": 10.0, "peak_velocity": 9.0}
+    content["dynamics"] |= {"persistence": 6, "commitment_point": None, "by_span": [answer]}
     content["metadata"] |= {"prompt_set": "lasting", "definitions": 2}
+    content["metadata"]["vector_source"]["calibration"] = {"negative_mean": 1.0, "positive_mean": 5.0}
     write(folder / "lasting" / "4.json", content)
     expected = TokenScores.read(folder / "lasting" / "4.json")
     _, marked = trajectory_figure([expected]).data
@@ -326,6 +328,7 @@ def test_the_stretch_in_which_a_trait_persists_is_drawn_thick_over_its_line(page
     assert thick["y"] == list(marked.y)
     assert thick["line"]["color"] == line["line"]["color"]
     assert page.text("#marks") == f"Dashed: the response begins; {PERSISTS}."
+    assert "Means, calibrated: answer 2.25." in page.text("#view")
     page.open(f"view=dynamics&{HERE}")
     assert page.text("#marks") == "Dashed: the response begins; diamond: commits."
 

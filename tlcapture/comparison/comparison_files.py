@@ -61,7 +61,10 @@ class Continuations(FileContent):
 
 
 class ComparisonMetadata(FileContent):
-    """What was compared, and how; further fields record more. `prompt_digest` is equal for prompts of the same tokens."""
+    """What was compared, and how; further fields record more.
+
+    `prompt_digest` is equal for prompts of the same tokens.
+    """
 
     prompt_set: str
     prompt_id: PromptId

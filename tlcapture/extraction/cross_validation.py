@@ -126,7 +126,7 @@ def cross_validate(
 def relabelled(
     labels: Labels, groups: Sequence[str], n_labellings: int = RELABELLINGS, *, seed: int = 0
 ) -> Bool[Tensor, "n_labellings n_examples"]:
-    """Random labellings: the labels of a group with both sides are exchanged or not; those of other groups are shuffled."""
+    """Random labellings: labels of a group with both sides are exchanged or not, those of other groups shuffled."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {name: [n for n, group in enumerate(groups) if group == name] for name in dict.fromkeys(groups)}
     drawn = labels.expand(n_labellings, -1).clone()
