@@ -63,9 +63,12 @@ def test_evaluate_writes_rows_best_vectors_and_pictures(tlcapture: Run, data: Pa
         rows = [EvaluationRow(**each) for each in value["all_results"] if each["trait"] == trait]
         assert (vectors / "extraction" / trait / "evaluation.png").read_bytes() == heatmaps_in_words(trait, rows)
     assert "loading" in result.output  # for the reference of ordinary prompts alone
-    again = tlcapture("evaluate", "--experiment", "exp", "--component", "residual")
+    few = ("--methods", "probe", "--layers", "0")
+    again = tlcapture("evaluate", "--experiment", "exp", "--component", "residual", *few)
     assert again.exit_code == 0, again.output
     assert "loading" not in again.output  # activations are those that extract kept
+    # The choice is among all that have scores, whichever are scored again.
+    assert read_json(vectors / "extraction" / "extraction_evaluation.json") == value
 
 
 def test_activations_are_read_again_where_they_were_not_kept(tlcapture: Run, data: Path, evaluated: Result) -> None:
@@ -129,7 +132,7 @@ def test_steer_writes_results_and_skips_existing_runs(tlcapture: Run, vectors: P
         assert found["coefficients"] == [0, 0.1, 0.5]
         assert len(found["null"]) == 20
         assert f"{found['rank_correlation']:+.2f}" in result.output
-    assert "the 95th percentile of random vectors' best gains" in result.output
+    assert "the most that random vectors reach at the best of these 3 of 4 cells" in result.output
     assert "no coherent run does not beat" not in result.output
     assert (path.parent / "steering.png").read_bytes().startswith(b"\x89PNG")
     again = tlcapture(*words, "--methods", "mean_diff")

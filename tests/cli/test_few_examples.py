@@ -115,12 +115,11 @@ def test_three_pairs_are_enough_for_one_to_be_held_out(evaluate: Run, root: Path
     assert {row["n_val"] for row in evaluation(root)["all_results"]} == {4}
 
 
-def test_sides_that_do_not_vary_have_no_effect_size(evaluate: Run, root: Path) -> None:
+def test_pairs_that_repeat_one_another_count_as_one(evaluate: Run, root: Path) -> None:
     same = [{"pair": str(number), "prompt": "say it"} for number in range(10)]
     result = evaluate([{**row, "response": "YES"} for row in same], [{**row, "response": "no"} for row in same])
-    assert result.exit_code == 0, result.output
-    assert "no vector has an effect size, so that none is selected" in result.output
-    assert evaluation(root)["best_vectors"] == {}
+    assert result.exit_code == 1
+    assert "those that repeat one another count as one" in result.output
 
 
 def test_a_side_that_does_not_vary_is_scored_by_the_other(evaluate: Run, root: Path) -> None:

@@ -14,6 +14,7 @@ from click.testing import Result
 from tests import tiny
 from tests.cli.conftest import make_trait
 from tlcapture.captures.capture import Capture
+from tlcapture.commands import top_traits
 from tlcapture.storage.files import read_json
 
 Run = Callable[..., Result]
@@ -435,7 +436,8 @@ def test_vectors_that_an_extraction_removes_are_counted(extract: Run) -> None:
     assert "4 files of earlier runs removed and not written again" in again.stdout  # two layers of two traits
 
 
-def test_two_prompts_are_compared_with_themselves(capture: Run, extract: Run) -> None:
+def test_two_prompts_are_compared_with_themselves(capture: Run, extract: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(top_traits, "FEWEST_TO_COMPARE", 3)
     assert extract("--methods", "probe").exit_code == 0
     assert "against its own spread along the tokens" in capture("--limit", 2).stdout
     assert "against the other prompts of the set" in capture().stdout

@@ -16,6 +16,7 @@ from click.testing import Result
 from tests.cli.conftest import make_prompt_set
 from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
+from tlcapture.commands import top_traits
 from tlcapture.commands.top_traits import summary_of
 from tlcapture.page.contents import Contents
 from tlcapture.page.export import export_page
@@ -164,8 +165,11 @@ def rise_of(content: dict[str, Any]) -> float:
     return mean(response) - mean(prompt[1:])
 
 
-def test_the_summary_has_a_row_for_each_prompt_with_mean_and_spread(sampled: Path, data: Path, tlcapture: Run) -> None:
+def test_the_summary_has_a_row_for_each_prompt_with_mean_and_spread(
+    sampled: Path, data: Path, tlcapture: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rises are standardised over the prompts, each of which has the mean of its samples."""
+    monkeypatch.setattr(top_traits, "FEWEST_TO_COMPARE", 3)
     tops = summary_of(Layout(data, "exp"), "short").tops
     assert [top.prompt_id for top in tops] == ["1", "2", "3"]
     for number, top in enumerate(tops, start=1):

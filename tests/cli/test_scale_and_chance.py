@@ -166,13 +166,14 @@ def test_dynamics_only_brings_an_earlier_file_to_the_present_definitions(
 
 
 def put_rises(layout: Layout, own: dict[str, list[float]], random: dict[str, np.ndarray]) -> None:
-    """Projections of three prompts with given rises, the random ones `[n_prompts, 200]` by trait."""
+    """Projections of prompts with given rises, the random ones `[n_prompts, 200]` by trait: over the reference, too."""
     for trait, rises in own.items():
         for number, rise in enumerate(rises):
             path = layout.projection(Trait.parse(trait), "residual", "short", str(number + 1))
             chance = {
                 "n_directions": 200, "directions": "same", "commit": 10, "persist": 30, "commitment": 0.01,
                 "persistence": 0.5, "rises": random[trait][number].tolist(),
+                "reference_rises": {"mean": 0.0, "sd": 1.0}, "standardised_rises": random[trait][number].tolist(),
             }  # fmt: skip
             value = {
                 "prompt": {"tokens": ["a", "b"]},
@@ -188,8 +189,8 @@ def put_rises(layout: Layout, own: dict[str, list[float]], random: dict[str, np.
 def test_a_trait_is_shown_only_where_it_beats_the_largest_of_random_directions(tmp_path: Path) -> None:
     layout = Layout(tmp_path, "exp")
     generator = np.random.default_rng(0)
-    own = {"tone/loud": [5.0, 1.0, 0.0, 0.2], "tone/warm": [0.0, 0.3, 0.1, 0.0]}
-    random = {trait: generator.standard_normal((4, 200)) for trait in own}
+    own = {"tone/loud": [5.0, 1.0, 0.0, 0.2, 0.4], "tone/warm": [0.0, 0.3, 0.1, 0.0, 0.2]}
+    random = {trait: generator.standard_normal((5, 200)) for trait in own}
     put_rises(layout, own, random)
     summary = summary_of(layout, "short")
 
@@ -201,10 +202,10 @@ def test_a_trait_is_shown_only_where_it_beats_the_largest_of_random_directions(t
         assert top.rise == pytest.approx(max(standard(np.array(values))[row] for values in own.values()))
         assert top.chance == pytest.approx(np.quantile(largest[row], 0.95))
         assert top.stands_out == (top.rise > top.chance)
-    assert [top.commitment_point for top in summary.tops] == [3] * 4
+    assert [top.commitment_point for top in summary.tops] == [3] * 5
     findings = summary.findings
     assert findings is not None
-    assert (findings.n_projections, findings.commit, findings.clearly_commit) == (8, 8, 8)
+    assert (findings.n_projections, findings.commit, findings.clearly_commit) == (10, 10, 10)
     assert (findings.persist, findings.clearly_persist) == (0, 0)
     assert (findings.random_commit, findings.random_persist) == (0.05, 0.15)
 
@@ -216,11 +217,23 @@ def test_the_summary_says_how_many_findings_chance_alone_would_make(
     put_rises(layout, {"tone/loud": [5.0] * 10}, {"tone/loud": np.zeros((10, 200))})
     show_top_traits(Console(), layout, "short", "residual", RunReport(layout.folder))
     shown = capsys.readouterr().out
+    assert "a trait stands out in 0 of 10 prompts; chance alone would make 0.5\n" in shown
     assert "of 10 projections, 100 % commit and 0 % persist; of random directions, 5 % and 15 %\n" in shown
     assert (
         "more clearly than 95 % of random directions: 10 commit, 0 persist; chance alone would make 0.5 of each"
         in shown
     )
+
+
+@pytest.mark.parametrize("n_prompts", [1, 3, 4, 5])
+def test_a_trait_that_rises_far_stands_out_however_few_prompts_there_are(tmp_path: Path, n_prompts: int) -> None:
+    layout, generator = Layout(tmp_path, "exp"), np.random.default_rng(0)
+    own = {f"tone/t{number}": generator.standard_normal(n_prompts).tolist() for number in range(10)}
+    own["tone/t0"][0] += 20
+    put_rises(layout, own, {trait: generator.standard_normal((n_prompts, 200)) for trait in own})
+    summary = summary_of(layout, "short")
+    assert summary.is_against_set == (n_prompts >= 5)
+    assert (summary.tops[0].trait, summary.tops[0].stands_out) == ("tone/t0", True)
 
 
 def test_random_traits_seldom_stand_out(tmp_path: Path) -> None:
@@ -256,14 +269,14 @@ def test_the_summary_of_a_run_reads_no_file_that_the_run_wrote(
 
 def test_equal_prompts_do_not_stand_out_by_rounding(tmp_path: Path) -> None:
     layout, rise = Layout(tmp_path, "exp"), 0.1
-    own = {"tone/loud": [rise, rise, rise * (1 + 1e-6)]}
-    put_rises(layout, own, {"tone/loud": np.full((3, 200), rise)})
-    assert [(top.rise, top.stands_out) for top in summary_of(layout, "short").tops] == [(0.0, False)] * 3
+    own = {"tone/loud": [*[rise] * 4, rise * (1 + 1e-6)]}
+    put_rises(layout, own, {"tone/loud": np.full((5, 200), rise)})
+    assert [(top.rise, top.stands_out) for top in summary_of(layout, "short").tops] == [(0.0, False)] * 5
 
 
 def test_a_trait_whose_random_directions_are_its_own_does_not_stand_out(tmp_path: Path) -> None:
     """With a hidden width of 1 there is one direction and its opposite, and files keep their rises with 4 digits."""
-    layout, rises = Layout(tmp_path, "exp"), np.array([12.34549, -1.23456, 2.34561, 4.6541])
+    layout, rises = Layout(tmp_path, "exp"), np.array([12.34549, -1.23456, 2.34561, 4.6541, 0.98765])
     signs = np.where(np.arange(200) % 2, 1.0, -1.0)
     put_rises(layout, {"tone/loud": rises.tolist()}, {"tone/loud": round_significant(np.outer(rises, signs), 4)})
     assert not any(top.stands_out for top in summary_of(layout, "short").tops)

@@ -64,6 +64,13 @@ def test_relabelling_exchanges_within_pairs_and_shuffles_single_examples() -> No
     assert 0.4 < single[:, :PAIRS].float().mean() < 0.6
 
 
+def test_examples_without_a_partner_that_repeat_one_another_have_one_label() -> None:
+    groups = [f"single {number // 2}" for number in range(2 * PAIRS)]
+    drawn = relabelled(LABELS, groups, 200)
+    assert torch.equal(drawn[:, ::2], drawn[:, 1::2])
+    assert (drawn.sum(dim=1) == PAIRS).all()
+
+
 def test_the_layer_with_the_trait_is_chosen_and_scored_on_other_pairs() -> None:
     grid = {method: range(4) for method in FITS}
     found = cross_validate(Span.of(examples(0.0, 0.5, 4.0, 0.0)), LABELS, GROUPS, grid)

@@ -60,6 +60,19 @@ def test_pairs_are_held_out_together_and_by_seed(tmp_path: Path) -> None:
     assert [item.held_out for item in other.items] != [item.held_out for item in examples.items]
 
 
+def test_examples_that_repeat_one_another_are_on_the_same_side_of_every_split(tmp_path: Path) -> None:
+    again = [{"pair": f"again {n}", "prompt": f"Question  {n}?", "response": f"ANSWER {n}"} for n in range(10)]
+    write_side(tmp_path, "positive.jsonl", [*pairs(20), *again])
+    write_side(tmp_path, "negative.jsonl", [{"text": f"text {n // 2}"} for n in range(20)])
+    items, groups = (examples := read_examples(Datasets(tmp_path), TRAIT)).items, examples.groups
+    assert groups[:10] == groups[20:30]
+    assert groups[30::2] == groups[31::2]
+    assert len({*groups}) == 20 + 10
+    held_out = [item.held_out for item in items]
+    assert held_out[:10] == held_out[20:30]
+    assert (sum(held_out[:20]), held_out[30::2], sum(held_out[30::2])) == (4, held_out[31::2], 2)
+
+
 def test_plain_text_files_are_read_as_one_example_per_line(tmp_path: Path) -> None:
     write_side(tmp_path, "positive.txt", ["one", "two", "", "three", "four", "five"])
     write_side(tmp_path, "negative.jsonl", [{"text": f"n{n}"} for n in range(5)])

@@ -120,6 +120,15 @@ def test_a_projection_that_grows_with_the_coefficient_follows_it_and_random_ones
     assert found.n == 64
 
 
+def test_vectors_that_follow_equally_well_are_counted_in_whichever_order_the_questions_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    projections = torch.randn(4, 7, generator=generator)
+    orders = [torch.randperm(7, generator=generator) for _ in range(20)]
+    activations = torch.stack([projections, *(projections[:, order] for order in orders)], dim=-1)
+    unit = torch.eye(21)
+    assert monitoring([0.0, 0.1, 0.2, 0.3], activations, unit[0], unit[1:]).p == 1
+
+
 def test_few_or_empty_responses_have_no_correlation_and_equal_ones_have_none_either() -> None:
     drawn = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     few = monitoring([0.0, 0.1], drawn, drawn[0, 0], random_directions(8))

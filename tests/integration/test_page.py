@@ -169,11 +169,15 @@ def trajectory(content: dict[str, Any]) -> list[float]:
     """A file's projections at the vector's layer, on the scale of its training examples where it has one."""
     source, parts = content["metadata"]["vector_source"], content["projections"]
     raw = [token[source["layer"]][-1] for token in [*parts["prompt"], *parts["response"]]]
-    scale = source.get("calibration")
+    return [scaled(content, value) for value in raw]
+
+
+def scaled(content: dict[str, Any], value: float) -> float:
+    """A projection on the scale of its vector's training examples, where it has one."""
+    scale = content["metadata"]["vector_source"].get("calibration")
     if not scale:
-        return raw
-    distance = scale["positive_mean"] - scale["negative_mean"]
-    return [(value - scale["negative_mean"]) / distance for value in raw]
+        return value
+    return float((value - scale["negative_mean"]) / (scale["positive_mean"] - scale["negative_mean"]))
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -209,8 +213,8 @@ def test_tokens_are_marked_by_turn_and_answer(page: Watched, page_root: Path) ->
     legend = [each.text_content() for each in page.page.query_selector_all("#strip .legend span")]
     assert {"user", "answer", "template"} <= set(legend)
     (answer,) = [each["mean"] for each in content["dynamics"]["by_span"] if each["kind"] == "answer"]
-    (told,) = re.findall(r"Means: .*answer (\S+)\.", page.text("#view"))
-    assert float(told.replace(",", "")) == pytest.approx(answer, rel=1e-3)
+    (told,) = re.findall(r"Means.*: .*answer (\S+)\.", page.text("#view"))
+    assert float(told.replace(",", "").replace("\u2212", "-")) == pytest.approx(scaled(content, answer), rel=1e-3)
 
 
 def test_velocity_and_acceleration_are_drawn_at_the_later_token(page: Watched, page_root: Path) -> None:

@@ -314,8 +314,10 @@ def test_the_stretch_in_which_a_trait_persists_is_drawn_thick_over_its_line(page
     content = json.loads((folder / "odd" / "4.json").read_text())
     for token, point in enumerate(content["projections"]["response"]):
         point[:] = [[0.0, 0.0, 10.0 if 5 <= token < 12 else 1.0]] * N_LAYERS
-    content["dynamics"] |= {"persistence": 6, "commitment_point": None}
+    answer = {"kind": "answer", "role": "assistant", "start": 5, "stop": 12, "mean": 10.0, "peak_velocity": 9.0}
+    content["dynamics"] |= {"persistence": 6, "commitment_point": None, "by_span": [answer]}
     content["metadata"] |= {"prompt_set": "lasting", "definitions": 2}
+    content["metadata"]["vector_source"]["calibration"] = {"negative_mean": 1.0, "positive_mean": 5.0}
     write(folder / "lasting" / "4.json", content)
     expected = TokenScores.read(folder / "lasting" / "4.json")
     _, marked = trajectory_figure([expected]).data
@@ -326,6 +328,7 @@ def test_the_stretch_in_which_a_trait_persists_is_drawn_thick_over_its_line(page
     assert thick["y"] == list(marked.y)
     assert thick["line"]["color"] == line["line"]["color"]
     assert page.text("#marks") == f"Dashed: the response begins; {PERSISTS}."
+    assert "Means, calibrated: answer 2.25." in page.text("#view")
     page.open(f"view=dynamics&{HERE}")
     assert page.text("#marks") == "Dashed: the response begins; diamond: commits."
 
@@ -435,7 +438,7 @@ def test_a_large_set_is_listed_before_it_is_known_what_stands_out(page: Watched)
     page.page.wait_for_selector(".overview .answer:has-text('answer 449')", state="attached")
     assert page.page.evaluate(rows) == 450  # what was drawn stays
     assert "Reading" not in page.text("#view")
-    assert "450 of 450 prompts; in 49 a trait stands out" in page.text("#view .controls")
+    assert "450 of 450 prompts; in 49 a trait stands out, by chance in 23" in page.text("#view .controls")
     page.page.click(".overview th.rise button")
     page.page.click(".overview th.rise button")
     page.page.wait_for_selector(".overview tbody tr:first-child:has-text('text 450')")

@@ -14,6 +14,7 @@ import torch
 
 from tests.input.test_capture_index import made as tiny_capture
 from tests.page.conftest import N_PROMPT, TOKENS, TRAIT, projection, write
+from tlcapture.commands import top_traits
 from tlcapture.commands.top_traits import summary_of
 from tlcapture.page import long_reading
 from tlcapture.page.contents import Contents
@@ -21,6 +22,12 @@ from tlcapture.storage.layout import Layout
 
 OTHER = "style/quiet"
 N_DIRECTIONS = 21
+
+
+@pytest.fixture(autouse=True)
+def _against_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the set's three prompts compared with one another."""
+    monkeypatch.setattr(top_traits, "FEWEST_TO_COMPARE", 3)
 
 
 def projected(root: Path, prompt: int, trait: str, slope: float, random: float = 0.0) -> list[float]:

@@ -91,11 +91,28 @@ def test_rises_are_those_of_the_directions_and_standardised_over_the_reference()
     assert found.chance is not None
     assert np.allclose(found.chance.rises, (drawn @ moved.double()).numpy(), rtol=1e-3, atol=1e-5)
     over = (made.response_means[1] - made.prompt_means[1]).double()
-    expected = (drawn @ moved.double() - (over @ drawn.T).mean(dim=0)) / (over @ drawn.T).std(dim=0)
+    # What a direction has of a prompt's own response is no part of its rise there.
+    parts = layer.directions("c/a").double().T[:, :, None] * layer.basis.double()[:, None]
+    rises = torch.einsum("pd,prd->pr", over, drawn - parts)
+    expected = (drawn @ moved.double() - rises.mean(dim=0)) / rises.std(dim=0)
     assert found.chance.standardised is not None
     assert np.allclose(found.chance.standardised, expected.numpy(), rtol=1e-3, atol=1e-4)
     own = over @ (each.vector.double() / each.vector.double().norm())
     assert found.chance.reference_rises == pytest.approx((float(own.mean()), float(own.std())))
+
+
+def test_random_directions_rise_as_far_over_the_reference_as_over_another_prompt() -> None:
+    """They are made of the reference's responses, over which they would rise further than over those of others."""
+    few, wide = 12, 64
+    means = random(LAYERS, few, wide, seed=2), random(LAYERS, few, wide, seed=3)
+    layer = _Layer(1, Reference("print", "digest", [str(number) for number in range(few)], *means), wide)
+    directions, own = (
+        layer.directions("all"),
+        TraitVector(Trait("c", "a"), "residual", "probe", 1, "exp", random(wide), {}),
+    )
+    _, deviations = layer.reference_rises([own], directions[None], layer.reference)
+    others = (random(300, wide, seed=4) - random(300, wide, seed=5)) @ (directions @ layer.basis).T
+    assert float(others.std(dim=0).mean()) == pytest.approx(deviations[:, 1:].mean(), rel=0.1)
 
 
 def test_traits_of_one_layer_have_directions_of_their_own_and_every_run_the_same() -> None:

@@ -14,6 +14,7 @@ from tlcapture.errors import InputError, StorageError, VectorError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.selection import fallback_layer, select
+from tlcapture.traits.steering_files import SteeringRun, largest_by_chance
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import read_vector, write_vector
 
@@ -98,17 +99,28 @@ def test_results_without_random_vectors_select_as_ever_and_are_said_to_have_none
 
 def test_a_gain_is_taken_only_where_it_beats_the_best_gains_of_random_vectors(files: VectorFiles) -> None:
     evaluation(files, {"method": "probe", "layer": 4, "val_effect_size": 9.0})
-    # The best of each random vector: 0 to 17, 20 and 30; their 95th percentile is 20.5, at 0.05 of the way.
-    nulls = {8: [float(n) for n in range(18)] + [-9.0, 30.0], 10: [-1.0] * 18 + [20.0, -9.0]}
-    assert np.quantile([*range(18), 20, 30], 0.95) == pytest.approx(20.5)
-    steering(files, (8, 60.6, 90.0), (10, 60.4, 90.0), nulls=nulls)
+    # The best of each random vector: 0 to 17, 10.5 and 20.
+    nulls = {8: [float(n) for n in range(18)] + [-9.0, 20.0], 10: [-1.0] * 18 + [10.5, -9.0]}
+    steering(files, (8, 60.1, 90.0), (10, 59.9, 90.0), nulls=nulls)
     found = select(files, "residual", 30)
     assert (found.layer, found.selected_by, found.warning) == (8, "steering", None)
     files.layout.steering(TRAIT).unlink()
     files.layout.steering(TRAIT).parent.rmdir()
-    steering(files, (8, 60.4, 90.0), (10, 60.4, 90.0), nulls=nulls)
+    steering(files, (8, 59.9, 90.0), (10, 59.9, 90.0), nulls=nulls)
     found = select(files, "residual", 30)
     assert (found.layer, found.method, found.selected_by) == (4, "probe", "effect_size")
+
+
+@pytest.mark.parametrize("n_random", [20, 39, 200])
+def test_a_vector_like_random_ones_is_beyond_chance_in_a_twentieth_of_cases(n_random: int) -> None:
+    gains = np.random.default_rng(0).permutation(n_random + 1).astype(float).tolist()
+    beyond = 0
+    for own in range(n_random + 1):  # each of equally likely vectors in turn
+        null = tuple(gain for number, gain in enumerate(gains) if number != own)
+        chance = largest_by_chance([SteeringRun(0, "probe", "residual", 0.1, 50.0, 90.0, gains[own], null=null)])
+        assert chance is not None
+        beyond += gains[own] > chance
+    assert 0.045 <= beyond / (n_random + 1) <= 0.05
 
 
 def test_effect_size_comes_second(files: VectorFiles) -> None:

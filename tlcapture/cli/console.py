@@ -221,7 +221,7 @@ def show_top_traits(
     summary = summary_of_run(layout, prompt_set, component, report.projected, report.seen)
     tops = [top for top in summary.tops if not given or top.prompt_id in set(map(str, given))]
     if tops:
-        _show_tops(console, layout, prompt_set, replace(summary, tops=tops), n_prompts, with_responses=not given)
+        _show_tops(console, layout, prompt_set, replace(summary, tops=tops), with_responses=not given)
     elif given:
         console.line()
     if given:
@@ -230,15 +230,11 @@ def show_top_traits(
         show_unprojected(console, layout, prompt_set, names)
 
 
-def _show_tops(
-    console: Console, layout: Layout, prompt_set: str, summary: Summary, n_prompts: int, *, with_responses: bool
-) -> None:
-    from tlcapture.commands.top_traits import FEWEST_TO_COMPARE
-
+def _show_tops(console: Console, layout: Layout, prompt_set: str, summary: Summary, *, with_responses: bool) -> None:
     console.line()
-    is_set, has_chance = n_prompts >= FEWEST_TO_COMPARE, any(top.chance is not None for top in summary.tops)
+    has_chance = any(top.chance is not None for top in summary.tops)
     alone = "the reference prompts" if has_chance else "its own spread along the tokens"
-    against = "the other prompts of the set" if is_set else alone
+    against = "the other prompts of the set" if summary.is_against_set else alone
     layers = {each.layer for each in summary.vectors}
     at = f" at layer {min(layers)}" if len(layers) == 1 else ""
     console.line(f"{prompt_set}: the trait that rose most{at}, against {against}")
@@ -277,6 +273,9 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
         yield f"rise: from prompt to response, less the mean rise of {mean}, in standard deviations (sd)"
     if has_chance:
         yield "chance: what the largest of as many random directions stays below in 95 % of draws" + _scale(summary)
+        if (n_known := sum(top.chance is not None for top in summary.tops)) > 1:
+            n_out = sum(top.stands_out for top in summary.tops)
+            yield f"a trait stands out in {n_out} of {n_known} prompts; chance alone would make {0.05 * n_known:.2g}"
     else:
         yield f"whether these rises are within chance is unknown: {again}, measures it" + _scale(summary)
     layers = {vector.layer for vector in summary.vectors}

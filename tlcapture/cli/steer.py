@@ -112,7 +112,8 @@ def _print(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> None:
         if chance is not None:
             beats = "beats" if best is None or best > chance else "does not beat"
             says = "no coherent run" if best is None else f"best gain {best:+.1f}"
-            notes.append(f"{trait}: {says} {beats} {chance:+.1f}, the 95th percentile of random vectors' best gains")
+            cells = f"at the best of these {len(runs)} of {len(results.single_layer_runs)} cells"
+            notes.append(f"{trait}: {says} {beats} {chance:+.1f}, the most that random vectors reach {cells}")
     if not rows:
         return
     console.line()

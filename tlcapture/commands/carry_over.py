@@ -14,7 +14,7 @@ from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.baselines import bag_of_words
 from tlcapture.extraction.cross_validation import relabelled
 from tlcapture.extraction.evaluation import CONFIDENCE, auroc, effect_size_interval, hedges_g
-from tlcapture.extraction.examples import Examples, examples_in, read_examples
+from tlcapture.extraction.examples import Examples, content, examples_in, read_examples
 from tlcapture.extraction.prepared_examples import prepare_examples
 from tlcapture.extraction.readout import read_out
 from tlcapture.models.loading import Model
@@ -134,8 +134,8 @@ def _check_others(options: CarryOverOptions, examples: Examples, own: Examples |
     """Raise `InputError` if a vector was extracted from the examples, which it would separate in any case."""
     if own is None:
         return
-    known = _contents(own, positive=True) | _contents(own, positive=False)
-    n_own = sum(len(_contents(examples, positive=each) & known) for each in (True, False))
+    known = {content(item.example) for item in own.items}
+    n_own = sum(content(item.example) in known for item in examples.items)
     if n_own:
         raise InputError(
             f"--examples {options.folder}: {n_own} of its {len(examples.items)} examples are the trait's own, "

@@ -1,7 +1,7 @@
 """The summary of a prompt set's comparisons: for each trait the mean change, its interval, and chance.
 
-A prompt counts once: its samples are averaged first. The change of a trait is the mean projection over the response of
-`b` less that of `a`. Loads no torch.
+A prompt counts once: its samples are averaged first, and so are the ids of a prompt that a set has more than once. The
+change of a trait is the mean projection over the response of `b` less that of `a`. Loads no torch.
 """
 
 from __future__ import annotations
@@ -37,9 +37,12 @@ class MeanSize:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> MeanSize | None:
-        """The mean of the values, ignoring NaN; `None` where all are NaN."""
+        """The mean of the values, none of them negative, ignoring NaN; `None` where all are NaN."""
         known = np.array([value for value in values if not np.isnan(value)])
-        return cls(float(known.mean()), interval(known)) if len(known) else None
+        if not len(known):
+            return None
+        bounds = interval(known)
+        return cls(float(known.mean()), None if bounds is None else (max(0.0, bounds[0]), bounds[1]))
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class ComparisonSummary:
     """The comparisons of one prompt set.
 
     Attributes:
-        n_prompts, n_files: prompts, and files, of which a prompt with samples has several.
+        n_prompts, n_files: prompts, and files, of which a prompt with samples, or with several ids, has more than one.
         traits: the mean change of each trait, beside chance.
         kl: the mean divergence of the next token in the response, in nats.
         cosine, norm_ratio: of `residual_out` in the response, by layer; NaN at layers without activations.
@@ -127,7 +130,8 @@ def summary_of(files: Mapping[str, ComparisonFile], problems: Sequence[str] = ()
     first = next(iter(files.values()))
     groups: dict[str, list[ComparisonFile]] = {}
     for name, each in files.items():
-        groups.setdefault(name if each.metadata.sample is None else split_name(name)[0], []).append(each)
+        prompt = name if each.metadata.sample is None else split_name(name)[0]
+        groups.setdefault(each.metadata.prompt_digest or prompt, []).append(each)
     traits = sorted({trait for each in files.values() for trait in each.traits})
     changes = np.array([[_mean(group, partial(_change, trait=trait)) for trait in traits] for group in groups.values()])
     kl = [_mean(group, lambda each: _over_response(each, each.kl)) for group in groups.values()]

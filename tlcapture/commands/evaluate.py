@@ -35,6 +35,8 @@ from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles, check_
 from tlcapture.traits.vectors import read_vector
 from tlcapture.views.hooks import COMPONENTS
 
+_CHANGED = "examples or model have changed since the vectors were extracted: extract them again"
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -68,9 +70,9 @@ def run_evaluate(
     check_available(layout, traits, named, options.layers)
     unscored = [] if options.traits else _without_examples(layout, traits)
     if unscored and len(unscored) == len(traits):
-        folder, named = layout.root / "datasets" / "traits" / str(unscored[0]), ", ".join(map(str, unscored))
+        folder = layout.root / "datasets" / "traits" / str(unscored[0])
         raise InputError(
-            f"no examples to score the imported vectors of {named}: expected positive.jsonl and negative.jsonl "
+            f"no examples to score the imported vectors of {', '.join(map(str, unscored))}: expected positive.jsonl and negative.jsonl "
             f"in {folder}"
         )
     run = Run.begin(layout, display)
@@ -147,29 +149,37 @@ def draw_heatmaps(layout: Layout, report: RunReport) -> None:
 def _evaluate(
     run: Run, trait: Trait, options: EvaluateOptions, model: Callable[[], Model]
 ) -> dict[str, EvaluatedComponent]:
-    """The evaluation of a trait's vectors, by component."""
+    """The evaluation of a trait's vectors, by component.
+
+    Those that were evaluated before are scored with them: the choice is among all that have scores, and so is chance.
+    """
     layout, files = run.layout, VectorFiles(run.layout, trait)
     earlier = _present(layout, trait, read_evaluation(layout.evaluation))
     found: dict[str, EvaluatedComponent] = {}
     for component in options.components:
         available = files.available(component)
-        layers = {
-            method: [layer for layer in available.get(method, ()) if not options.layers or layer in options.layers]
+        wanted = {
+            (method, layer)
             for method in options.methods
+            for layer in available.get(method, ())
+            if not options.layers or layer in options.layers
         }
-        methods = [method for method in options.methods if layers[method]]
-        if not methods:
+        if not wanted:
             continue
+        scored = wanted | {(row.method, row.layer) for row in earlier if row.component == component}
+        methods = [each for each in available if any(method == each for method, _ in scored)]
         reading = _Reading.of(files, component, methods, options)
         _check_held_out(reading.examples)
         kept = _activations(run, files, component, reading, options, model)
         vectors = {
-            method: [read_vector(files, component, method, layer) for layer in layers[method]] for method in methods
+            method: [
+                read_vector(files, component, method, layer) for layer in available[method] if (method, layer) in scored
+            ]
+            for method in methods
         }
         for vector in (vector for of_method in vectors.values() for vector in of_method):
             check_fits(vector, *kept.activations.shape[::2])
-        others = [row for row in earlier if row.component == component and row.layer not in layers.get(row.method, ())]
-        made = rows_of(layout, reading.examples, kept, vectors, options.seed, others)
+        made = rows_of(layout, reading.examples, kept, vectors, options.seed)
         keep_held_out_calibrations(run, files, component, held_out_calibrations(reading.examples, kept, vectors))
         for note in doubts(made.rows):
             run.warn(f"{trait}: {note}")
@@ -186,7 +196,7 @@ def _check_held_out(examples: Examples) -> None:
     if not all(examples.count(positive=side, held_out=True) for side in (True, False)):
         raise InputError(
             "no examples are held out on one or both sides: expected at least three pairs, or three unpaired examples "
-            "a side"
+            "a side; those that repeat one another count as one"
         )
 
 
@@ -212,6 +222,8 @@ class _Reading:
         seed, position = _split_and_position(files, component)
         examples_as = metadata.get("examples_as") or options.examples_as
         examples = read_examples(datasets, trait, seed=seed, examples_as=examples_as)
+        if metadata["split"].get("held_out_pairs") not in (None, examples.split_record(seed)["held_out_pairs"]):
+            raise VectorError(_CHANGED)
         return cls(examples, position, (metadata.get("examples"), metadata.get("model_fingerprint")))
 
 
@@ -247,7 +259,7 @@ def _activations(
         return kept
     prepared = prepare_examples(layout, model(), reading.examples, reading.position)
     if reading.made_from not in (None, (prepared.digest, model().fingerprint)):
-        raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
+        raise VectorError(_CHANGED)
     if reading.examples.is_guess and reading.made_from is None:
         run.warn(GUESS)
     activations = read_out(model(), prepared.readings, [component], batch_size=options.batch_size)[component]
@@ -274,7 +286,7 @@ def _merged(layout: Layout, trait: Trait, found: Mapping[str, EvaluatedComponent
         component = found.get(row.component)
         is_new = component is not None and component.trait == name
         summary = component.summary if is_new and component is not None else known.get(name, {})
-        best[name] = best_vector(row, summary)
+        best[name] = best_vector(row, {} if row.method == IMPORTED else summary)
     cross = before.cross_trait if isinstance(before.cross_trait, dict) else {}
     content = before.model_dump(exclude_unset=True)
     rows = [row.as_written() for row in merged]

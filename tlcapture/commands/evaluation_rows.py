@@ -17,11 +17,13 @@ from tlcapture.extraction.cross_validation import (
     cross_validate,
     folds,
     largest_by_chance,
+    largest_of_given,
 )
-from tlcapture.extraction.evaluation import CONFIDENCE, Separation, separation
+from tlcapture.extraction.evaluation import CONFIDENCE, Separation, projected, separation
 from tlcapture.extraction.examples import Examples
 from tlcapture.extraction.kept_activations import KeptActivations
 from tlcapture.extraction.many_fits import Span
+from tlcapture.extraction.methods import FITS
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
@@ -31,6 +33,7 @@ from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles
 from tlcapture.traits.vectors import TraitVector, read_vector
 
 Row = dict[str, Any]
+_TIE = 1e-6  # by which equal AUROCs may differ
 TOO_FEW = ": too few examples to tell"  # shuffled labels separate all that are held out, too
 
 
@@ -52,7 +55,6 @@ class _Common:
     """The data that all rows of a component share."""
 
     cross_validated: CrossValidated | None
-    null_p95: float | None
     baselines: Sequence[Baseline]
     n_held_out: int
 
@@ -63,39 +65,36 @@ def rows_of(
     kept: KeptActivations,
     vectors: Mapping[str, Sequence[TraitVector]],
     seed: int,
-    others: Sequence[EvaluationRow] = (),
 ) -> EvaluatedComponent:
-    """Score a component's vectors, given by method, on the activations of the trait's examples.
-
-    The summary is of the choice among these and the vectors of `others`, the component's rows of earlier evaluations.
-    """
+    """Score a component's vectors, given by method, on the activations of the trait's examples."""
     labels = torch.tensor([item.positive for item in examples.items])
     held_out = torch.tensor([item.held_out for item in examples.items])
     groups, trait = examples.groups, str(examples.trait)
     span = Span.of(kept.activations, seed=seed)
-    grid = _grid(vectors, others)
+    grid = {method: [v.layer for v in found] for method, found in vectors.items() if method in FITS and found}
     outer = folds(groups, labels, OUTER_FOLDS, seed=seed)
     baselines = text_baselines(kept.texts, kept.n_tokens, labels, outer)
-    largest = largest_by_chance(span, labels, groups, held_out, grid, seed=seed)
+    largest = largest_by_chance(span, labels, groups, held_out, grid, seed=seed) if grid else torch.zeros(0)
     try:
         validated = cross_validate(span, labels, groups, grid, seed=seed) if grid else None
     except ValueError:
         validated = None
-    null_p95 = float(largest.quantile(CONFIDENCE)) if len(largest) else None
-    common = _Common(validated, null_p95, baselines, int(held_out.sum()))
+    common = _Common(validated, baselines, int(held_out.sum()))
     rows: list[Row] = []
-    paired = _is_paired(examples)
-    for found in filter(None, vectors.values()):
+    best, paired = 0.0, _is_paired(examples)
+    for method, found in ((method, found) for method, found in vectors.items() if found):
         stacked = torch.stack([vector.vector for vector in found])
-        layers = [vector.layer for vector in found]
-        separated = separation(stacked, kept.activations[layers], labels, held_out, paired=paired)
-        rows += [_row(layout, vector, number, separated, common) for number, vector in enumerate(found)]
+        read = kept.activations[[vector.layer for vector in found]]
+        separated = separation(stacked, read, labels, held_out, paired=paired)
+        if method in grid:
+            null, best = largest, max(best, float(separated.auroc.max()))
+        else:
+            null = largest_of_given(projected(stacked, read), labels, groups, held_out, seed=seed)
+        rows += [_row(layout, vector, number, separated, _p95(null), common) for number, vector in enumerate(found)]
     if validated is None or not rows:
         return EvaluatedComponent(trait, kept.fingerprint, rows)
     first = Baseline.of("layer 0", validated.layer_0, labels, outer)
-    scored = [(row["method"], row["val_auroc"]) for row in rows] + [(row.method, row.val_auroc) for row in others]
-    best = max((score or 0 for method, score in scored if method in grid), default=0)
-    p = (1 + int((largest >= best).sum())) / (1 + len(largest))
+    p = (1 + int((largest >= best - _TIE).sum())) / (1 + len(largest))
     compared = [*baselines, first]
     judged = verdict(validated.nested, compared, labels, groups, p, seed=seed)
     summary = {
@@ -104,17 +103,13 @@ def rows_of(
         "gain": _number(judged.gain),
         "gain_interval": [_number(bound) for bound in judged.interval],
         "p": _number(p),
-        "verdict": judged.text + (TOO_FEW if p > 1 - CONFIDENCE and common.null_p95 == 1 else ""),
+        "verdict": judged.text + (TOO_FEW if p > 1 - CONFIDENCE and _p95(largest) == 1 else ""),
     }
     return EvaluatedComponent(trait, kept.fingerprint, rows, summary)
 
 
-def _grid(vectors: Mapping[str, Sequence[TraitVector]], others: Sequence[EvaluationRow]) -> dict[str, list[int]]:
-    """The layers of all fitted vectors, by method."""
-    layers = {method: {vector.layer for vector in found} for method, found in vectors.items()}
-    for row in others:
-        layers.setdefault(row.method, set()).add(row.layer)
-    return {method: sorted(layers[method]) for method in METHODS if layers.get(method)}
+def _p95(null: torch.Tensor) -> float | None:
+    return float(null.quantile(CONFIDENCE)) if len(null) else None
 
 
 def _nested_record(nested: NestedScore) -> dict[str, Any]:
@@ -177,7 +172,9 @@ def _is_paired(examples: Examples) -> bool:
     return sides[0] == sides[1] and None not in sides[0] and len(set(sides[0])) == len(sides[0])
 
 
-def _row(layout: Layout, vector: TraitVector, number: int, found: Separation, common: _Common) -> Row:
+def _row(
+    layout: Layout, vector: TraitVector, number: int, found: Separation, null_p95: float | None, common: _Common
+) -> Row:
     effect = _number(found.effect_size[number])
     validated = common.cross_validated
     has_fits = validated is not None and vector.method in validated.auroc
@@ -195,7 +192,7 @@ def _row(layout: Layout, vector: TraitVector, number: int, found: Separation, co
         "val_effect_size_interval": [_number(bound) for bound in found.interval[number]],
         "polarity": None if effect is None else "positive" if effect > 0 else "negative",
         "n_val": common.n_held_out,
-        "null_auroc_p95": _number(common.null_p95),
+        "null_auroc_p95": _number(null_p95),
         "bag_of_words_auroc": _number(words),
         "length_auroc": _number(max(lengths)),
         "cosine_to_methods": _cosines(

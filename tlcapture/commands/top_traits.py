@@ -21,7 +21,7 @@ from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.saved_projections import SavedProjection, projections_saved
 from tlcapture.traits.verdicts import UsedVector
 
-FEWEST_TO_COMPARE = 3
+FEWEST_TO_COMPARE = 5  # among three, the largest of ten random directions is always as far out as can be
 _ROUNDING = 1e-5  # of projections, which files keep with 6 digits
 _TIE = 0.005  # standard deviations within which two rises are equal: files keep random ones with 4 digits
 
@@ -53,7 +53,7 @@ class TopTrait:
 
     A rise is the mean of the trajectory over the response less its mean over the prompt (without the first token, an
     attention sink), as a standard score: over the prompt set, so that it measures how far the prompt stands out; for a
-    set of fewer than three prompts, over the reference prompts. For a prompt with samples it is the mean over them.
+    set of fewer than five prompts, over the reference prompts. For a prompt with samples it is the mean over them.
 
     Attributes:
         chance: the 95th percentile, over 200 draws, of the largest rise among as many random directions as there are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -87,8 +88,9 @@ class Comparison:
         if any(rest.values()):
             content["continuations"] = rest
         own = {"prompt_set": self.a.prompt_set, "prompt_id": self.a.prompt_id, "n_layers": self.a.n_layers}
+        same = blake2b(repr([*self.a.prompt.token_ids]).encode(), digest_size=8).hexdigest()
         kl = {} if self.kl is None else {"kl": KL}
-        return {**content, "metadata": {**own, **kl, **metadata}}
+        return {**content, "metadata": {**own, "prompt_digest": same, **kl, **metadata}}
 
     def _trait(self, change: TraitChange) -> dict[str, Any]:
         a, b = change.vectors.a, change.vectors.b

@@ -61,11 +61,15 @@ class Continuations(FileContent):
 
 
 class ComparisonMetadata(FileContent):
-    """What was compared, and how; further fields record more."""
+    """What was compared, and how; further fields record more.
+
+    `prompt_digest` is equal for prompts of the same tokens.
+    """
 
     prompt_set: str
     prompt_id: PromptId
     n_layers: Annotated[int, Field(ge=1, le=10_000)]
+    prompt_digest: str | None = None
     sample: int | None = None
     vectors: str | None = None
 

@@ -169,10 +169,11 @@ class Captures:
 
         Columns are `prompt_id`, `n_samples` (missing for a prompt without samples), `trait`, `layer` (of the vector),
         `rise`, `chance`, `stands_out` and `doubt`. They are what `tlcapture capture` and the page show: `rise` is the
-        mean projection of the response less that of the prompt, as a standard score over the set (for fewer than three
+        mean projection of the response less that of the prompt, as a standard score over the set (for fewer than five
         prompts over the reference prompts), so that 0 is the mean rise; `chance` the 95th percentile, over
-        random draws, of the largest rise among as many directions as there are traits, NaN if it was not measured;
-        `doubt` a doubt that `tlcapture evaluate` leaves about the vector.
+        random draws, of the largest rise among as many directions as there are traits, NaN if it was not measured: one
+        prompt in twenty has a trait that stands out by chance alone; `doubt` a doubt that `tlcapture evaluate` leaves
+        about the vector.
 
         Raises `InputError`, naming the command to run, if the set has no projections.
         """

@@ -158,7 +158,7 @@ class Experiment:
         """What `tlcapture steer` measured, a row for each layer, method and coefficient; empty before it ran.
 
         Example:
-            exp.steering[exp.steering.gain > exp.steering.null_p95]
+            exp.steering[["layer", "coefficient", "gain", "null_p95"]]
         """
         from tlcapture.explore.experiment_tables import steering_frame
 

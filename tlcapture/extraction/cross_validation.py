@@ -126,20 +126,22 @@ def cross_validate(
 def relabelled(
     labels: Labels, groups: Sequence[str], n_labellings: int = RELABELLINGS, *, seed: int = 0
 ) -> Bool[Tensor, "n_labellings n_examples"]:
-    """Random labellings: the labels of a pair are exchanged or not; labels of unpaired examples are shuffled."""
+    """Random labellings: labels of a group with both sides are exchanged or not, those of other groups shuffled."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {name: [n for n, group in enumerate(groups) if group == name] for name in dict.fromkeys(groups)}
     drawn = labels.expand(n_labellings, -1).clone()
-    single: list[int] = []
+    single: list[list[int]] = []
     for members in pairs.values():
         if len({bool(labels[member]) for member in members}) == 2:
             exchanged = torch.rand(n_labellings, generator=generator) < 0.5
             drawn[:, members] ^= exchanged[:, None]
         else:
-            single += members
+            single.append(members)
     if single:
         order = torch.rand(n_labellings, len(single), generator=generator).argsort(dim=1)
-        drawn[:, single] = labels[single][order]
+        shuffled = labels[[members[0] for members in single]][order]
+        for members, sides in zip(single, shuffled.T, strict=True):
+            drawn[:, members] = sides[:, None]
     return drawn
 
 
@@ -156,14 +158,34 @@ def largest_by_chance(
 
     Every labelling is fitted on the training examples and scored on the held-out ones, as the vectors are.
     """
-    drawn = relabelled(labels, groups, RELABELLINGS, seed=seed)
-    drawn = drawn[[_has_both(~held_out, each) and _has_both(held_out, each) for each in drawn]]
+    drawn = _relabelled_on_both(labels, groups, held_out, seed)
     largest = torch.zeros(len(drawn))
     for method, layers in grid.items():
         scores = span.scores(method, ~held_out[None], drawn)[0][:, list(layers)][..., held_out]
         for number, each in enumerate(drawn):
             largest[number] = max(float(largest[number]), float(auroc(scores[number], each[held_out]).max()))
     return largest
+
+
+def largest_of_given(
+    scores: Float[Tensor, "n_vectors n_examples"],
+    labels: Labels,
+    groups: Sequence[str],
+    held_out: Labels,
+    *,
+    seed: int = 0,
+) -> Float[Tensor, " n_labellings"]:
+    """The largest held-out AUROC of vectors that were not fitted to the examples, for each of 200 labellings."""
+    drawn = _relabelled_on_both(labels, groups, held_out, seed)
+    return torch.tensor([float(auroc(scores[:, held_out], each[held_out]).max()) for each in drawn])
+
+
+def _relabelled_on_both(
+    labels: Labels, groups: Sequence[str], held_out: Labels, seed: int
+) -> Bool[Tensor, "n_labellings n_examples"]:
+    """The random labellings that leave both sides among the training and among the held-out examples."""
+    drawn = relabelled(labels, groups, RELABELLINGS, seed=seed)
+    return drawn[[_has_both(~held_out, each) and _has_both(held_out, each) for each in drawn]]
 
 
 def _inner_folds(groups: Sequence[str], labels: Labels, left_out: Labels, seed: int) -> Training:

@@ -99,6 +99,11 @@ def effect_size_interval(
     return torch.from_numpy(np.stack(bounds, axis=-1)).float()
 
 
+def projected(vectors: LayerVectors, activations: Activations) -> Float[Tensor, "n_layers n_examples"]:
+    """The projections of all examples onto one direction per layer."""
+    return torch.einsum("lnd,ld->ln", activations, torch.nn.functional.normalize(vectors.float(), dim=-1))
+
+
 def separation(
     vectors: LayerVectors, activations: Activations, labels: Labels, held_out: Labels, *, paired: bool = False
 ) -> Separation:
@@ -109,8 +114,7 @@ def separation(
     Args:
         paired: whether positive and negative held-out examples are pairs, in the same order.
     """
-    unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
-    scores = torch.einsum("lnd,ld->ln", activations, unit)
+    scores = projected(vectors, activations)
     train, train_labels = scores[:, ~held_out], labels[~held_out]
     middle = (train[:, train_labels].mean(dim=1) + train[:, ~train_labels].mean(dim=1)) / 2
     held, held_labels = scores[:, held_out], labels[held_out]

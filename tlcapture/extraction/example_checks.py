@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tlcapture.extraction.examples import Examples, LabelledExample
+from tlcapture.extraction.examples import Examples, LabelledExample, content
 from tlcapture.extraction.surface_cues import (
     Labels,
     Values,
@@ -197,6 +197,4 @@ def _texts(items: Sequence[LabelledExample]) -> list[str]:
 
 def _duplicates(items: Sequence[LabelledExample]) -> int:
     """How many examples repeat another one of either side, ignoring blanks and capitals."""
-    both = zip(_prompts(items), _texts(items), strict=True)
-    counts = Counter((" ".join(p.lower().split()), " ".join(t.lower().split())) for p, t in both)
-    return sum(count - 1 for count in counts.values())
+    return sum(count - 1 for count in Counter(content(item.example) for item in items).values())

@@ -11,6 +11,7 @@ completes. The files do not say which.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,9 @@ class Examples:
 
     @property
     def groups(self) -> list[str]:
-        """The pair of each example, or its own name: examples of a group are never split."""
-        return [_key("positive" if i.positive else "negative", n, i.example) for n, i in enumerate(self.items)]
+        """The group of each example: its pair, or itself, with all that repeat one of them. Groups are never split."""
+        keys = [_key("positive" if i.positive else "negative", n, i.example) for n, i in enumerate(self.items)]
+        return _grouped(keys, [item.example for item in self.items])
 
     def split_record(self, seed: int) -> dict[str, Any]:
         """The split as it is recorded in metadata: counts, the seed, and the pairs that are held out."""
@@ -117,27 +119,50 @@ def examples_in(folder: Path, trait: Trait, *, seed: int = 0, examples_as: str =
     for name, examples in sides.items():
         if len(examples) < _FEWEST:
             raise InputError(f"{folder}: {len(examples)} {name} examples, expected at least {_FEWEST}")
-    held_out = _held_out_keys(sides, seed)
+    given = [(name, number, example) for name, each in sides.items() for number, example in enumerate(each)]
+    groups = _grouped([_key(*each) for each in given], [example for _, _, example in given])
+    n_positive = len(sides["positive"])
+    held_out = _held_out_groups({*groups[:n_positive]}, {*groups[n_positive:]}, seed)
     items = [
-        LabelledExample(example, name == "positive", _key(name, number, example) in held_out)
-        for name, examples in sides.items()
-        for number, example in enumerate(examples)
+        LabelledExample(example, name == "positive", group in held_out)
+        for (name, _, example), group in zip(given, groups, strict=True)
     ]
     if not any(_lines_file(folder, name) for name in sides):
         return Examples(trait, items)
     return Examples(trait, items, lines_as, is_guess=examples_as == AUTO)
 
 
-def _held_out_keys(sides: dict[str, list[Example]], seed: int) -> set[str]:
-    """The keys of held-out examples: a fifth of the pairs, and a fifth of the unpaired examples of each side."""
-    keys = {name: {_key(name, number, item) for number, item in enumerate(items)} for name, items in sides.items()}
-    shared = keys["positive"] & keys["negative"]
+def content(example: Example) -> tuple[str, str]:
+    """The prompt and the text of an example without capitals and blanks: equal for examples that repeat another."""
+    texts = example.prompt or "", example.text or example.response or example.prompt or ""
+    prompt, text = (" ".join(each.lower().split()) for each in texts)
+    return prompt, text
+
+
+def _held_out_groups(positive: set[str], negative: set[str], seed: int) -> set[str]:
+    """A fifth of the groups with examples of both sides, and a fifth of the other ones of each side."""
+    shared = positive & negative
     chosen: set[str] = set()
-    for group in (shared, keys["positive"] - shared, keys["negative"] - shared):
-        ordered = sorted(group)
+    for groups in (shared, positive - shared, negative - shared):
+        ordered = sorted(groups)
         random.Random(seed).shuffle(ordered)
         chosen.update(ordered[: round(HELD_OUT_SHARE * len(ordered))])
     return chosen
+
+
+def _grouped(keys: Sequence[str], examples: Sequence[Example]) -> list[str]:
+    """The first key of each example's group, which are joined where an example of one repeats that of another."""
+    joined = {key: key for key in keys}
+
+    def first(key: str) -> str:
+        while joined[key] != key:
+            key = joined[key]
+        return key
+
+    seen: dict[tuple[str, str], str] = {}
+    for key, example in zip(keys, examples, strict=True):
+        joined[first(key)] = first(seen.setdefault(content(example), key))
+    return [first(key) for key in keys]
 
 
 def _key(side: str, number: int, example: Example) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tlcapture.shapes import Vector, Vectors
 
 FEWEST = 8  # responses; among fewer any correlation comes about by chance
+_ROUNDING = 1e-9  # by which means of the same correlations may differ
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def monitoring(
     found = [each for each in followed if each is not None]
     if not found or len(found) < len(followed):
         return Monitoring(list(coefficients), means, None, [], None, n)
-    p = sum(each >= found[0] for each in found) / len(found)
+    p = sum(each >= found[0] - _ROUNDING for each in found) / len(found)
     return Monitoring(list(coefficients), means, found[0], found[1:], p, n)
 
 

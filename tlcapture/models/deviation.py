@@ -17,5 +17,5 @@ def deviation(ours: Tensor, theirs: Tensor) -> float:
 
 
 def allowed(dtype: torch.dtype, rounding: float | None) -> float:
-    """The largest deviation allowed: of a dtype, or four times Hugging Face's own `rounding` where it was measured."""
+    """The largest deviation allowed: of a dtype, or four times Hugging Face's own `rounding` and 0.001, if measured."""
     return BOUNDS[dtype] if rounding is None else 4 * rounding + 1e-3

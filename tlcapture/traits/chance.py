@@ -258,10 +258,15 @@ class _Layer:
     def reference_rises(
         self, vectors: Sequence[TraitVector], directions: Directions, reference: Reference
     ) -> tuple[Values, Values]:
-        """Mean and deviation of rises over the reference prompts `[n_vectors, 1 + 200]`, each vector's own first."""
+        """Mean and deviation of rises over the reference prompts `[n_vectors, 1 + 200]`, each vector's own first.
+
+        The part of a random direction that is a prompt's own response is left out of its rise there: with it, random
+        directions would rise further over the prompts that they are made of than over any other.
+        """
         moved = (reference.response_means[self.number] - reference.prompt_means[self.number]).double()
         units = torch.nn.functional.normalize(torch.stack([each.vector for each in vectors]).double(), dim=1)
-        random = torch.einsum("pd,bd,vrb->pvr", moved, self.basis.double(), directions.double())
+        products = moved @ self.basis.double().T  # of each prompt's move and each response
+        random = torch.einsum("pb,vrb->pvr", products.fill_diagonal_(0), directions.double())
         found = torch.cat([(moved @ units.T).unsqueeze(2), random], dim=2)
         return found.mean(dim=0).numpy(), found.std(dim=0).clamp(min=1e-30).numpy()
 

@@ -1,7 +1,7 @@
 """Selecting one of a trait's vectors.
 
 In this order: the best coherent single-layer steering run (`coherence_mean >= 70`, the largest gain over the baseline,
-if it beats the 95th percentile of the best gains of random vectors); the largest effect size; layer 16, or if the
+if it beats the best gains of all random vectors); the largest effect size; layer 16, or if the
 model has no layer 16 the layer nearest to 0.6 of its depth, with a warning. An override wins over all of them. A score
 counts only for the vector it was measured on: a vector that was extracted again since has no score.
 """

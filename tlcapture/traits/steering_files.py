@@ -12,6 +12,7 @@ from pydantic import Field
 
 from tlcapture.storage.files import read_json
 from tlcapture.storage.validation import Count, FileContent, Layer, Number, Percent, Share, checked
+from tlcapture.traits.change_points import LEVEL
 
 
 class SteeringConfig(FileContent):
@@ -50,14 +51,16 @@ class SteeringRecord(FileContent):
 
 
 def largest_by_chance(runs: Iterable[SteeringRun]) -> float | None:
-    """The 95th percentile of the random vectors' best gains over all runs that have a null; `None` if none has.
+    """The gain that random vectors reach by chance, at their best of all runs that have a null; `None` if none has.
 
-    Entry i of every null is the gain of the same random vector.
+    Were the vector one like them, its gain would be larger in at most 5 % of cases: of twenty random vectors it is the
+    largest best gain, which one in 21 vectors exceeds. Entry i of every null is the gain of the same random vector.
     """
     nulls = [run.null for run in runs if run.null]
     if not nulls:
         return None
-    return percentile_95([max(gains) for gains in zip_longest(*nulls, fillvalue=float("-inf"))])
+    best = sorted((max(gains) for gains in zip_longest(*nulls, fillvalue=float("-inf"))), reverse=True)
+    return best[max(1, int(LEVEL * (len(best) + 1))) - 1]
 
 
 def percentile_95(values: Sequence[float]) -> float:

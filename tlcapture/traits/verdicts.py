@@ -15,7 +15,7 @@ from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import is_current
-from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vector_files import IMPORTED, VectorFiles
 
 _BY = ", by 'tlcapture evaluate'"
 
@@ -48,8 +48,11 @@ class Doubts:
     def of(self, vector: UsedVector) -> str | None:
         """Why a vector may show nothing, by the verdict of its evaluation; `None` if it shows something.
 
-        Also `None` if this very vector was not evaluated, or the evaluation cannot be read.
+        Also `None` if this very vector was not evaluated, or the evaluation cannot be read, and for an imported one,
+        since the verdict is on extracted vectors.
         """
+        if vector.method == IMPORTED:
+            return None
         with suppress(TlcaptureError, OSError):
             layout = vectors_layout(self.root, vector.experiment)
             if not layout.evaluation.is_file():

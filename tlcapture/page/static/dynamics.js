@@ -127,11 +127,11 @@ tl.views.dynamics = {
 
     const here = (state) => (state.token === null ? [] : [tl.lineAt(state.token, colours.css("--accent"))]);
 
-    /** The mean over each turn, over thinking and over the answer. */
-    function meansOf(spans) {
-      const known = (spans ?? []).filter(({ mean }) => mean !== null && mean !== undefined);
-      const text = known.map(({ kind, role, mean }) => `${kind === "turn" ? role : kind} ${tl.number(mean)}`).join(", ");
-      return text ? [tl.note(`Means: ${text}.`)] : [];
+    /** The mean over each turn, over thinking and over the answer, on the scale of the text's colours. */
+    function meansOf(state, own) {
+      const known = (own.dynamics.by_span ?? []).filter(({ mean }) => mean !== null && mean !== undefined), calibrated = tl.isCalibrated(state, own);
+      const text = known.map(({ kind, role, mean }) => `${kind === "turn" ? role : kind} ${tl.number(calibrated ? tl.calibrated(own, mean) : mean)}`).join(", ");
+      return text ? [tl.note(`Means${calibrated ? ", calibrated" : ""}: ${text}.`)] : [];
     }
 
     function tell(state, data, own) {
@@ -147,9 +147,9 @@ tl.views.dynamics = {
       const random = chance ? ` Of ${chance.n_directions} random directions ${chance.commit} commit${clear(chance.commitment, point !== null)}${chance.persist === null ? "" : `, ${chance.persist} persist${clear(chance.persistence, span)}`}.` : "";
       const score = vector.score === null || vector.score === undefined ? "" : ` (${tl.number(vector.score)})`;
       facts.replaceChildren(
-        tl.note(element("b", {}, state.trait), `: ${commits} (`, tl.term("commitment"), "); peak ", tl.term("velocity"), ` ${tl.number(dynamics.peak_velocity)}; `
+        tl.note(element("b", {}, state.trait), `: ${commits} (`, tl.term("commitment"), "); peak ", tl.term("velocity"), ` ${tl.number(dynamics.peak_velocity)}${tl.isCalibrated(state, own) ? ", not calibrated" : ""}; `
           + `${persists} (`, tl.term("persistence"), `).${random} Vector: ${vector.method ?? "unknown method"} at layer ${vector.layer}, ${vector.component ?? own.component}, chosen by `, tl.term(vector.selected_by ?? "an unknown rule"), `${score}, from ${vector.experiment ?? "an unknown experiment"} (${vector.model ?? "unknown model"}).`),
-        ...meansOf(dynamics.by_span),
+        ...meansOf(state, own),
         ...own.warnings.map((warning) => tl.warning(warning)));
     }
 

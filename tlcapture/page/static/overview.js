@@ -104,9 +104,10 @@ tl.views.overview = {
       drawRows(Math.max(STEP, before));
       if (!listed.length) body.append(element("tr", {}, element("td", { className: "note", colSpan: head.length }, "no match")));
       table.replaceChildren(element("table", { className: "overview" }, element("thead", {}, element("tr", {}, head)), body));
-      const outstanding = rows.filter((row) => row.stands_out).length;
+      const outstanding = rows.filter((row) => row.stands_out).length, measured = rows.filter((row) => typeof row.chance === "number").length;
+      const expected = measured > 1 ? `, by chance in ${tl.number(0.05 * measured, 2)}` : "";
       controls.replaceChildren(find, ...(traits.length ? [tl.choice("show", [["", "all prompts"], ["any", "where any trait stands out"], ...traits.map((trait) => [trait, `where ${trait} stands out`])], state.only, (only) => tl.state.set({ only }, { quietly: true }))] : []),
-        element("span", { className: "note", role: "status" }, `${listed.length} of ${rows.length} prompts${traits.length ? `; in ${outstanding} a trait stands out` : ""}`));
+        element("span", { className: "note", role: "status" }, `${listed.length} of ${rows.length} prompts${traits.length ? `; in ${outstanding} a trait stands out${expected}` : ""}`));
       if (find.value !== state.find) find.value = state.find;
       if (focused) find.focus();
     }
