@@ -72,8 +72,8 @@ def run_evaluate(
     if unscored and len(unscored) == len(traits):
         folder = layout.root / "datasets" / "traits" / str(unscored[0])
         raise InputError(
-            f"no examples to score the imported vectors of {', '.join(map(str, unscored))}: expected positive.jsonl and negative.jsonl "
-            f"in {folder}"
+            f"no examples to score the imported vectors of {', '.join(map(str, unscored))}: "
+            f"expected positive.jsonl and negative.jsonl in {folder}"
         )
     run = Run.begin(layout, display)
     for trait in unscored:
