@@ -287,7 +287,7 @@ def test_a_hybrid_is_captured_projected_and_shown_with_everything(
         assert "attn_out" not in stored[part]["activations"][0] and "attn_out" in stored[part]["activations"][1]
     assert stored["metadata"]["attention_layers"] == [1]
     assert INDEX in Archive(raw)
-    resaved = raw.with_name("2.pt")
+    resaved = experiment / "resaved.pt"
     torch.save(stored, resaved)  # without an index
     for path in (raw, resaved):
         capture = Capture.open(path)

@@ -232,9 +232,12 @@ def test_projecting_again_gives_null_for_what_needs_a_missing_token_and_says_so_
     assert known == [n_prompt, n_prompt + 1]
 
 
-def test_the_summary_compares_rises_over_all_tokens(extract: Run, capture: Run, data: Path) -> None:
+def test_the_summary_compares_rises_over_all_tokens(
+    extract: Run, capture: Run, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tlcapture.commands.top_traits import summary_of
 
+    monkeypatch.setattr("tlcapture.commands.top_traits.FEWEST_TO_COMPARE", 3)  # as many as the set has
     extract()
     summaries = []
     for more in ((), ("--tokens", "last")):

@@ -92,7 +92,7 @@ def test_the_nested_score_of_extracted_vectors_is_not_that_of_an_imported_one(tm
     common = {"trait": str(TRAIT), "layer": 0, "component": "residual"}
     rows = [{**common, "method": each, "val_effect_size": size} for each, size in (("probe", 1.0), (IMPORTED, 2.0))]
     found = EvaluatedComponent(str(TRAIT), "", rows, {"nested_auroc": 0.9, "verdict": "adds +0.100 AUROC"})
-    best = _merged(Layout(tmp_path, "exp"), {"residual": found})["best_vectors"][str(TRAIT)]
+    best = _merged(Layout(tmp_path, "exp"), TRAIT, {"residual": found})["best_vectors"][str(TRAIT)]
     assert best["method"] == IMPORTED
     assert "nested_auroc" not in best and "verdict" not in best
 
@@ -105,6 +105,8 @@ def test_a_verdict_on_extracted_vectors_is_no_doubt_about_an_imported_one(tmp_pa
         "gain_interval": [-0.1, 0.1],
         "verdict": "no better than vectors of shuffled labels (p = 0.50)",
     }
-    write_json(layout.evaluation, _merged(layout, {"residual": EvaluatedComponent(str(TRAIT), "", rows, summary)}))
+    write_json(
+        layout.evaluation, _merged(layout, TRAIT, {"residual": EvaluatedComponent(str(TRAIT), "", rows, summary)})
+    )
     vectors = [UsedVector(str(TRAIT), "residual", each, 0, "exp") for each in ("probe", IMPORTED)]
     assert [Doubts(tmp_path).of(each) is None for each in vectors] == [False, True]
