@@ -171,6 +171,9 @@ def test_text_is_split_into_words_as_a_file_says(tmp_path: Path) -> None:
         for text in TEXTS:
             split, expected = (each.pre_tokenize_str(text) for each in (found.pre_tokenizer, known[rule]))
             assert split == expected, rule
+        # As in the CohereTokenizer and Qwen2Tokenizer of transformers.
+        composed = found.normalizer is not None and found.normalizer.normalize_str("e\u0301") == "\u00e9"
+        assert composed == (rule in ("command-r", "qwen2", "qwen35"))
         assert found.model.ignore_merges == (rule in ("llama-bpe", "tekken"))
 
 

@@ -61,6 +61,7 @@ _PATTERNS = {name: patterns for patterns, names in _RULES.items() for name in na
 _WORDS_FIRST = (
     "falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "llama-bpe", "llama-v3", "llama3", "midm-2.0", "pixtral", "tekken",
 )  # fmt: skip
+_COMPOSED = ("command-r", "olmo", "qwen2", "qwen35")  # an accent of its own is first joined with its letter
 
 
 def gguf_tokenizer(source: Path) -> Any:
@@ -70,6 +71,7 @@ def gguf_tokenizer(source: Path) -> Any:
         ModelError: the file splits text by a rule that is not known here.
     """
     from gguf import GGUFReader
+    from tokenizers.normalizers import NFC
     from tokenizers.pre_tokenizers import Metaspace
     from transformers import AutoTokenizer
 
@@ -88,6 +90,8 @@ def gguf_tokenizer(source: Path) -> Any:
                 "checkpoint that it was made from"
             )
         backend.pre_tokenizer = _splitting(_PATTERNS[rule])
+        if rule in _COMPOSED:
+            backend.normalizer = NFC()
         backend.model.ignore_merges = rule in _WORDS_FIRST
     if kind == "llama" and stated("add_space_prefix") is False and isinstance(backend.pre_tokenizer, Metaspace):
         backend.pre_tokenizer.prepend_scheme = "never"
