@@ -22,6 +22,7 @@ from tlcapture.shapes import Vector
 from tlcapture.storage.tensors import described, is_plain
 from tlcapture.text import as_ranges
 from tlcapture.traits.other_tools import REPENG, ToolVectors
+from tlcapture.traits.vectors import check_direction
 
 _SHIFT = {"hidden_states": -1, "resid_post": 0, "resid_pre": -1}
 
@@ -161,8 +162,7 @@ def _checked_vector(path: Path, number: int, row: Any, width: int | None) -> Vec
     vector = row.detach().float()
     if len(vector) != width:
         raise VectorError(f"{path}: layer {number}: the vector has width {len(vector)}, expected {width}")
-    if not vector.isfinite().all() or not vector.any():
-        raise VectorError(f"{path}: layer {number}: the vector is zero, or holds NaN or inf")
+    check_direction(vector, f"{path}: layer {number}: the vector")
     return vector
 
 

@@ -27,7 +27,7 @@ from tlcapture.traits.origin import check_origin
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import select
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
-from tlcapture.traits.vectors import TraitVector, read_vector
+from tlcapture.traits.vectors import TraitVector, check_direction, read_vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,8 +178,7 @@ def _own_vector(asked: TraitIntervention, d_model: int) -> Vector:
     vector = torch.as_tensor(asked.vector).detach().float().cpu()
     if len(vector) != d_model:
         raise VectorError(f"{asked!r}: a vector of width {len(vector)}, but the model has width {d_model}")
-    if not vector.isfinite().all() or not vector.any():
-        raise VectorError(f"{asked!r}: the vector is zero, or holds NaN or inf")
+    check_direction(vector, f"{asked!r}: the vector")
     return vector
 
 
