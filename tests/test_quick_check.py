@@ -201,7 +201,7 @@ def test_the_reference_in_16_bits_is_exact_and_leaves_the_model_as_it_was() -> N
 def test_where_float32_does_not_fit_the_run_in_16_bits_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     from tlcapture.models import quick_check as module
 
-    monkeypatch.setattr(module, "_free", lambda device: 1000)
+    monkeypatch.setattr(module, "free_memory", lambda device: 1000)
     reference = QuickReference.of(tiny.hf_model("llama", torch.bfloat16))
     assert reference.rounding is None
     quick_check(tiny.model("llama", tiny.ENGINES[0], torch.bfloat16), reference)
