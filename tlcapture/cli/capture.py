@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from tlcapture.commands.given_responses import GivenResponses
     from tlcapture.prompts.prompt_sets import PromptSet
     from tlcapture.runs.model_loader import ModelLoader
-    from tlcapture.runs.shards import Shard
+    from tlcapture.runs.prompt_shares import PromptShare
     from tlcapture.storage.layout import Layout
 
 _MOST_PATHS = 20  # that a dry run lists
@@ -67,7 +67,7 @@ class _Settings:
     overwrite: bool
     dry_run: bool
     limit: int | None
-    shard: Shard | None
+    shard: PromptShare | None
     save_dtype: str
     chat_template: bool | None
     system_prompt: str | None

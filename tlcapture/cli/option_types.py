@@ -13,7 +13,7 @@ import click
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.names import Trait, split_names
 from tlcapture.prompts.template_args import parse_template_arg
-from tlcapture.runs.shards import Shard
+from tlcapture.runs.prompt_shares import PromptShare
 from tlcapture.text import parse_bytes
 from tlcapture.traits.interventions import TraitIntervention
 from tlcapture.views.hooks import COMPONENTS, POINTS
@@ -239,8 +239,8 @@ class ShardOf(_Parsed):
 
     name = "i/n"
 
-    def _parse(self, text: str) -> Shard:
-        return Shard.parse(text)
+    def _parse(self, text: str) -> PromptShare:
+        return PromptShare.parse(text)
 
 
 class ByteSize(_Parsed):

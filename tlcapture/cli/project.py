@@ -29,7 +29,7 @@ from tlcapture.text import counted
 
 if TYPE_CHECKING:
     from tlcapture.commands.project import ProjectOptions
-    from tlcapture.runs.shards import Shard
+    from tlcapture.runs.prompt_shares import PromptShare
     from tlcapture.storage.layout import Layout
 
 
@@ -43,7 +43,7 @@ class _Settings:
     centered: bool
     skip_existing: bool
     overwrite: bool
-    shard: Shard | None
+    shard: PromptShare | None
     format: str | None
     plot: Path | None
 

@@ -178,12 +178,12 @@ class Layout:
         """The lock file `name` for work that two runs must not do at the same time in this experiment."""
         return self.own(self.folder / ".locks" / f"{name.replace('/', '+')}.lock")
 
-    def shard_lock(self, name: str, shard: str) -> Path:
-        """The lock file for a shard of what `lock(name)` is for."""
-        return self.lock(name).with_suffix(".shards") / f"{shard}.lock"
+    def share_lock(self, name: str, share: str) -> Path:
+        """The lock file for a share of what `lock(name)` is for."""
+        return self.lock(name).with_suffix(".shards") / f"{share}.lock"
 
-    def shard_locks(self, name: str) -> list[Path]:
-        """The lock files of all shards that have ever run, sorted."""
+    def share_locks(self, name: str) -> list[Path]:
+        """The lock files of all shares that were ever written, sorted."""
         return sorted(refresh(self.lock(name).with_suffix(".shards")).glob("*.lock"))
 
     def run_record(self, name: str) -> Path:
