@@ -24,8 +24,9 @@ from tlcapture.extraction.readout import read_out
 from tlcapture.models.loading import load_model
 from tlcapture.names import Trait
 from tlcapture.runs.report import RunReport
+from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import read_json
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import round_significant
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.reference import read_reference

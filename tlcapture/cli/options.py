@@ -28,7 +28,8 @@ from tlcapture.views.hooks import POINTS
 
 if TYPE_CHECKING:
     from tlcapture.commands.view_parts import ViewParts
-    from tlcapture.storage.layout import Datasets, Layout
+    from tlcapture.storage.datasets import Datasets
+    from tlcapture.storage.layout import Layout
     from tlcapture.traits.choice import VectorChoice
     from tlcapture.views.kept_tokens import KeptTokens
 
@@ -65,7 +66,7 @@ class Location:
     @property
     def datasets(self) -> Datasets:
         """Where prompt sets and contrastive examples are."""
-        from tlcapture.storage.layout import Datasets
+        from tlcapture.storage.datasets import Datasets
 
         return Datasets(self.root)
 

@@ -24,7 +24,8 @@ from tlcapture.text import printable
 if TYPE_CHECKING:
     from tlcapture.extraction.example_checks import Cue, ExampleCheck
     from tlcapture.extraction.examples import Examples
-    from tlcapture.storage.layout import Datasets, Layout
+    from tlcapture.storage.datasets import Datasets
+    from tlcapture.storage.layout import Layout
 
 _MOST_SIZES = 3  # shown of the numbers of examples that traits have
 
@@ -52,7 +53,7 @@ def check(chosen: tuple[Trait, ...], examples_as: str, root: Path) -> None:
 
     The exit status is 1 if a check fails: docs/traits.md says why each of them matters.
     """
-    from tlcapture.storage.layout import Datasets
+    from tlcapture.storage.datasets import Datasets
 
     datasets = Datasets(root)
     for trait in chosen:
@@ -140,7 +141,7 @@ def list_(location: Location, component: str) -> None:
     Names the traits whose examples have changed since their vectors were extracted.
     """
     from tlcapture.storage.config import read_config
-    from tlcapture.storage.layout import Datasets
+    from tlcapture.storage.datasets import Datasets
     from tlcapture.traits.packaged_vectors import packaged_layout, takes_packaged, vectors_layout
 
     layout = vectors_layout(location.root, location.experiment)

@@ -26,8 +26,9 @@ from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
+from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import write_json
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import rounded_or_none
 from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.projection import check_fits

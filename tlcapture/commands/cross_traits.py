@@ -9,7 +9,8 @@ from tlcapture.extraction.evaluation import auroc
 from tlcapture.extraction.examples import Examples, read_examples
 from tlcapture.extraction.kept_activations import KeptActivations
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_number
 from tlcapture.traits.evaluation_files import best_by_trait, read_evaluation
 from tlcapture.traits.vector_files import VectorFiles

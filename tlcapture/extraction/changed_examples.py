@@ -10,7 +10,7 @@ from typing import Any
 from tlcapture.errors import InputError
 from tlcapture.extraction.examples import AUTO, Examples, read_examples
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Datasets
+from tlcapture.storage.datasets import Datasets
 
 RECORDED = "examples_in_files"  # in the metadata of vectors
 

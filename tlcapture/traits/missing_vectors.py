@@ -9,7 +9,8 @@ from tlcapture.models.embedded import NAME as EMBEDDED
 from tlcapture.names import Trait
 from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.config import read_config
-from tlcapture.storage.layout import Layout, shipped_datasets
+from tlcapture.storage.datasets import shipped_datasets
+from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges, beside, did_you_mean
 
 PACKAGED = "packaged"  # the name of the experiment that comes with the package
