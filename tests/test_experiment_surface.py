@@ -202,7 +202,7 @@ def test_a_direction_of_ones_own_is_projected_onto(exp: Experiment) -> None:
     torch.testing.assert_close(found.trajectory, expected, rtol=1e-4, atol=1e-4)
     assert found.tokens == tuple(cap.tokens)
     assert [each.vector.layer for each in cap.project(direction, layer=[0, 1])] == [0, 1]
-    with pytest.raises(InputError, match="say which, layer=12"):
+    with pytest.raises(InputError, match="pass layer=12"):
         cap.project(direction)
     with pytest.raises(VectorError, match=r"of shape \[3\]: expected \[32\]"):
         cap.project(torch.ones(3), layer=1)

@@ -212,7 +212,7 @@ def test_a_live_capture_is_a_capture_and_projects_like_a_saved_one(exp: Experime
     )
     assert isinstance(cap, Capture)
     assert cap.token_ids == saved.token_ids  # the same seed and sampling
-    with pytest.raises(InputError, match="say whose vectors"):
+    with pytest.raises(InputError, match="pass vector_experiment='NAME'"):
         cap.project(TRAITS[0])
     (cap,) = tlcapture.capture(smollm2, [prompt], max_new_tokens=1, vectors=exp)
     n_prompt = len(cap.prompt.tokens)

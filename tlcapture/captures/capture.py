@@ -79,8 +79,8 @@ class Capture(CaptureNames):
         cap.n_layers, cap.d_model, cap.kept.layers, cap.positions.kept, cap.lacks_answer
         cap.metadata["temperature"]
 
-    `spans` say which tokens of prompt and response are which turn, thinking or answer; files that were written before
-    there were spans have none.
+    `spans` say which tokens of prompt and response are which turn, thinking or answer; files of earlier versions
+    have none.
     """
 
     prompt: CapturedPart

@@ -26,7 +26,7 @@ def show_answers(
 ) -> None:
     """Print the answers to the first few prompts, each under a line that says what stands out.
 
-    Of samples, the first one where a trait is projected onto, otherwise the first few.
+    Of several samples, only the first if traits were projected onto, otherwise the first few.
     """
     by_id = {top.prompt_id: top for top in tops}
     for prompt_id in ids[:MOST_SHOWN]:

@@ -244,7 +244,7 @@ class KeptOptions:
 format_option = click.option(
     "--format",
     type=click.Choice(["json", "compact"]),
-    help="Form of analysis files.  [default: json, and compact what JSON would make larger than 64 MB a file]",
+    help="Form of analysis files.  [default: json, or compact for files that would exceed 64 MB as JSON]",
 )
 
 

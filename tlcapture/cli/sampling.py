@@ -65,7 +65,7 @@ sampling_options = together(
         default="plain",
         show_default=True,
         is_eager=True,  # the default of --temperature depends on it
-        help="plain: as these options say; checkpoint: as its generation config says, where they say nothing.",
+        help="plain: these options alone; checkpoint: its generation config, where these options are not given.",
     ),
     click.option(
         "--top-p",

@@ -102,13 +102,12 @@ def _echo_checks(found: Sequence[ExampleCheck]) -> None:
     sizes = sorted({(each.n_positive, each.n_negative) for each in found})[:_MOST_SIZES]
     chance = ", ".join("{:.2f} to {:.2f} for {} and {}".format(*chance_interval(*size), *size) for size in sizes)
     click.echo(
-        "AUROC of positive against negative examples: 0.5 tells nothing."
-        + (" * fails, as said below." if fails else "")
+        "AUROC of positive against negative examples: 0.5 is uninformative." + (" * fails, see below." if fails else "")
     )
     click.echo(f"95 % of the time by chance: {chance} examples.")
     click.echo("Bounds: {:.2f} to {:.2f} for lengths, over all and within pairs, and by prompt;".format(*BOUNDS))
     click.echo("        {:.2f} to {:.2f} for the words of other traits; no example twice.".format(*OTHER_WORDS_BOUNDS))
-    click.echo("Only reported: by response, and in style/ characters a word, since both are part of the matter.")
+    click.echo("Only reported: by response, and in style/ characters a word, since both are part of the trait.")
     if not embedded_tokenizer():
         click.echo("Tokens are counted as words and marks: the embedded model's tokenizer has not been converted yet.")
 

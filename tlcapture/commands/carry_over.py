@@ -140,7 +140,7 @@ def _check_others(options: CarryOverOptions, examples: Examples, own: Examples |
     if n_own:
         raise InputError(
             f"--examples {options.folder}: {n_own} of its {len(examples.items)} examples are the trait's own, "
-            "which its vectors tell apart whatever they are: expected others (without --examples, 'tlcapture evaluate' "
+            "which its vectors separate in any case: expected others (without --examples, 'tlcapture evaluate' "
             "scores vectors on the trait's own held-out examples)"
         )
 

@@ -219,7 +219,7 @@ class PromptFiles:
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether a run that wrote these files did not come to its end."""
+        """Whether the run that wrote these files was cut off."""
         return self._state(self._files.raw / f".{self._stem}.unfinished") is not None
 
     def capture(self, *, overwrite: bool = False, advice: str = REPLACE) -> KnownCapture | None:

@@ -196,5 +196,5 @@ def _texts(items: Sequence[LabelledExample]) -> list[str]:
 
 
 def _duplicates(items: Sequence[LabelledExample]) -> int:
-    """How many examples repeat another one of either side, ignoring blanks and capitals."""
+    """How many examples repeat another one of either side, ignoring case and white space."""
     return sum(count - 1 for count in Counter(content(item.example) for item in items).values())

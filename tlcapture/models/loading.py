@@ -123,7 +123,7 @@ def load_model(
         warn: called with what to know before relying on the model; the default is `warnings.warn`.
 
     Raises:
-        ModelError: the model is not found, the engine does not support it or computes something else than Hugging
+        ModelError: the model is not found, the engine does not support it or computes something other than Hugging
             Face, a package is missing, or there are too few devices.
     """
     notes: list[str] = []

@@ -127,7 +127,7 @@ def _differs(model: Model, where: str, found: float, bound: float) -> str:
     other = "try --engine bridge, " if model.engine == "hooked" else ""
     lens = installed("transformer_lens")
     return (
-        f"{model.name}: TransformerLens {lens} on engine {model.engine} computes something else "
+        f"{model.name}: TransformerLens {lens} on engine {model.engine} computes something other "
         f"than Hugging Face: {where} deviates by {found:.2g} of its norm, {bound:.1g} allowed; {other}see the full "
         f"check with 'tlcapture doctor --model {model.name}', or skip this one with --no-check"
     )

@@ -187,7 +187,7 @@ class Layout:
         return sorted({*self.captured_prompt_sets(), *(name for name, _ in self._projected()), *sharded})
 
     def _prompt_set_folders(self, folder: Path) -> Iterator[tuple[str, Path]]:
-        """The folders below a folder that may hold files of a prompt set, by its name; none behind links out."""
+        """The folders below a folder that may hold files of a prompt set, by its name, without links that lead out."""
         for name, path in subfolders(folder):
             if is_capture_set(name[:-1]) and self._leads_out(path) is None:
                 yield name[:-1], path

@@ -120,7 +120,7 @@ class TensorFile:
             StorageError: it cannot be read, is not a safetensors file, is cut off, or its header is too long.
         """
         try:
-            check_regular(path)  # a pipe would be waited for
+            check_regular(path)  # reading a pipe would wait
             with local(path).open("rb") as file:
                 state = _state_of(file)
                 size = state[0]

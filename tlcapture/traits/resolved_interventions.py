@@ -112,8 +112,8 @@ def _resolved(
     if isinstance(asked.vector, Trait):
         if source is None:
             raise InputError(
-                f"{asked!r}: say whose vectors of {asked.vector}: vectors=Experiment(NAME), or "
-                "Experiment('packaged') for those that come with the package"
+                f"{asked!r}: name the experiment with vectors of {asked.vector}: vectors=Experiment(NAME), or "
+                "vectors=Experiment('packaged') for those that come with the package"
             )
         found, doubts = _trait_vectors(asked, source, n_layers, d_model, model, method)
         vectors, more = [each.vector for each in found], _origin(found, source)
