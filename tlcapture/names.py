@@ -50,7 +50,7 @@ def check_name(name: str, what: str) -> str:
 
 
 def is_prompt_set(name: str) -> bool:
-    """Whether `name` is the name of a prompt set: safe names joined by `/`, together no longer than one of them."""
+    """Whether `name` is the name of a prompt set: safe names joined by `/`, together no longer than one may be."""
     parts = name.split("/")
     return len(name) <= _LONGEST and len(parts) <= MOST_FOLDERS and all(map(is_safe_name, parts))
 

@@ -55,7 +55,7 @@ def show_unprojected(console: Console, layout: Layout, prompt_set: str, ids: Seq
 
     rows = []
     for prompt_id in ids:
-        with suppress(StorageError):  # which every reader of the capture is told
+        with suppress(StorageError):  # reported wherever the capture is read
             if (raw := layout.residual(prompt_set, prompt_id)).is_file():
                 rows.append((str(prompt_id), captured_tokens(raw)["text"]))
     if rows:

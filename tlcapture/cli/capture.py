@@ -157,7 +157,7 @@ class _Settings:
 )
 @sampling_options
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
-@click.option("--overwrite", is_flag=True, help="Replace files that cannot be read, and those derived from them, too.")
+@click.option("--overwrite", is_flag=True, help="Also replace files that cannot be read, and those derived from them.")
 @click.option("--dry-run", is_flag=True, help="Only report how many prompts, files and bytes would be written.")
 @click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Only the first prompts of each set.")
 @shard_option

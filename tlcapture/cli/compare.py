@@ -61,7 +61,7 @@ class _Settings:
     "--device", default="auto", show_default=True, help="cuda, mps or cpu for these; auto: the first available."
 )
 @click.option("--skip-existing", is_flag=True, help="Write only missing and outdated files.")
-@click.option("--overwrite", is_flag=True, help="Replace files that cannot be read, too.")
+@click.option("--overwrite", is_flag=True, help="Also replace files that cannot be read.")
 @cluster_options
 @collected(_Settings, "settings")
 @working

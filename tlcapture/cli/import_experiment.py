@@ -17,7 +17,7 @@ from tlcapture.cli.work import working
 @location_options
 @working
 def import_experiment(console: Console, folder: Path, location: Location) -> None:
-    """Make an experiment of FOLDER, which "tlcapture export" wrote.
+    """Recreate an experiment from FOLDER, which "tlcapture export" wrote.
 
     What was exported is restored bit for bit. Where activations were not exported, projections are restored, and
     raw captures are not.

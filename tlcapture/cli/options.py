@@ -212,7 +212,7 @@ examples_as_option = click.option(
     type=click.Choice(["texts", "scenarios", "auto"]),
     default="auto",
     show_default=True,
-    help="What lines of .txt examples are: texts to read, or scenarios that the model completes; auto: texts, a guess.",
+    help="How to read lines of .txt examples: texts, or scenarios that the model completes; auto: a guess, texts.",
 )
 
 # -- stored activations ---------------------------------------------------------------------------
@@ -298,7 +298,7 @@ batch_size_option = click.option(
     type=BatchSize(),
     default="auto",
     show_default=True,
-    help="Prompts that run together. In 16 bits, tokens depend on it by rounding; the same batches give the same bits.",
+    help="Prompts that run together. In 16 bits it affects rounding, so tokens; the same batches give the same bits.",
 )
 
 # The range that JSON and torch's generators can hold.

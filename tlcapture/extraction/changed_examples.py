@@ -24,7 +24,7 @@ def digest_of(examples: Examples) -> str:
 def have_changed(datasets: Datasets, trait: Trait, metadata: Mapping[str, Any]) -> bool:
     """Whether a trait's examples are known to differ from the ones that vectors with this metadata were made of.
 
-    Metadata of earlier versions has no digest: examples that were added or taken away are noticed all the same.
+    Metadata of earlier versions has no digest: examples that were added or removed are still noticed.
     Examples that cannot be read are not known to differ.
     """
     split = metadata.get("split")

@@ -185,9 +185,7 @@ def _checked(
     end = 0
     for name, (spec, start, stop) in sorted(spans.items(), key=lambda each: each[1][1:]):
         if start != end or stop - start != spec.n_bytes:
-            raise _damaged(
-                path, f"its tensor {name[:80]!r} {list(spec.shape)[:8]} is said to be bytes {start} to {stop}"
-            )
+            raise _damaged(path, f"its tensor {name[:80]!r} {list(spec.shape)[:8]} cannot be bytes {start} to {stop}")
         end = stop
     if end != n_data:
         raise _damaged(path, f"its tensors have {end} bytes, but {n_data} are there: it is cut off or damaged")

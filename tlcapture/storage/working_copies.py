@@ -138,7 +138,7 @@ class Mount:
             if folder not in self._coming:
                 self._coming[folder] = deque(sorted(os.listdir(self.folder / folder)))
             self._download_small(folder, self._coming[folder])
-        except TlcaptureError as error:  # who asks for one of them gets it
+        except TlcaptureError as error:  # raised again for whoever reads one of them
             _log.info("%s", error)
         finally:
             self._is_ahead.release()
