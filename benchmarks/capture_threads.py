@@ -105,8 +105,8 @@ def _model(root: Path, name: str) -> Any:
 
 def _make_prompts(root: Path, name: str, count: int, model_name: str) -> None:
     from tlcapture.prompts.prompt_sets import read_prompt_set
+    from tlcapture.storage.datasets import Datasets
     from tlcapture.storage.files import write_json
-    from tlcapture.storage.layout import Datasets
 
     texts = [f"{'x' * (number % 33)} {number:04d}" for number in range(count)]
     if model_name == "embedded":
@@ -137,7 +137,8 @@ def _captured(root: Path, model: Any, name: str, *, project: bool) -> dict[str, 
     from tlcapture.commands.capture import CaptureOptions, run_capture
     from tlcapture.generation.sampling import Sampling
     from tlcapture.prompts.prompt_sets import read_prompt_set
-    from tlcapture.storage.layout import Datasets, Layout
+    from tlcapture.storage.datasets import Datasets
+    from tlcapture.storage.layout import Layout
     from tlcapture.traits.choice import VectorChoice
 
     spent, depth = 0.0, 0

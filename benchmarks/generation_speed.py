@@ -21,7 +21,7 @@ from tlcapture.models.loading import Model, from_hugging_face, load_model
 from tlcapture.products import linear
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
-from tlcapture.storage.layout import Datasets
+from tlcapture.storage.datasets import Datasets
 from tlcapture.views.residual import residual_hooks
 
 

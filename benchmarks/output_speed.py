@@ -25,8 +25,9 @@ from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.sampling import Sampling
 from tlcapture.names import Trait
 from tlcapture.prompts.prompt_sets import read_prompt_set
+from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import write_bytes, write_json
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.projection import project as project_stream
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vector_files import VectorFiles

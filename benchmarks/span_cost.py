@@ -26,7 +26,7 @@ from tlcapture.models.loading import load_model
 from tlcapture.prompts import tokenization
 from tlcapture.prompts.prompt_sets import read_prompt_file
 from tlcapture.prompts.tokenization import token_texts, tokenize
-from tlcapture.storage.layout import shipped_datasets
+from tlcapture.storage.datasets import shipped_datasets
 from tlcapture.views.residual import residual_hooks
 
 N_NEW = 50

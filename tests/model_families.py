@@ -209,7 +209,7 @@ def _cells(outcome: dict[str, Any]) -> list[str]:
 _INTRODUCTION = """\
 # Families of models
 
-What captures of {n_families} families of language models deviate from Hugging Face by. `make models-page` measures it
+How far captures of {n_families} families of language models deviate from Hugging Face. `make models-page` measures it
 with both versions of TransformerLens and writes this page; the tests check that each family still runs on the same
 engine, or is refused for the same reason, and that no deviation in float32 exceeds 1e-4.
 
@@ -227,7 +227,7 @@ with attention and logit lens. The reference is the Hugging Face model alone, on
 A checkpoint with features of its own (scaled rotary positions, quantised weights) may be refused, or run on the other
 engine, where its family runs here: `tlcapture doctor --model NAME` checks the checkpoint itself.
 
-What some families have otherwise:
+How some families differ:
 
 - **Hybrids** (Qwen3-Next, Qwen3.5, LFM2, Jamba, Bamba, Granite MoE Hybrid, OLMo Hybrid): residual stream, logit lens
   and projections are there at every layer. Attention and `attn_out` are there where a layer has attention; elsewhere

@@ -239,7 +239,7 @@ def test_without_peft_an_adapter_is_refused_with_the_command_that_installs_it(
 
 def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "nowhere"
-    assert f"an adapter for the model {missing}, which is not there" in one_line(
+    assert f"an adapter for the model {missing}, which does not exist" in one_line(
         write_adapter(tmp_path / "one", str(missing))
     )
     unknown = one_line(write_adapter(tmp_path / "two", "some-org/some-model", revision="v2"))

@@ -32,7 +32,8 @@ from tlcapture.models.loading import load_model, outline_model
 from tlcapture.names import Trait
 from tlcapture.prompts.chat_template import render_chat, stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt, place_response, tokenize
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.layout import Layout
 
 BOS, EOS = 0, 1
 PUBLISHED = {path.stem: path.read_text() for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
@@ -217,7 +218,10 @@ def test_a_template_that_fails_or_loses_text_is_refused_with_the_reason(template
         "{{ range(99999) | map('string') | join }}" * 99,
     ],
 )
-def test_a_template_that_does_not_end_is_refused_and_stops_nothing_else(template: str) -> None:
+def test_a_template_that_does_not_end_is_refused_and_stops_nothing_else(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlcapture.prompts.chat_template.MAX_STEPS", 400_000)
     seen = []
     before = sys.gettrace()
     sys.settrace(trace := lambda frame, event, argument: seen.append(frame))

@@ -24,8 +24,8 @@ from tlcapture import Experiment
 from tlcapture.cli.console import _doubts
 from tlcapture.commands.top_traits import summary_of
 from tlcapture.errors import InputError, VectorError
+from tlcapture.explore import doubts
 from tlcapture.explore.completion import completions
-from tlcapture.explore.doubts import forget
 from tlcapture.explore.magics import load_ipython_extension
 from tlcapture.explore.set_means import aligned, mean_and_spread
 from tlcapture.names import Trait
@@ -202,7 +202,7 @@ def test_a_direction_of_ones_own_is_projected_onto(exp: Experiment) -> None:
     torch.testing.assert_close(found.trajectory, expected, rtol=1e-4, atol=1e-4)
     assert found.tokens == tuple(cap.tokens)
     assert [each.vector.layer for each in cap.project(direction, layer=[0, 1])] == [0, 1]
-    with pytest.raises(InputError, match="say which, layer=12"):
+    with pytest.raises(InputError, match="pass layer=12"):
         cap.project(direction)
     with pytest.raises(VectorError, match=r"of shape \[3\]: expected \[32\]"):
         cap.project(torch.ones(3), layer=1)
@@ -348,7 +348,7 @@ DOUBT = "adds nothing over bag of words that its examples can show, by 'tlcaptur
 @pytest.fixture
 def doubtful(exp: Experiment) -> Iterator[Experiment]:
     """The experiment with a verdict on `tone/loud` that it adds nothing."""
-    forget()
+    doubts._told.clear()
     content = read_json(exp.layout.evaluation)
     judged = {
         **content["best_vectors"]["tone/loud"],
@@ -360,7 +360,7 @@ def doubtful(exp: Experiment) -> Iterator[Experiment]:
     write_json(exp.layout.evaluation, {**content, "best_vectors": verdicts})
     yield exp
     write_json(exp.layout.evaluation, content)
-    forget()
+    doubts._told.clear()
 
 
 def test_a_doubt_about_a_vector_is_told_once_where_it_is_used_in_python(doubtful: Experiment) -> None:
@@ -379,7 +379,7 @@ def test_a_doubt_about_a_vector_is_told_once_where_it_is_used_in_python(doubtful
         lambda: doubtful.captures["short"].plot.trajectory("tone/loud"),
     ]
     for way in ways:
-        forget()
+        doubts._told.clear()
         with pytest.warns(UserWarning, match=f"tone/loud: {DOUBT}") as found:
             way()
         assert {each.filename for each in found} == {__file__}  # the user's own line, not one of the package

@@ -20,7 +20,7 @@ from tests.conftest import quick_evaluations
 from tests.families import build
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.captures.capture import Capture
-from tlcapture.captures.index import NAME as INDEX
+from tlcapture.captures.capture_names import INDEX
 from tlcapture.commands.reference import keep_reference
 from tlcapture.errors import InputError, ModelError, StorageError
 from tlcapture.extraction.readout import Reading, read_out

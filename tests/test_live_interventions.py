@@ -134,7 +134,7 @@ def nothing(activation: Any, hook: Any) -> None:
 
 
 WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "no experiment": (lambda: [Steer("a/b", 1, 1)], {}, "say whose vectors of a/b"),
+    "no experiment": (lambda: [Steer("a/b", 1, 1)], {}, "name the experiment with vectors of a/b"),
     "a layer too many": (lambda: [Ablate(VECTOR, 9)], {}, "there is no layer 9: the model has layers 0 to 2"),
     "a width": (lambda: [Ablate(VECTOR[:-1], 0)], {}, "a vector of width 31, but the model has width 32"),
     "a zero vector": (lambda: [Ablate(0 * VECTOR, 0)], {}, "the vector is zero"),

@@ -23,8 +23,9 @@ from tlcapture.prompts.prompt_sets import ADHOC, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.background_writer import BackgroundWriter
 from tlcapture.runs.run import Run
-from tlcapture.storage.files import FSYNC, _temporary, fsyncing, write_bytes
+from tlcapture.storage.files import FSYNC, fsyncing, write_bytes
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.temporary_files import temporary_path
 
 FEW, MANY = 100, 400
 TRAITS = 4
@@ -225,7 +226,7 @@ def test_fsync_has_the_file_on_the_disk_before_its_name_and_then_the_folders(tmp
     path = tmp_path / "c" / "d" / "x.bin"
     with fsyncing():
         write_bytes(path, b"1")
-    temporary = _temporary(path).name.split(".")[:3]
+    temporary = temporary_path(path).name.split(".")[:3]
     assert [synced[0], synced[1]] == [str(tmp_path / "c"), str(tmp_path)]
     assert Path(synced[2]).parent == path.parent and Path(synced[2]).name.split(".")[:3] == temporary
     assert synced[3:] == [f"-> {path}", str(path.parent)]

@@ -10,7 +10,7 @@ import pytest
 
 from tlcapture.errors import InputError
 from tlcapture.prompts.prompt_sets import PromptSet, read_all_prompt_sets, read_prompt_set
-from tlcapture.storage.layout import Datasets
+from tlcapture.storage.datasets import Datasets
 
 VALID = {"name": "mine", "description": "d", "prompts": [{"id": "1", "text": "hello", "note": "n"}]}
 

@@ -82,7 +82,7 @@ def test_an_architecture_that_transformerlens_computes_differently_is_refused_by
     with pytest.raises(ModelError) as caught:
         load_model(folder)
     message = str(caught.value)
-    assert "on engine bridge computes something else than Hugging Face: the input of layer 1 deviates by" in message
+    assert "on engine bridge computes something other than Hugging Face: the input of layer 1 deviates by" in message
     assert "tlcapture doctor" in message and "--no-check" in message and "\n" not in message
     assert load_model(folder, check=False).engine == "bridge"
 
@@ -100,7 +100,7 @@ def test_the_command_line_refuses_it_and_no_check_skips(tlcapture: Callable[...,
     (sets / "one.json").write_text(json.dumps({"name": "one", "prompts": [{"id": "a", "text": "Hi"}]}))
     words = ["capture", "--experiment", "e", "--prompt-set", "one", "--model", folder, "--max-new-tokens", "2"]
     refused = tlcapture(*words, "--no-project")
-    assert refused.exit_code == 2 and "computes something else than Hugging Face" in refused.stderr
+    assert refused.exit_code == 2 and "computes something other than Hugging Face" in refused.stderr
     assert tlcapture(*words, "--no-project", "--no-check").exit_code == 0
 
 
@@ -201,7 +201,7 @@ def test_the_reference_in_16_bits_is_exact_and_leaves_the_model_as_it_was() -> N
 def test_where_float32_does_not_fit_the_run_in_16_bits_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     from tlcapture.models import quick_check as module
 
-    monkeypatch.setattr(module, "_free", lambda device: 1000)
+    monkeypatch.setattr(module, "free_memory", lambda device: 1000)
     reference = QuickReference.of(tiny.hf_model("llama", torch.bfloat16))
     assert reference.rounding is None
     quick_check(tiny.model("llama", tiny.ENGINES[0], torch.bfloat16), reference)

@@ -27,7 +27,7 @@ _RESET, _DIM, _GREEN = "\x1b[0m", "\x1b[2m", "\x1b[32m"
 
 
 Label = tuple[str | None, str | None]
-# By what a token is: the background in HTML, and the colour in a terminal.
+# By the kind of a token: its background in HTML, and its colour in a terminal.
 _BY_SPAN = {
     "template": ("transparent", _DIM),
     "system": ("rgba(148,103,189,0.22)", "\x1b[35m"),

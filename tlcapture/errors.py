@@ -87,7 +87,7 @@ class StorageError(TlcaptureError):
 
 
 class NoSpaceError(StorageError):
-    """A device cannot be written to any more: it is full, a quota is used up, it is read-only, or the run has ended.
+    """A device can no longer be written to: it is full, a quota is used up, it is read-only, or the run has ended.
 
     It ends a run, because further results could not be saved.
     """

@@ -29,7 +29,7 @@ _SAFE = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{_LONGEST - 1}}}")
 
 _SAMPLE = re.compile(r"(.+)\.s([1-9][0-9]{0,8})")
 
-PromptId = int | str  # an id has in every file the type that it has in its prompt set
+PromptId = int | str  # an id has the same type in every file as in its prompt set
 
 
 def is_safe_name(name: str) -> bool:
@@ -50,7 +50,7 @@ def check_name(name: str, what: str) -> str:
 
 
 def is_prompt_set(name: str) -> bool:
-    """Whether `name` is the name of a prompt set: safe names joined by `/`, together no longer than one of them."""
+    """Whether `name` is the name of a prompt set: safe names joined by `/`, together no longer than one may be."""
     parts = name.split("/")
     return len(name) <= _LONGEST and len(parts) <= MOST_FOLDERS and all(map(is_safe_name, parts))
 
@@ -124,14 +124,14 @@ def capture_name(prompt_id: PromptId, sample: int | None) -> PromptId:
 def split_name(name: str) -> tuple[str, int | None]:
     """The prompt's id and the sample's number that the name of a capture seems to state; `None` without a sample.
 
-    A prompt's id may end as the name of a sample does; the metadata of a capture tells them apart.
+    A prompt's id may itself look like the name of a sample; the metadata of a capture tells them apart.
     """
     found = _SAMPLE.fullmatch(name)
     return (found[1], int(found[2])) if found else (name, None)
 
 
 def sampled_prompts(names: Iterable[str]) -> list[str]:
-    """The ids of the prompts that have samples among captures, by the names of these, in their order."""
+    """The ids of the prompts that have samples, from the names of captures, in the same order."""
     split = map(split_name, names)
     return list(dict.fromkeys(prompt_id for prompt_id, sample in split if sample is not None))
 

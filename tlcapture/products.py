@@ -43,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linear_each(inputs: Sequence[Tensor], weights: Tensor) -> Tensor:
     """`linear` of several inputs `[rows, in]`, each with a weight of its own `[n, out, in]`: `[n, rows, out]`."""
-    if inputs[0].shape[0] * weights[0].numel() < _LITTLE:  # less than the calls themselves take
+    if inputs[0].shape[0] * weights[0].numel() < _LITTLE:  # multiplying takes less time than the calls
         return torch.bmm(torch.stack(list(inputs)).float(), weights.mT)
     return torch.stack([linear(each.float(), weight) for each, weight in zip(inputs, weights, strict=True)])
 

@@ -15,7 +15,7 @@ from tlcapture.errors import InputError
 from tlcapture.folder_names import named
 
 NEWLINE = "\u23ce"
-REPLACEMENT = "\ufffd"  # a token of some bytes of a character decodes to it
+REPLACEMENT = "\ufffd"  # a token that holds only some bytes of a character decodes to it
 MOST_BYTES = 4  # of a character
 BYTE_ORDER_MARK = "\ufeff"  # in front of a text, as some editors write it
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -28,12 +28,12 @@ def printable(text: str) -> str:
 
 
 def decoded(data: bytes, errors: str = "strict") -> str:
-    """UTF-8 text that somebody wrote, without a byte order mark; raises `UnicodeDecodeError` for anything else."""
+    """Decode UTF-8, without its byte order mark; raises `UnicodeDecodeError` for anything else."""
     return data.decode("utf-8", errors).removeprefix(BYTE_ORDER_MARK)
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text holds only characters; half of a surrogate pair, as in bytes of another encoding, is none."""
+    """Whether a text is valid Unicode, without lone surrogates such as those that stand for undecodable bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:

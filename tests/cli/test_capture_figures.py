@@ -54,5 +54,5 @@ def test_a_trajectory_of_a_direction_of_ones_own_is_its_projection(cap: SavedCap
     (line, *_) = cap.plot.trajectory(direction, layer=-1).data
     expected = cap.residual(2).float() @ (direction / direction.norm())
     np.testing.assert_allclose(np.asarray(line.y)[1:], expected[1:].numpy(), rtol=1e-4, atol=1e-4)
-    with pytest.raises(InputError, match="say which, layer=12"):
+    with pytest.raises(InputError, match="pass layer=12"):
         cap.plot.trajectory(direction)

@@ -163,7 +163,7 @@ def test_the_examples_that_the_vectors_were_extracted_from_are_refused(
     for given, said in ((own, "20 of its 20"), (folder, "1 of its 21")):
         result = tlcapture("evaluate", "--experiment", "exp", "--traits", "tone/loud", "--examples", given)
         assert result.exit_code == 1
-        assert f"{said} examples are the trait's own, which its vectors tell apart" in " ".join(result.output.split())
+        assert f"{said} examples are the trait's own, which its vectors separate" in " ".join(result.output.split())
     assert not (data / "experiments" / "exp" / "extraction" / "extraction_evaluation.json").exists()
 
 

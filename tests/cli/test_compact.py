@@ -125,9 +125,9 @@ def test_what_json_would_make_too_large_goes_compact_and_is_said(
         assert len(head_of(path)["tokens"]) > largest
     assert any(name.endswith("_attention.safetensors") for name in names)
     assert any(name.endswith("_attention.json") for name in names)
-    assert said.stderr.count("was written in the compact form") == 1
+    assert said.stderr.count("were written in the compact form") == 1
     assert "compact form" not in capture(*VIEWS, "--format", "json").stderr
-    assert not list(analysis.glob("*.safetensors")), "of both forms one is there"
+    assert not list(analysis.glob("*.safetensors")), "only one form exists"
     assert "compact form" not in capture(*VIEWS, "--format", "compact").stderr
     assert not list(analysis.glob("*.json"))
 
@@ -207,5 +207,5 @@ def test_a_layer_that_was_not_kept_is_said(capture: Run, analysis: Path) -> None
 
     for form, ending in (("json", "json"), ("compact", "safetensors")):
         capture(*VIEWS, "--format", form, "--attention-layers", "0,2")
-        with pytest.raises(InputError, match="layer 1 was not kept: of the attention, layers 0, 2 were"):
+        with pytest.raises(InputError, match="layer 1 was not kept: attention was kept at layers 0, 2"):
             read_attention(analysis / f"1_attention.{ending}").heads(1)

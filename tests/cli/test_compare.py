@@ -397,6 +397,6 @@ def test_residuals_that_are_equal_are_said_to_be(capture: Run, tlcapture: Run) -
     result = tlcapture("compare", "exp", "exp", "--no-kl")
     assert "residual: the same in every layer at these tokens" in result.output
     assert "cosine" not in result.output
-    assert "no trait vectors, so no projections are compared: 'tlcapture extract --experiment exp' makes some" in (
+    assert "no trait vectors, so no projections are compared: run 'tlcapture extract --experiment exp' first" in (
         " ".join(result.stderr.split())
     )

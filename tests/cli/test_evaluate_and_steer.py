@@ -14,8 +14,8 @@ from click.testing import Result
 
 from tests import tiny
 from tests.cli.conftest import heatmaps_in_words
+from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import read_json
-from tlcapture.storage.layout import Datasets
 from tlcapture.traits.evaluation_files import EvaluationRow
 
 Run = Callable[..., Result]

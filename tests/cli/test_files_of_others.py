@@ -212,7 +212,7 @@ def test_a_set_in_a_subfolder_is_on_the_page(nested: Path, tlcapture: Run) -> No
 def test_of_all_sets_a_bad_one_is_named_and_the_others_run(
     capture: Run, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tlcapture.storage.layout.shipped_datasets", lambda: data / "nothing")
+    monkeypatch.setattr("tlcapture.storage.datasets.shipped_datasets", lambda: data / "nothing")
     make_set(data, "sub/deep/mine", [{"id": 1, "text": "hi"}])
     make_set(data, "sub/bad", {"prompts": []})
     make_set(data, "my notes", [{"id": 1, "text": "hi"}])

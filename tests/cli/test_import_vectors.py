@@ -402,9 +402,9 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], str]] = {
     "two numbers": (lambda f: saved(f / "x.pt", {"h.1.2": table(1)[0]}), POST, "does not hold one layer number"),
     "no number": (lambda f: saved(f / "x.pt", {"vector": table(1)[0]}), POST, "does not hold one layer number"),
     "the same layer twice": (lambda f: saved(f / "x.pt", {"a.1": table(1)[0], 1: table(1)[0]}), POST, "second entry"),
-    "an MLP": (lambda f: saved(f / "x.pt", {"blocks.1.hook_mlp_out": table(1)[0]}), POST, "has no place"),
+    "an MLP": (lambda f: saved(f / "x.pt", {"blocks.1.hook_mlp_out": table(1)[0]}), POST, "is not supported"),
     **{
-        " ".join((name, *words)): (vector_under(name), words, f"{name!r} names an activation that has no place")
+        " ".join((name, *words)): (vector_under(name), words, f"{name!r} names an activation that is not supported")
         for name in (
             "blocks.1.attn.hook_z", "blocks.1.attn.hook_q", "model.layers.1.self_attn.q_proj", "h.1.attn.c_attn",
             "after_attn_L1", "blocks.1.hook_resid_mid", "hook_embed_1", "model.layers.1.mixer", "h.1.ffn",
@@ -418,7 +418,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], str]] = {
         lambda f: saved(f / "x.pt", {"residual_in_L1": table(1)[0]}), POST, "holds vectors of resid_pre: leave out",
     ),
     "another hook": (lambda f: saved(f / "x.pt", {"blocks.1.hook_resid_pre": table(1)[0]}), POST, "leave out --conv"),
-    "only the embedding": (lambda f: saved(f / "x.pt", {0: table(1)[0]}), ("--convention", "resid_pre"), "no vector"),
+    "only the embedding": (lambda f: saved(f / "x.pt", {0: table(1)[0]}), ("--convention", "resid_pre"), "belongs to"),
     "only beyond": (lambda f: saved(f / "x.pt", {9: table(1)[0]}), POST, "layers 9 lie beyond the model's 3 layers"),
     "nothing": (lambda f: saved(f / "x.pt", {}), POST, "no vectors in it"),
     "a pickle with code": (lambda f: saved(f / "x.pt", Malicious()), (), "not opened for safety"),
@@ -442,10 +442,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], str]] = {
     ),
     "a layer type of another kind": (
         lambda f: saved(f / "x.pt", {"layer_activations": {1: table(1)[0]}, "layer_type": ["mlp"]}), (),
-        "have no place",
+        "cannot be imported",
     ),
     "a table by a layer number": (lambda f: saved(f / "x.pt", {1: table(3)}), POST, "layer 1: expected a one-dim"),
-    "an MLP's steering vector": (lambda f: FILES / "steering_vectors_mlp.pt", (), "layer type 'mlp' have no place"),
+    "an MLP's steering vector": (lambda f: FILES / "steering_vectors_mlp.pt", (), "'mlp' cannot be imported"),
     "residual as attention": (
         lambda f: FILES / "steering_vectors_decoder_block.pt", ("--component", "attn_out"), "leave out --component",
     ),

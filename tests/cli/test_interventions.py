@@ -95,7 +95,7 @@ def test_extract_stores_the_median_norm_of_each_layer_which_is_the_unit(
     from tlcapture.generation.loop import teacher_force
     from tlcapture.models.loading import load_model
     from tlcapture.names import Trait
-    from tlcapture.storage.layout import Datasets
+    from tlcapture.storage.datasets import Datasets
 
     ok(extract())
     model = load_model(str(tiny_folder))

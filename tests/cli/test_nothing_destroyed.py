@@ -104,7 +104,9 @@ def test_a_link_to_what_is_not_there_is_kept_with_all_that_was_made_from_it(
     result = capture(*words, *VIEWS)
     assert result.exit_code == 1
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("failed"))
-    assert line.startswith(f"failed: short/2: {path}: a link to {target}, which is not there: mount what it is on: use")
+    assert line.startswith(
+        f"failed: short/2: {path}: a link to {target}, which does not exist: mount the disk it is on: use"
+    )
     assert path.is_symlink() and files_of(data) == before
     assert "would fail: short/2: " in capture(*words, *VIEWS, "--dry-run").output
     assert capture(*words, *VIEWS, "--overwrite").exit_code == 0
@@ -138,7 +140,7 @@ def test_a_replay_keeps_a_link_to_what_is_not_there(
     path.unlink()
     path.symlink_to(folder / "unmounted")
     result = capture("--replay", *words, *VIEWS)
-    assert f"failed: short/2: {path}: a link to {folder / 'unmounted'}, which is not there" in result.stderr
+    assert f"failed: short/2: {path}: a link to {folder / 'unmounted'}, which does not exist" in result.stderr
     assert result.exit_code == 1
     assert path.is_symlink()
 
@@ -162,7 +164,7 @@ def test_a_projection_that_links_to_what_is_not_there_is_named_and_the_others_ar
     monkeypatch.chdir(tmp_path)
     result = tlcapture(*command, "--experiment", "exp")
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("failed"))
-    assert f"{path}: a link to {folder / 'unmounted'}, which is not there: mount what it is on" in line
+    assert f"{path}: a link to {folder / 'unmounted'}, which does not exist: mount the disk it is on" in line
     assert result.exit_code == 1
     assert path.is_symlink()
 
@@ -222,7 +224,7 @@ def test_a_replay_leaves_projections_and_all_else_as_it_is(tlcapture: Run, captu
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ((), "--replay makes what it is asked for: add --attention, --logit-lens or --layer-internals"),
+        ((), "--replay computes only what is asked for: add --attention, --logit-lens or --layer-internals"),
         (("--attention", "--layer", 1), "--replay leaves projections as they are"),
         (("--attention", "--method", "probe"), "--replay leaves projections as they are"),
     ],

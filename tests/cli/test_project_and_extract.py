@@ -447,7 +447,7 @@ def test_extract_takes_the_roots_own_traits_and_packaged_ones_when_asked(
     tlcapture: Run, data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_trait(tmp_path / "package", "pack/age", "in", "out")
-    monkeypatch.setattr("tlcapture.storage.layout.shipped_datasets", lambda: tmp_path / "package" / "datasets")
+    monkeypatch.setattr("tlcapture.storage.datasets.shipped_datasets", lambda: tmp_path / "package" / "datasets")
 
     def extracted(experiment: str, *words: object) -> set[str]:
         quick = ("--methods", "mean_diff", "--layers", 1, "--component", "residual")

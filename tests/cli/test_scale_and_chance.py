@@ -24,8 +24,9 @@ from tlcapture.extraction.readout import read_out
 from tlcapture.models.loading import load_model
 from tlcapture.names import Trait
 from tlcapture.runs.report import RunReport
+from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import read_json
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import round_significant
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.reference import read_reference
@@ -217,12 +218,9 @@ def test_the_summary_says_how_many_findings_chance_alone_would_make(
     put_rises(layout, {"tone/loud": [5.0] * 10}, {"tone/loud": np.zeros((10, 200))})
     show_top_traits(Console(), layout, "short", "residual", RunReport(layout.folder))
     shown = capsys.readouterr().out
-    assert "a trait stands out in 0 of 10 prompts; chance alone would make 0.5\n" in shown
+    assert "a trait stands out in 0 of 10 prompts; 0.5 expected by chance\n" in shown
     assert "of 10 projections, 100 % commit and 0 % persist; of random directions, 5 % and 15 %\n" in shown
-    assert (
-        "more clearly than 95 % of random directions: 10 commit, 0 persist; chance alone would make 0.5 of each"
-        in shown
-    )
+    assert "more clearly than 95 % of random directions: 10 commit, 0 persist; 0.5 of each expected by chance" in shown
 
 
 @pytest.mark.parametrize("n_prompts", [1, 3, 4, 5])
@@ -285,7 +283,7 @@ def test_a_trait_whose_random_directions_are_its_own_does_not_stand_out(tmp_path
 def test_the_summary_says_where_random_directions_have_no_reference(
     data: Path, extract: Run, capture: Run, tlcapture: Run, tiny_folder: Path
 ) -> None:
-    said = "random directions are isotropic for lack of a reference"
+    said = "without a reference, random directions are isotropic"
     assert extract("--component", "residual").exit_code == 0
     assert said in capture().output
     evaluated = tlcapture("evaluate", "--experiment", "exp", "--component", "residual", "--model", tiny_folder)

@@ -207,7 +207,7 @@ def test_projecting_again_gives_null_for_what_needs_a_missing_token_and_says_so_
     capture(*GREEDY, *LONG, "--tokens", "response")
     done = tlcapture(*again)
     assert done.exit_code == 0, done.output
-    assert done.output.count("what needs the others is null") == 1
+    assert done.output.count("values that need the others are null") == 1
     found, was = read_json(projected / "1.json"), whole["dynamics"]
     now = found["dynamics"]
     # A commitment is of the response alone; the step into it and the baseline of persistence need the prompt.

@@ -17,8 +17,9 @@ from tlcapture.extraction.examples import Examples, read_examples
 from tlcapture.extraction.kept_activations import KeptActivations
 from tlcapture.extraction.methods import FITS
 from tlcapture.names import Trait
+from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import write_json
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
 from tlcapture.traits.vectors import read_vector, write_vector
 from tlcapture.traits.verdicts import Doubts, UsedVector

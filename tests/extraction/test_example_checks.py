@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from tlcapture.extraction import surface_cues
+from tlcapture.extraction import example_checks, surface_cues
 from tlcapture.extraction.example_checks import (
     BY_PROMPT,
     BY_RESPONSE,
@@ -22,7 +22,7 @@ from tlcapture.extraction.example_checks import (
 from tlcapture.extraction.examples import Example, Examples, LabelledExample, read_examples
 from tlcapture.extraction.surface_cues import area_under_curve, chance_interval, held_out_words_auroc, share_in_pairs
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Datasets
+from tlcapture.storage.datasets import Datasets
 
 N_PAIRS = 40
 Respond = Callable[[int], str]
@@ -167,13 +167,16 @@ def test_without_the_tokenizer_words_and_marks_are_counted(monkeypatch: pytest.M
 
 
 def test_the_shipped_examples_pass_without_the_tokenizer_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With it they pass in the test of `traits check`."""
+    """With it they pass in the test of `traits check`; only their lengths can differ."""
     monkeypatch.setattr(surface_cues, "embedded_tokenizer", lambda: None)
     datasets = Datasets(tmp_path)
-    found = check_examples([read_examples(datasets, trait) for trait in datasets.traits()])
-    assert len(found) == 10
-    assert {str(each.trait): each.concerns for each in found} == {str(each.trait): [] for each in found}
-    assert all((each.n_positive, each.n_negative, each.n_pairs) == (64, 64, 64) for each in found)
+    shipped = [read_examples(datasets, trait) for trait in datasets.traits()]
+    assert len(shipped) == 10
+    cues = {str(each.trait): {cue.name: cue.leaks for cue in example_checks._lengths(each)} for each in shipped}
+    assert all("tokens" in found and not any(found.values()) for found in cues.values()), cues
+    for each in shipped:
+        sides = [{i.example.pair for i in each.items if i.positive == side} for side in (True, False)]
+        assert sides[0] == sides[1] and len(sides[0]) == 64 and len(each.items) == 128
 
 
 def test_the_outlook_of_positivity_is_independent_of_events_and_lengths(tmp_path: Path) -> None:

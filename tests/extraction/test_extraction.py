@@ -15,7 +15,7 @@ from tlcapture.extraction.examples import Example, read_examples
 from tlcapture.extraction.methods import FITS
 from tlcapture.extraction.readout import read_out, shared_prefix, tokenize_example
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Datasets
+from tlcapture.storage.datasets import Datasets
 
 TRAIT = Trait("c", "t")
 SHIPPED = ["behavioral/refusal", "cognitive/retrieval", "style/formality", "affect/positivity"]

@@ -16,7 +16,7 @@ from tests.evidence import Evidence
 from tests.input.captures import N_LAYERS, N_PROMPT, N_RESPONSE, WIDTH
 from tests.input.strategies import ANY_JSON, Damaged, check_refusal, damaged_json, try_all
 from tlcapture.captures.capture import Capture, CapturedPart
-from tlcapture.captures.index import NAME
+from tlcapture.captures.capture_names import INDEX
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.storage.archives import Archive
 from tlcapture.views.kept_points import KeptPoints
@@ -75,7 +75,7 @@ def check_same(one: Capture, other: Capture) -> None:
 
 
 def has_index(path: Path) -> bool:
-    return NAME in Archive(path)
+    return INDEX in Archive(path)
 
 
 def saved_again(path: Path) -> Path:
@@ -147,12 +147,12 @@ def test_a_file_is_not_read_to_make_its_index(tmp_path: Path, monkeypatch: pytes
 
 
 def index_of(path: Path) -> Any:
-    return json.loads(Archive(path).read(NAME))
+    return json.loads(Archive(path).read(INDEX))
 
 
 def with_index(path: Path, data: bytes) -> Path:
     again = saved_again(path)
-    append_record(again, NAME, data)
+    append_record(again, INDEX, data)
     return again
 
 
@@ -164,7 +164,7 @@ def test_damaged_indexes_are_refused_or_read_correctly(tmp_path: Path, evidence:
     def check(file: Damaged) -> None:
         odd = tmp_path / "odd.pt"
         odd.write_bytes(bare)
-        append_record(odd, NAME, file.data)
+        append_record(odd, INDEX, file.data)
         try:
             found = Capture.open(odd)
         except TlcaptureError as error:
@@ -218,7 +218,7 @@ def test_damage_to_an_index_or_to_its_records_is_refused(tmp_path: Path, evidenc
     whole = path.read_bytes()
     at = whole.index(b'"inference_model"')
     path.write_bytes(whole[:at] + b"x" + whole[at + 1 :])
-    with pytest.raises(StorageError, match=f"record {NAME} is damaged") as caught:
+    with pytest.raises(StorageError, match=f"record {INDEX} is damaged") as caught:
         Capture.open(path)
     check_refusal(caught.value, path)
     path.write_bytes(whole)
@@ -234,7 +234,7 @@ def test_damage_to_an_index_or_to_its_records_is_refused(tmp_path: Path, evidenc
 def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
     path = made().save(tmp_path / "1.pt").path
     with pytest.warns(UserWarning, match="Duplicate name"):
-        append_record(path, NAME, b"{}")
+        append_record(path, INDEX, b"{}")
     with pytest.raises(StorageError, match="two records with the same name"):
         Capture.open(path)
 

@@ -27,8 +27,9 @@ from tlcapture.names import Trait, is_safe_name
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.runs.report import RunReport
 from tlcapture.storage.config import read_config, update_config
+from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import read_json
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.selection import effect_sizes, select, steering_runs
 from tlcapture.traits.token_scores import TokenScores

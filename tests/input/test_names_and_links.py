@@ -23,8 +23,9 @@ from tlcapture.commands.project import ProjectOptions, run_project
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait, is_safe_name
 from tlcapture.page.contents import Contents
+from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import write_json
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import write_vector
 

@@ -22,7 +22,7 @@ from tlcapture.models.loading import from_hooked_transformer, load_model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.prompts.tokenization import tokenize
-from tlcapture.storage.layout import Datasets
+from tlcapture.storage.datasets import Datasets
 from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.logit_lens import logit_lens_view
 from tlcapture.views.residual import residual_hooks, residual_view

@@ -38,11 +38,13 @@ def test_the_commands_capture_one_prompt_set_steered_ablated_and_unchanged(embed
     commands = [line for block in blocks("bash") for line in block.splitlines()]
     assert len(commands) == 8
     for command in commands:
-        words = [word.replace("my_exp", "page") for word in shlex.split(command)[1:]]
+        words = [
+            word.replace("my_exp", "page") for word in shlex.split(command.replace("--samples 8", "--samples 2"))[1:]
+        ]
         exact, limit = ["--save-dtype", "float32"], "1" if "--samples" in words else "2"
         more = {
             "extract": ["--methods", "mean_diff", "--skip-existing"],
-            "capture": ["--limit", limit, *([] if "--replay" in words else ["--max-new-tokens", "6", *exact])],
+            "capture": ["--limit", limit, *([] if "--replay" in words else ["--max-new-tokens", "3", *exact])],
             "project": [],
         }[words[0]]
         run = CliRunner().invoke(main, [*words, "--root", str(embedded_root), *more])
@@ -50,7 +52,7 @@ def test_the_commands_capture_one_prompt_set_steered_ablated_and_unchanged(embed
     layout = Experiment("page", embedded_root).layout
     sampled, casual, plain, ablated, steered = layout.captured_prompt_sets()
     assert (sampled, casual) == ("baseline", "baseline@casual")
-    assert len(layout.captured(casual)) == 8
+    assert len(layout.captured(casual)) == 2
     assert (plain, ablated) == ("single_trait", "single_trait@ablated") and "@steer-refusal-0.2-L16-" in steered
     for prompt_id in layout.captured(plain):
         found = {name: Capture.open(layout.residual(name, prompt_id)) for name in (plain, ablated, steered)}

@@ -18,8 +18,9 @@ from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.page.contents import Contents
+from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import read_json
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.missing_vectors import no_vectors_of_trait
 from tlcapture.traits.packaged_vectors import packaged_files
 from tlcapture.traits.projection_files import ProjectionFile

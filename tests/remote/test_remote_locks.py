@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from tlcapture.runs.display import Display
+from tlcapture.runs.prompt_shares import PromptShare
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.runs.shards import Shard
 from tlcapture.storage import remote_locks, remote_roots
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import locked
@@ -146,7 +146,7 @@ def test_a_lock_that_was_taken_away_is_not_given_back(layout: Layout) -> None:
 def test_shards_run_together_and_a_run_of_all_waits_for_them(layout: Layout) -> None:
     display = Lines()
     run = Run(layout, Run.silent(layout).report, display)
-    with run_lock(run, "captures of set", Shard(1, 2)), run_lock(run, "captures of set", Shard(2, 2)):
+    with run_lock(run, "captures of set", PromptShare(1, 2)), run_lock(run, "captures of set", PromptShare(2, 2)):
         assert display.lines == []
         ended = threading.Event()
 

@@ -276,11 +276,11 @@ def test_working_copies_of_processes_that_were_killed_are_removed(bucket: str, c
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("nope://x/y", "nope:// is not a store that experiments can be in: expected s3://, "),
-        ("https://x/y", "https:// is not a store"),
+        ("nope://x/y", "nope:// is not a supported store: expected s3://, "),
+        ("https://x/y", "https:// is not a supported store"),
         ("s3://", "expected s3://BUCKET or s3://BUCKET/PREFIX"),
         ("s3:///", "expected s3://BUCKET or s3://BUCKET/PREFIX"),
-        ("s3://key:secret@bucket/x", "credentials do not belong into a URL"),
+        ("s3://key:secret@bucket/x", "credentials do not belong in a URL"),
         ("s3://bucket/a/../b", "a part of its path is empty, '.' or '..'"),
         ("s3://bucket//b", "a part of its path is empty"),
     ],
@@ -356,7 +356,7 @@ def _denied(patch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (_no_bucket, "is there a bucket s3://there-is-no-such-bucket?"),
+        (_no_bucket, "does the bucket s3://there-is-no-such-bucket exist?"),
         (_no_credentials, "no credentials (Unable to locate credentials): set AWS_ACCESS_KEY_ID and"),
         (_no_network, "the store cannot be reached (Could not connect to the endpoint URL"),
         (_denied, "may not be listed with these credentials (Access Denied)"),

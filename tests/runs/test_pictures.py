@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from tests.conftest import unrendered_figures
 from tests.samples import TOKENS, projected
 from tests.test_projection_frames import write
 from tlcapture.commands import plots
@@ -61,7 +62,12 @@ def test_no_two_pictures_have_the_same_name(layout: Layout, tmp_path: Path) -> N
         write(other, "tone/loud", prompt_id)
         write(other, "style/loud", prompt_id)
     out = tmp_path / "out"
-    paths = [*write_pictures(layout, "short", ["1", "2.5"], out), *write_pictures(other, "short", ["1", "1.s1"], out)]
+    with unrendered_figures():
+        paths = [
+            path
+            for each, ids in ((layout, ["1", "2.5"]), (other, ["1", "1.s1"]))
+            for path in write_pictures(each, "short", ids, out)
+        ]
     assert len({path.name for path in paths}) == len(paths) == 7
     assert len(list(out.rglob("*.png"))) == 7
 
@@ -69,7 +75,8 @@ def test_no_two_pictures_have_the_same_name(layout: Layout, tmp_path: Path) -> N
 def test_a_picture_of_the_longest_names_is_written(tmp_path: Path) -> None:
     layout = Layout(tmp_path, "e" * 128)
     write(layout, f"{'c' * 60}/{'t' * 100}", "1" * 120)
-    (path,) = write_pictures(layout, "short", ["1" * 120], tmp_path / "out")
+    with unrendered_figures():
+        (path,) = write_pictures(layout, "short", ["1" * 120], tmp_path / "out")
     assert path.is_file() and path.stem == "1" * 120
 
 
@@ -104,7 +111,8 @@ def test_curves_of_steering_have_a_line_for_each_layer_and_bars_where_there_are_
 
 
 def test_only_the_traits_and_prompts_asked_for_are_drawn(layout: Layout, tmp_path: Path) -> None:
-    paths = write_pictures(layout, "short", ["1"], tmp_path / "out", traits=[Trait("tone", "warm")])
+    with unrendered_figures():
+        paths = write_pictures(layout, "short", ["1"], tmp_path / "out", traits=[Trait("tone", "warm")])
     assert [path.parts[-4] for path in paths] == ["warm"]
 
 
@@ -118,7 +126,7 @@ def test_without_projections_the_error_names_the_command(layout: Layout, tmp_pat
 
 def test_a_damaged_projection_is_named(layout: Layout, tmp_path: Path) -> None:
     path = write(layout, "tone/loud", "1", {"prompt": 1})
-    with pytest.raises(StorageError, match=str(path)):
+    with unrendered_figures(), pytest.raises(StorageError, match=str(path)):
         write_pictures(layout, "short", ["1"], tmp_path / "out")
 
 

@@ -19,7 +19,13 @@ from tlcapture.runs.processes import Processes, _end, leaving_processors
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> Processes:
+def unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a process import nothing ahead of its work, which takes longer than everything else that it does here."""
+    monkeypatch.setattr("tlcapture.runs.processes._prepare", os.getpid)
+
+
+@pytest.fixture
+def started(unprepared: None, monkeypatch: pytest.MonkeyPatch) -> Processes:
     monkeypatch.setenv("TLCAPTURE_PROCESSES", "1")
     processes = Processes()
     processes.announce(1)
@@ -134,7 +140,7 @@ def test_a_folder_whose_files_are_named_as_modules_does_no_harm(
 
 
 def test_a_process_finds_the_modules_that_an_interactive_session_finds_in_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unprepared: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "only_here.py").write_text("def answer():\n    return 42\n")
     monkeypatch.chdir(tmp_path)

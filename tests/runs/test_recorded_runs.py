@@ -52,7 +52,7 @@ def test_shards_are_counted_together(layout: Layout) -> None:
     for number, n_done in ((1, 1), (2, 3)):
         written(layout, f"20260103T000000Z-capture-{number}-{number}of2", "running", n_done)
     written(layout, "20260102T000000Z-capture-1", "running", 1)
-    with locked(layout.shard_lock("captures-of-odd", "shard-of-2-1")):
+    with locked(layout.share_lock("captures-of-odd", "shard-of-2-1")):
         assert counts(capture_at_work(layout, "odd")) == (True, 8, 10, 0)
 
 

@@ -160,7 +160,8 @@ def test_evaluating_again_is_no_advice_where_evaluation_found_no_effect_size(fil
     warning = str(select(files, "residual", 30).warning)
     assert "tlcapture evaluate" not in warning
     assert (
-        "its examples give no effect size: others, or 'tlcapture steer --experiment exp', would choose one" in warning
+        "its examples give no effect size; other examples, or 'tlcapture steer --experiment exp', would choose one"
+        in warning
     )
 
 

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlcapture.captures.capture_names import CaptureNames, check_place
+from tlcapture.captures.capture_names import INDEX, CaptureNames, check_place
 from tlcapture.captures.format import FORMAT_VERSION, CaptureContent, PartContent
-from tlcapture.captures.index import NAME as INDEX
 from tlcapture.captures.index import index_record, read_index
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
@@ -79,8 +78,8 @@ class Capture(CaptureNames):
         cap.n_layers, cap.d_model, cap.kept.layers, cap.positions.kept, cap.lacks_answer
         cap.metadata["temperature"]
 
-    `spans` say which tokens of prompt and response are which turn, thinking or answer; files that were written before
-    there were spans have none.
+    `spans` say which tokens of prompt and response are which turn, thinking or answer; files of earlier versions
+    have none.
     """
 
     prompt: CapturedPart

@@ -9,6 +9,8 @@ from typing import Any
 from tlcapture.errors import StorageError
 from tlcapture.names import PromptId, capture_name, of_variant
 
+INDEX = "tlcapture.json"  # the index in the archive of a raw residual file
+
 
 class CaptureNames:
     """The names of a capture according to its metadata."""

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from tlcapture.captures.capture_names import INDEX
 from tlcapture.captures.checksums import WrittenSums, row_sums
 from tlcapture.captures.format import FORMAT_VERSION, CaptureMetadata, Spans, TokenId, check_version, held_of_part
 from tlcapture.prompts.spans import check_spans
@@ -26,7 +27,6 @@ from tlcapture.text import dtype_name
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import ResidualStream, layers_with_attention
 
-NAME = "tlcapture.json"
 PARTS = ("prompt", "response")
 DTypeName = Literal["float16", "bfloat16", "float32", "float64"]
 Axis = Annotated[int, Field(ge=0, lt=2**31)]
@@ -120,9 +120,9 @@ def read_index(path: Path) -> tuple[CaptureIndex, dict[str, Any], dict[str, Resi
     """
     with opening(path):
         archive = Archive(path)
-        if NAME not in archive:
+        if INDEX not in archive:
             return None
-        value = json.loads(archive.read(NAME))
+        value = json.loads(archive.read(INDEX))
         check_version(value, path)
         index = checked(CaptureIndex, value, path, "raw residual")
         attention = index.metadata.attention_layers

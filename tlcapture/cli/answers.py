@@ -26,7 +26,7 @@ def show_answers(
 ) -> None:
     """Print the answers to the first few prompts, each under a line that says what stands out.
 
-    Of samples, the first one where a trait is projected onto, otherwise the first few.
+    Of several samples, only the first if traits were projected onto, otherwise the first few.
     """
     by_id = {top.prompt_id: top for top in tops}
     for prompt_id in ids[:MOST_SHOWN]:
@@ -55,7 +55,7 @@ def show_unprojected(console: Console, layout: Layout, prompt_set: str, ids: Seq
 
     rows = []
     for prompt_id in ids:
-        with suppress(StorageError):  # which every reader of the capture is told
+        with suppress(StorageError):  # reported wherever the capture is read
             if (raw := layout.residual(prompt_set, prompt_id)).is_file():
                 rows.append((str(prompt_id), captured_tokens(raw)["text"]))
     if rows:

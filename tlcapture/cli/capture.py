@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from tlcapture.commands.given_responses import GivenResponses
     from tlcapture.prompts.prompt_sets import PromptSet
     from tlcapture.runs.model_loader import ModelLoader
-    from tlcapture.runs.shards import Shard
+    from tlcapture.runs.prompt_shares import PromptShare
     from tlcapture.storage.layout import Layout
 
 _MOST_PATHS = 20  # that a dry run lists
@@ -67,7 +67,7 @@ class _Settings:
     overwrite: bool
     dry_run: bool
     limit: int | None
-    shard: Shard | None
+    shard: PromptShare | None
     save_dtype: str
     chat_template: bool | None
     system_prompt: str | None
@@ -157,7 +157,7 @@ class _Settings:
 )
 @sampling_options
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
-@click.option("--overwrite", is_flag=True, help="Replace files that cannot be read, and those derived from them, too.")
+@click.option("--overwrite", is_flag=True, help="Also replace files that cannot be read, and those derived from them.")
 @click.option("--dry-run", is_flag=True, help="Only report how many prompts, files and bytes would be written.")
 @click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Only the first prompts of each set.")
 @shard_option

@@ -50,7 +50,7 @@ _STORED = re.compile(r"-?\d{10,}<=x<=\d{10,}|(?<=<=x)<=(?:2147483647|92233720368
 
 
 class _Printing(click.Command):
-    """A command whose work goes on where nobody can read what it prints."""
+    """A command that continues even if its output cannot be written."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command line; exits with status 1 where its output was lost."""
@@ -64,7 +64,7 @@ class Group(_Printing, click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that is named; fails for a name that none has."""
+        """The named command; fails for an unknown name."""
         name, names = args[0], self.list_commands(ctx)
         if name not in names and not name.startswith("-"):
             hint = did_you_mean(name, names) or f": commands: {', '.join(names)}"
@@ -101,12 +101,12 @@ class Command(_Printing):
         from tlcapture.storage.object_stores import is_url
 
         named = _named_root(args)
-        if not (is_url(named) and set(args) & set(ctx.help_option_names)):  # a remote root is not asked for help
+        if not (is_url(named) and set(args) & set(ctx.help_option_names)):  # help needs no remote root
             ctx.default_map = {**(ctx.default_map or {}), **settings_of(_root(named), self, ctx)}
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options in their groups, and how to have this help at the end of the last one."""
+        """Write the options in their groups, with `--help` at the end of the last one."""
         for title, records in grouped_options(self, ctx).items():
             with formatter.section(title):
                 formatter.write_dl(records)
@@ -164,7 +164,7 @@ def settings_of(root: Path, of: click.Command, ctx: click.Context) -> dict[str, 
         if any(
             "\0" in text for text in ([value] if isinstance(value, str) else value if isinstance(value, list) else ())
         ):
-            raise click.UsageError(f"{path}: {name}: expected text without NUL, which no command line can have")
+            raise click.UsageError(f"{path}: {name}: expected text without NUL characters")
     return found
 
 

@@ -61,7 +61,7 @@ class _Settings:
     "--device", default="auto", show_default=True, help="cuda, mps or cpu for these; auto: the first available."
 )
 @click.option("--skip-existing", is_flag=True, help="Write only missing and outdated files.")
-@click.option("--overwrite", is_flag=True, help="Replace files that cannot be read, too.")
+@click.option("--overwrite", is_flag=True, help="Also replace files that cannot be read.")
 @cluster_options
 @collected(_Settings, "settings")
 @working
@@ -149,7 +149,7 @@ def _notes(summary: ComparisonSummary) -> Iterator[str]:
         corrected = f", corrected for the {n_traits} traits" if n_traits > 1 else ""
         yield f"change: of the mean projection over the response; p: signs flipped over prompts{corrected}"
         if smallest_p(summary.n_prompts) > LEVEL:
-            yield f"{summary.n_prompts} prompts are too few for any change to stand out from chance: 6 could"
+            yield f"{summary.n_prompts} prompts are too few for a change to stand out from chance: expected at least 6"
     if summary.kl is not None:
         interval = summary.kl.interval
         bounds = "" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})"

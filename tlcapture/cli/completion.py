@@ -19,7 +19,8 @@ def experiments(ctx: click.Context, param: click.Parameter, incomplete: str) -> 
 
 def prompt_sets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The prompt sets of the root and the package, and those with captures; also after a comma."""
-    from tlcapture.storage.layout import Datasets, Layout
+    from tlcapture.storage.datasets import Datasets
+    from tlcapture.storage.layout import Layout
 
     names = Datasets(_root(ctx)).prompt_sets()
     with suppress(Exception):
@@ -29,7 +30,8 @@ def prompt_sets(ctx: click.Context, param: click.Parameter, incomplete: str) -> 
 
 def traits(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The traits with examples, and those with vectors in the experiment; also after a comma."""
-    from tlcapture.storage.layout import Datasets, Layout
+    from tlcapture.storage.datasets import Datasets
+    from tlcapture.storage.layout import Layout
 
     names = list(map(str, Datasets(_root(ctx)).traits()))
     with suppress(Exception):

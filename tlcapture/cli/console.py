@@ -272,12 +272,12 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
         mean = "the set" if summary.is_against_set else "the reference prompts"
         yield f"rise: from prompt to response, less the mean rise of {mean}, in standard deviations (sd)"
     if has_chance:
-        yield "chance: what the largest of as many random directions stays below in 95 % of draws" + _scale(summary)
+        yield "chance: the 95th percentile of the largest rise among as many random directions" + _scale(summary)
         if (n_known := sum(top.chance is not None for top in summary.tops)) > 1:
             n_out = sum(top.stands_out for top in summary.tops)
-            yield f"a trait stands out in {n_out} of {n_known} prompts; chance alone would make {0.05 * n_known:.2g}"
+            yield f"a trait stands out in {n_out} of {n_known} prompts; {0.05 * n_known:.2g} expected by chance"
     else:
-        yield f"whether these rises are within chance is unknown: {again}, measures it" + _scale(summary)
+        yield f"whether these rises are within chance is unknown: run {again}" + _scale(summary)
     layers = {vector.layer for vector in summary.vectors}
     if len(layers) == 1 < len(summary.vectors):
         yield f"all vectors are of layer {layers.pop()}"
@@ -290,10 +290,10 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
         )
         yield (
             f"more clearly than 95 % of random directions: {found.clearly_commit} commit, {found.clearly_persist} "
-            f"persist; chance alone would make {0.05 * found.n_projections:.2g} of each"
+            f"persist; {0.05 * found.n_projections:.2g} of each expected by chance"
         )
         if found.is_isotropic:
-            yield f"random directions are isotropic for lack of a reference: {again}, takes the activations' covariance"
+            yield f"without a reference, random directions are isotropic: run {again}, for the activations' covariance"
 
 
 def _doubts(layout: Layout, summary: Summary) -> Iterator[str]:

@@ -221,5 +221,5 @@ def _compare(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> Non
     console.table([Column("trait"), *(Column(name, right=True) for name in names)], rows)
     console.line("p: share of permutations of the gains within each trait that correlate as much, in either direction")
     if any(line.n_layers < FEWEST_LAYERS for _, line in lines):
-        needed = f"none over fewer than {FEWEST_LAYERS} layers, where chance gives large ones"
+        needed = f"with fewer than {FEWEST_LAYERS}, chance gives large correlations"
         console.line(f"a correlation needs vectors at {FEWEST_LAYERS} layers that were evaluated and steered; {needed}")

@@ -70,7 +70,7 @@ class _Settings:
 @collected(_Settings, "settings")
 @working
 def export(console: Console, location: Location, settings: _Settings) -> None:
-    """Write an experiment in a form that others open: tokens, spans, scores and vectors, activations on request.
+    """Write an experiment in a form that other tools open: tokens, spans, scores and vectors, activations on request.
 
     Vectors are written as safetensors and as GGUF control vectors. "tlcapture import" makes an experiment of it again.
     """

@@ -17,10 +17,10 @@ from tlcapture.cli.work import working
 @location_options
 @working
 def import_experiment(console: Console, folder: Path, location: Location) -> None:
-    """Make an experiment of FOLDER, which "tlcapture export" wrote.
+    """Recreate an experiment from FOLDER, which "tlcapture export" wrote.
 
-    What was exported is equal to the last bit. Where activations were not exported, projections come back, and raw
-    captures do not.
+    What was exported is restored bit for bit. Where activations were not exported, projections are restored, and
+    raw captures are not.
     """
     from tlcapture.commands.import_experiment import run_import_experiment
     from tlcapture.text import counted
@@ -34,6 +34,6 @@ def import_experiment(console: Console, folder: Path, location: Location) -> Non
     if done.n_without_activations:
         console.line(
             f"{counted(done.n_without_activations, 'capture')} came without activations: "
-            "only their projections are there"
+            "only their projections were imported"
         )
     console.next = location.command("view")

@@ -47,8 +47,8 @@ intervention_options = together(
         "--steer",
         type=Intervention(Steer),
         multiple=True,
-        help="Add so many typical residual norms along a trait's vector, from the last prompt token on. LAYERS: 16 or "
-        "0,2,5-8, all, auto. WHERE: prompt, response, thinking, first=N. Repeatable.",
+        help="Add COEFFICIENT typical residual norms along a trait's vector, from the last prompt token on. LAYERS: 16 "
+        "or 0,2,5-8, all, auto. WHERE: prompt, response, thinking, first=N. Repeatable.",
     ),
     click.option(
         "--ablate",
@@ -65,7 +65,7 @@ intervention_options = together(
     click.option(
         "--variant",
         metavar="NAME",
-        help="Keep these captures as a variant of their prompt set, SET@NAME.  [default: a name made of the "
+        help="Keep these captures as a variant of their prompt set, SET@NAME.  [default: a name made from the "
         "interventions, if there are any]",
     ),
     collected(InterventionOptions, "changes"),

@@ -26,8 +26,8 @@ COMMANDS = {
     "traits": "Check contrastive examples; list or import vectors.",
     "doctor": "Check a model's activations against Hugging Face.",
     "plan": "Estimate the size and time of a capture.",
-    "export": "Write an experiment as a dataset that others open.",
-    "import": "Make an experiment from an export.",
+    "export": "Write an experiment as a dataset that other tools open.",
+    "import": "Recreate an experiment from an export.",
 }
 _MODULES = {"import": "import_experiment", "list": "list_experiments"}  # no module can have these names
 

@@ -13,7 +13,7 @@ import click
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.names import Trait, split_names
 from tlcapture.prompts.template_args import parse_template_arg
-from tlcapture.runs.shards import Shard
+from tlcapture.runs.prompt_shares import PromptShare
 from tlcapture.text import parse_bytes
 from tlcapture.traits.interventions import TraitIntervention
 from tlcapture.views.hooks import COMPONENTS, POINTS
@@ -27,7 +27,7 @@ class _Parsed(click.ParamType, ABC):
         return self.name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):  # click converts a value again that is parsed already
+        if not isinstance(value, str):  # click may pass values that are parsed already
             return value
         try:
             return self._parse(value)
@@ -55,7 +55,7 @@ class Text(click.ParamType):
 
 
 class Finite(click.FloatRange):
-    """A number within limits, which click takes NaN and infinity to be."""
+    """A number within limits; click would accept NaN and infinity."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The number; fails for NaN and infinity."""
@@ -82,7 +82,7 @@ class Root(click.Path):
     """An existing folder, or the URL of a remote root, as the folder of its working copy."""
 
     def __init__(self) -> None:
-        super().__init__(exists=True, file_okay=False, path_type=Path)  # a mistyped one would be made
+        super().__init__(exists=True, file_okay=False, path_type=Path)  # a mistyped one would be created
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The folder of a root; fails for one that does not exist or cannot be reached."""
@@ -239,8 +239,8 @@ class ShardOf(_Parsed):
 
     name = "i/n"
 
-    def _parse(self, text: str) -> Shard:
-        return Shard.parse(text)
+    def _parse(self, text: str) -> PromptShare:
+        return PromptShare.parse(text)
 
 
 class ByteSize(_Parsed):

@@ -28,7 +28,8 @@ from tlcapture.views.hooks import POINTS
 
 if TYPE_CHECKING:
     from tlcapture.commands.view_parts import ViewParts
-    from tlcapture.storage.layout import Datasets, Layout
+    from tlcapture.storage.datasets import Datasets
+    from tlcapture.storage.layout import Layout
     from tlcapture.traits.choice import VectorChoice
     from tlcapture.views.kept_tokens import KeptTokens
 
@@ -65,7 +66,7 @@ class Location:
     @property
     def datasets(self) -> Datasets:
         """Where prompt sets and contrastive examples are."""
-        from tlcapture.storage.layout import Datasets
+        from tlcapture.storage.datasets import Datasets
 
         return Datasets(self.root)
 
@@ -211,7 +212,7 @@ examples_as_option = click.option(
     type=click.Choice(["texts", "scenarios", "auto"]),
     default="auto",
     show_default=True,
-    help="What lines of .txt examples are: texts to read, or scenarios that the model completes; auto: texts, a guess.",
+    help="How to read lines of .txt examples: texts, or scenarios that the model completes; auto: a guess, texts.",
 )
 
 # -- stored activations ---------------------------------------------------------------------------
@@ -243,7 +244,7 @@ class KeptOptions:
 format_option = click.option(
     "--format",
     type=click.Choice(["json", "compact"]),
-    help="Form of analysis files.  [default: json, and compact what JSON would make larger than 64 MB a file]",
+    help="Form of analysis files.  [default: json, or compact for files that would exceed 64 MB as JSON]",
 )
 
 
@@ -297,7 +298,7 @@ batch_size_option = click.option(
     type=BatchSize(),
     default="auto",
     show_default=True,
-    help="Prompts that run together. In 16 bits, tokens depend on it by rounding; the same batches give the same bits.",
+    help="Prompts that run together. In 16 bits it affects rounding, so tokens; the same batches give the same bits.",
 )
 
 # The range that JSON and torch's generators can hold.

@@ -143,7 +143,7 @@ class _PaceOptions:
     help=f"Prompts that run together; auto: {_DEFAULT_BATCH} with --gpu, as many as fit with --measure.",
 )
 @click.option(
-    "--workers", type=click.IntRange(1, 2**31 - 1), default=1, show_default=True, help="Number of runs side by side."
+    "--workers", type=click.IntRange(1, 2**31 - 1), default=1, show_default=True, help="Number of runs in parallel."
 )
 @click.option("--tokens-per-second", type=Finite(_LOWEST), help="New tokens per second of one worker.")
 @click.option("--measure", is_flag=True, help="Load the model and time a few batches on this machine.")

@@ -29,7 +29,7 @@ from tlcapture.text import counted
 
 if TYPE_CHECKING:
     from tlcapture.commands.project import ProjectOptions
-    from tlcapture.runs.shards import Shard
+    from tlcapture.runs.prompt_shares import PromptShare
     from tlcapture.storage.layout import Layout
 
 
@@ -43,7 +43,7 @@ class _Settings:
     centered: bool
     skip_existing: bool
     overwrite: bool
-    shard: Shard | None
+    shard: PromptShare | None
     format: str | None
     plot: Path | None
 
@@ -81,7 +81,7 @@ class _Settings:
 @click.option("--dynamics-only", is_flag=True, help="Only recompute the dynamics of existing projections.")
 @click.option("--centered", is_flag=True, help="Subtract the mean activation of the training examples first.")
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
-@click.option("--overwrite", is_flag=True, help="Replace projections that cannot be read, too.")
+@click.option("--overwrite", is_flag=True, help="Also replace projections that cannot be read.")
 @shard_option
 @format_option
 @click.option(

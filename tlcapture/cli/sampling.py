@@ -65,7 +65,7 @@ sampling_options = together(
         default="plain",
         show_default=True,
         is_eager=True,  # the default of --temperature depends on it
-        help="plain: as these options say; checkpoint: as its generation config says, where they say nothing.",
+        help="plain: these options alone; checkpoint: the model's generation config, where these are not given.",
     ),
     click.option(
         "--top-p",
@@ -89,7 +89,7 @@ sampling_options = together(
         "--repetition-penalty",
         type=click.FloatRange(0, min_open=True),
         metavar="X",
-        help="Divide positive logits of tokens that prompt and response have by X, and multiply negative ones.",
+        help="Divide positive logits of tokens in prompt and response by X, and multiply negative ones.",
     ),
     click.option(
         "--stop",

@@ -24,7 +24,8 @@ from tlcapture.text import printable
 if TYPE_CHECKING:
     from tlcapture.extraction.example_checks import Cue, ExampleCheck
     from tlcapture.extraction.examples import Examples
-    from tlcapture.storage.layout import Datasets, Layout
+    from tlcapture.storage.datasets import Datasets
+    from tlcapture.storage.layout import Layout
 
 _MOST_SIZES = 3  # shown of the numbers of examples that traits have
 
@@ -52,7 +53,7 @@ def check(chosen: tuple[Trait, ...], examples_as: str, root: Path) -> None:
 
     The exit status is 1 if a check fails: docs/traits.md says why each of them matters.
     """
-    from tlcapture.storage.layout import Datasets
+    from tlcapture.storage.datasets import Datasets
 
     datasets = Datasets(root)
     for trait in chosen:
@@ -101,13 +102,12 @@ def _echo_checks(found: Sequence[ExampleCheck]) -> None:
     sizes = sorted({(each.n_positive, each.n_negative) for each in found})[:_MOST_SIZES]
     chance = ", ".join("{:.2f} to {:.2f} for {} and {}".format(*chance_interval(*size), *size) for size in sizes)
     click.echo(
-        "AUROC of positive against negative examples: 0.5 tells nothing."
-        + (" * fails, as said below." if fails else "")
+        "AUROC of positive against negative examples: 0.5 is uninformative." + (" * fails, see below." if fails else "")
     )
     click.echo(f"95 % of the time by chance: {chance} examples.")
     click.echo("Bounds: {:.2f} to {:.2f} for lengths, over all and within pairs, and by prompt;".format(*BOUNDS))
     click.echo("        {:.2f} to {:.2f} for the words of other traits; no example twice.".format(*OTHER_WORDS_BOUNDS))
-    click.echo("Only reported: by response, and in style/ characters a word, since both are part of the matter.")
+    click.echo("Only reported: by response, and in style/ characters a word, since both are part of the trait.")
     if not embedded_tokenizer():
         click.echo("Tokens are counted as words and marks: the embedded model's tokenizer has not been converted yet.")
 
@@ -140,7 +140,7 @@ def list_(location: Location, component: str) -> None:
     Names the traits whose examples have changed since their vectors were extracted.
     """
     from tlcapture.storage.config import read_config
-    from tlcapture.storage.layout import Datasets
+    from tlcapture.storage.datasets import Datasets
     from tlcapture.traits.packaged_vectors import packaged_layout, takes_packaged, vectors_layout
 
     layout = vectors_layout(location.root, location.experiment)

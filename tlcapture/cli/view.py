@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option("--port", type=click.IntRange(1, 65535), help="Port on 127.0.0.1.  [default: 8765, or any free port]")
 @click.option("--no-browser", is_flag=True, help="Serve the page without opening it.")
-@click.option("--read-only", is_flag=True, help="Take no notes: the page writes nothing.")
+@click.option("--read-only", is_flag=True, help="Disable notes, so that the page writes nothing.")
 @click.option("--export", type=NewPath(dir_okay=False), help="Write a single HTML file that needs no server.")
 @click.option(
     "--max-size",

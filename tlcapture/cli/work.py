@@ -44,7 +44,7 @@ _output_options = together(
     click.option(
         "--json", "as_json", is_flag=True, help="Print a JSON object at the end, and nothing else to standard output."
     ),
-    click.option("--fsync", is_flag=True, help="Have each file on the disk, and its folder, before going on."),
+    click.option("--fsync", is_flag=True, help="Flush each file and its folder to disk before continuing."),
 )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_QUIET = 2.0  # seconds without a report after which it is asked whether a worker's node is dead
+_QUIET = 2.0  # seconds without a report after which Ray is asked whether a worker's node is dead
 
 
 @dataclass(frozen=True)

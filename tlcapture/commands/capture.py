@@ -229,7 +229,7 @@ def _check_replay(options: CaptureOptions) -> None:
         )
     if not (options.attention or options.logit_lens or options.internals):
         raise InputError(
-            "--replay makes what it is asked for: add --attention, --logit-lens or --layer-internals ('tlcapture "
+            "--replay computes only what is asked for: add --attention, --logit-lens or --layer-internals ('tlcapture "
             "project' makes projections)"
         )
 

@@ -14,7 +14,7 @@ from tlcapture.errors import InputError
 from tlcapture.generation.checkpoint_sampling import AskedSampling
 from tlcapture.generation.sampling import Sampling
 from tlcapture.names import of_variant
-from tlcapture.runs.shards import Shard
+from tlcapture.runs.prompt_shares import PromptShare
 from tlcapture.traits.choice import VectorChoice
 from tlcapture.traits.interventions import TraitIntervention
 from tlcapture.traits.resolved_interventions import ResolvedIntervention
@@ -70,7 +70,7 @@ class CaptureOptions:
     save_dtype: str = "auto"
     batch_size: int | None = None
     limit: int | None = None
-    shard: Shard | None = None
+    shard: PromptShare | None = None
     chat_template: bool | None = None
     system_prompt: str | None = None
     longer_where_thinking: bool = False

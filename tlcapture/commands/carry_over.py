@@ -26,8 +26,9 @@ from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
+from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import write_json
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import rounded_or_none
 from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.projection import check_fits
@@ -139,7 +140,7 @@ def _check_others(options: CarryOverOptions, examples: Examples, own: Examples |
     if n_own:
         raise InputError(
             f"--examples {options.folder}: {n_own} of its {len(examples.items)} examples are the trait's own, "
-            "which its vectors tell apart whatever they are: expected others (without --examples, 'tlcapture evaluate' "
+            "which its vectors separate in any case: expected others (without --examples, 'tlcapture evaluate' "
             "scores vectors on the trait's own held-out examples)"
         )
 

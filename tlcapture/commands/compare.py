@@ -99,7 +99,7 @@ def run_compare(
     sources = _vector_sources(sets[0], options)
     run = Run.begin(layout, display)
     if not sources:
-        run.warn(f"no trait vectors, so no projections are compared: '{extract_command(layout)}' makes some")
+        run.warn(f"no trait vectors, so no projections are compared: run '{extract_command(layout)}' first")
     elif is_in_package(sources[0]) and options.choice.experiment is None:
         run.line(f"{layout.experiment}: {SAID}")
     tasks = [CompareTask(each, each.pairs()) for each in sets]

@@ -9,8 +9,9 @@ from tlcapture.extraction.evaluation import auroc
 from tlcapture.extraction.examples import Examples, read_examples
 from tlcapture.extraction.kept_activations import KeptActivations
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Datasets, Layout
-from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
+from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.layout import Layout
+from tlcapture.storage.rounding import PROJECTION_DIGITS, round_number
 from tlcapture.traits.evaluation_files import best_by_trait, read_evaluation
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import TraitVector, read_vector
@@ -61,4 +62,4 @@ def _auroc(vector: TraitVector, examples: Examples, kept: KeptActivations, *, on
     labels = torch.tensor([item.positive for item in examples.items])
     shown = torch.tensor([item.held_out or not only_held_out for item in examples.items])
     scores = kept.activations[vector.layer] @ torch.nn.functional.normalize(vector.vector, dim=0)
-    return float(round_significant(float(auroc(scores[shown], labels[shown])), PROJECTION_DIGITS))
+    return round_number(float(auroc(scores[shown], labels[shown])), PROJECTION_DIGITS)

@@ -26,8 +26,9 @@ from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config
+from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import write_bytes, write_json
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import Evaluation, EvaluationRow, best_by_trait, read_evaluation
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import is_present

@@ -26,7 +26,7 @@ from tlcapture.extraction.many_fits import Span
 from tlcapture.extraction.methods import FITS
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
-from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
+from tlcapture.storage.rounding import rounded_or_none
 from tlcapture.text import as_ranges
 from tlcapture.traits.evaluation_files import EvaluationRow
 from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles
@@ -99,10 +99,10 @@ def rows_of(
     judged = verdict(validated.nested, compared, labels, groups, p, seed=seed)
     summary = {
         **_nested_record(validated.nested),
-        "baselines": {each.name: _number(each.auroc) for each in compared},
-        "gain": _number(judged.gain),
-        "gain_interval": [_number(bound) for bound in judged.interval],
-        "p": _number(p),
+        "baselines": {each.name: rounded_or_none(each.auroc) for each in compared},
+        "gain": rounded_or_none(judged.gain),
+        "gain_interval": [rounded_or_none(bound) for bound in judged.interval],
+        "p": rounded_or_none(p),
         "verdict": judged.text + (TOO_FEW if p > 1 - CONFIDENCE and _p95(largest) == 1 else ""),
     }
     return EvaluatedComponent(trait, kept.fingerprint, rows, summary)
@@ -114,9 +114,9 @@ def _p95(null: torch.Tensor) -> float | None:
 
 def _nested_record(nested: NestedScore) -> dict[str, Any]:
     return {
-        "nested_auroc": _number(nested.auroc),
-        "nested_sd": _number(nested.auroc_sd),
-        "nested_effect_size": _number(nested.effect_size),
+        "nested_auroc": rounded_or_none(nested.auroc),
+        "nested_sd": rounded_or_none(nested.auroc_sd),
+        "nested_effect_size": rounded_or_none(nested.effect_size),
         "chosen_layers": dict(Counter(f"{method} {layer}" for method, layer in nested.chosen)),
     }
 
@@ -175,7 +175,7 @@ def _is_paired(examples: Examples) -> bool:
 def _row(
     layout: Layout, vector: TraitVector, number: int, found: Separation, null_p95: float | None, common: _Common
 ) -> Row:
-    effect = _number(found.effect_size[number])
+    effect = rounded_or_none(found.effect_size[number])
     validated = common.cross_validated
     has_fits = validated is not None and vector.method in validated.auroc
     lengths = [each.auroc for each in common.baselines if each.name != BAG_OF_WORDS]
@@ -186,15 +186,15 @@ def _row(
         "layer": vector.layer,
         "component": vector.component,
         "vector_digest": VectorFiles(layout, vector.trait).digest(vector.component, vector.method, vector.layer),
-        "val_accuracy": _number(found.accuracy[number]),
-        "val_auroc": _number(found.auroc[number]),
+        "val_accuracy": rounded_or_none(found.accuracy[number]),
+        "val_auroc": rounded_or_none(found.auroc[number]),
         "val_effect_size": effect,
-        "val_effect_size_interval": [_number(bound) for bound in found.interval[number]],
+        "val_effect_size_interval": [rounded_or_none(bound) for bound in found.interval[number]],
         "polarity": None if effect is None else "positive" if effect > 0 else "negative",
         "n_val": common.n_held_out,
-        "null_auroc_p95": _number(null_p95),
-        "bag_of_words_auroc": _number(words),
-        "length_auroc": _number(max(lengths)),
+        "null_auroc_p95": rounded_or_none(null_p95),
+        "bag_of_words_auroc": rounded_or_none(words),
+        "length_auroc": rounded_or_none(max(lengths)),
         "cosine_to_methods": _cosines(
             vector, [(m, vector.trait, m) for m in (*METHODS, IMPORTED) if m != vector.method], layout
         ),
@@ -204,9 +204,9 @@ def _row(
     }
     if has_fits and validated is not None:
         row |= {
-            "cv_auroc": _number(validated.auroc[vector.method][vector.layer]),
-            "cv_effect_size": _number(validated.effect_size[vector.method][vector.layer]),
-            "layer0_auroc": _number(validated.auroc[vector.method][0]),
+            "cv_auroc": rounded_or_none(validated.auroc[vector.method][vector.layer]),
+            "cv_effect_size": rounded_or_none(validated.effect_size[vector.method][vector.layer]),
+            "layer0_auroc": rounded_or_none(validated.auroc[vector.method][0]),
         }
     return row
 
@@ -219,12 +219,5 @@ def _cosines(vector: TraitVector, others: Sequence[tuple[str, Trait, str]], layo
         if folder.file(vector.component, method, vector.layer).is_file():
             other = read_vector(folder, vector.component, method, vector.layer).vector
             if other.shape == vector.vector.shape:
-                cosines[name] = _number(torch.nn.functional.cosine_similarity(vector.vector, other, dim=0))
+                cosines[name] = rounded_or_none(torch.nn.functional.cosine_similarity(vector.vector, other, dim=0))
     return cosines
-
-
-def _number(value: torch.Tensor | float | None) -> float | None:
-    """A number as it is written; `None` if it is undefined."""
-    if value is None or not torch.isfinite(torch.as_tensor(value)):
-        return None
-    return float(round_significant(float(value), PROJECTION_DIGITS))

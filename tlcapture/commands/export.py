@@ -243,7 +243,7 @@ def _left_out(layout: Layout, files: list[tuple[str, str]], seen: _Seen) -> list
     found = [kind for kind, exists in kinds.items() if any(exists(name, file) for name, file in files)]
     notes = [f"{', '.join(found)}: 'tlcapture capture --replay' makes them again"] if found else []
     if not seen.activations and any(layout.residual(name, file).is_file() for name, file in files):
-        notes.append("activations: pass --activations all --points all to have them")
+        notes.append("activations: pass --activations all --points all to include them")
     return notes
 
 

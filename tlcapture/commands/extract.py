@@ -30,7 +30,8 @@ from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config, update_config
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges
 from tlcapture.traits.calibration import CALIBRATION, HELD_OUT, merged_calibrations
 from tlcapture.traits.mean_activations import write_means

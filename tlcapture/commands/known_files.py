@@ -17,14 +17,14 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import orjson
 
 from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.commands.known_projections import (
     KnownProjection,
-    facts_of_projection,
+    facts_in_json,
     facts_of_shard,
     known_projection,
     known_shard,
@@ -34,14 +34,13 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.names import COMPACT, PromptId, Trait, file_name, is_safe_name
 from tlcapture.runs.existing_files import OVERWRITE, REPLACE, saved_capture
 from tlcapture.storage.file_index import Facts, FileIndex, Learn, Learned
-from tlcapture.storage.files import FileState, read_json
+from tlcapture.storage.files import FileState
 from tlcapture.storage.folders import folders_in, names_in
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.projection_places import STREAM_FOLDERS
 from tlcapture.storage.projection_shards import Shard, merged_shards
 from tlcapture.storage.regular_files import check_regular
 from tlcapture.traits.packaged_vectors import vectors_layout
-from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import TraitVector
 
@@ -220,7 +219,7 @@ class PromptFiles:
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether a run that wrote these files did not come to its end."""
+        """Whether the run that wrote these files was cut off."""
         return self._state(self._files.raw / f".{self._stem}.unfinished") is not None
 
     def capture(self, *, overwrite: bool = False, advice: str = REPLACE) -> KnownCapture | None:
@@ -312,8 +311,7 @@ class PromptFiles:
             if self._files.is_odd(path):
                 check_regular(path)
             return None
-        parse = partial(known_projection, state.mtime_ns)
-        return self._files.found(path, state, lambda each: facts_of_projection(_projection_content(each)), parse)
+        return self._files.found(path, state, facts_in_json, partial(known_projection, state.mtime_ns))
 
     def _in_shards(self, component: str) -> Mapping[str, KnownProjection]:
         """The newest projection onto each trait in shards."""
@@ -354,9 +352,3 @@ class PromptFiles:
         if path not in self._states:
             self._states[path] = self._files.state(path)
         return self._states[path]
-
-
-def _projection_content(path: Path) -> Any:
-    content = read_json(path)
-    ProjectionFile.parse(content, path)
-    return content

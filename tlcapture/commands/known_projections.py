@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -14,7 +15,9 @@ from tlcapture.captures.provenance import SAME_COMPUTATION
 from tlcapture.commands.capture_records import SAME_FOR_A_RUN, CaptureRecord
 from tlcapture.errors import InputError, StorageError
 from tlcapture.storage.file_index import Facts, as_facts
+from tlcapture.storage.files import read_json
 from tlcapture.storage.projection_shards import Shard
+from tlcapture.traits.projection_files import ProjectionFile
 
 _SOURCE = ("experiment", "method", "layer")
 Content = Mapping[str, Any]  # of a projection file
@@ -44,6 +47,13 @@ def facts_of_projection(content: Content) -> Facts | None:
     except TypeError:  # it has other than texts and numbers, and no index holds those
         return None
     return None if source is None or of_capture is None else (*source, *of_capture)
+
+
+def facts_in_json(path: Path) -> Facts | None:
+    """The facts about a projection file in JSON; raises `StorageError` if it is damaged."""
+    content = read_json(path)
+    ProjectionFile.parse(content, path)
+    return facts_of_projection(content)
 
 
 @lru_cache(maxsize=1024)

@@ -30,10 +30,10 @@ from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.names import PromptId, Trait
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.prompt_shares import PromptShare
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.runs.shards import Shard
 from tlcapture.storage.config import read_config
 from tlcapture.storage.file_index import remember
 from tlcapture.storage.layout import Layout
@@ -64,7 +64,7 @@ class ProjectOptions:
     centered: bool = False
     skip_existing: bool = False
     overwrite: bool = False
-    shard: Shard | None = None
+    shard: PromptShare | None = None
     form: str | None = None
 
 

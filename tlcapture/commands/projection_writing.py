@@ -17,8 +17,8 @@ from tlcapture.commands.view_files import WENT_COMPACT
 from tlcapture.errors import StorageError
 from tlcapture.names import PromptId, Trait, file_name
 from tlcapture.runs.existing_files import OVERWRITE
+from tlcapture.runs.prompt_shares import PromptShare
 from tlcapture.runs.run import Run
-from tlcapture.runs.shards import Shard as ShareOfPrompts
 from tlcapture.storage.compact_files import PER_SCORE, is_written_compact
 from tlcapture.storage.files import remove, write_json
 from tlcapture.storage.projection_shards import Shard, merged_shards, shard_of_prompt, sharded_of
@@ -97,7 +97,7 @@ class ProjectionFiles:
         return self._folders[component]
 
 
-def merge_projections(run: Run, prompt_sets: Sequence[str], share: ShareOfPrompts | None) -> None:
+def merge_projections(run: Run, prompt_sets: Sequence[str], share: PromptShare | None) -> None:
     """Put the shards of single prompts of some sets together, unless other runs may be writing theirs now."""
     if share is not None:
         return

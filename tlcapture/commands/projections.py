@@ -38,9 +38,7 @@ from tlcapture.traits.span_dynamics import by_span
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.kept_tokens import Positions
 
-TOKENS_MISSING = (
-    "captures of some tokens (--tokens) were projected: what needs the others is null; capture again to have it"
-)
+TOKENS_MISSING = "some captures hold only part of their tokens (--tokens): values that need the others are null"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config
-from tlcapture.storage.layout import Layout, shipped_datasets
+from tlcapture.storage.datasets import shipped_datasets
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.reference import FEWEST_PROMPTS, Reference, read_reference
 from tlcapture.views.hooks import component_hooks
 

@@ -65,7 +65,7 @@ def check_replayable(capture: Capture, wanted: Outputs, model: Model) -> None:
         )
     if wanted.logit_lens and not capture.positions.includes(wanted_positions(wanted.tokens, capture, fresh=False)):
         raise InputError(
-            f"the logit lens needs residual_out of the tokens that it is kept of, but only "
+            f"the logit lens needs residual_out of the tokens to keep, but only "
             f"{capture.positions.described()}: leave out --tokens, or capture it again with --logit-lens"
         )
 

@@ -49,7 +49,7 @@ def summary_of_run(
 
 
 def _digest(layout: Layout, prompt_set: str, component: str, seen: Mapping[Path, FileState]) -> str:
-    """A text that is equal for the same projections, which are not read."""
+    """A digest of the files of a set's projections, which are not read."""
     files = KnownFiles(layout, prompt_set, 0)
     folders = [(files.projections(*pair), ".json") for pair in files.projected if pair[1] == component]
     shards = files.shards[component]

@@ -33,8 +33,9 @@ from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config
+from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import read_bytes, read_json, write_bytes
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import first_problem
 from tlcapture.text import decoded
 from tlcapture.traits.projection import check_fits

@@ -16,7 +16,7 @@ from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.runs.run import Run
 from tlcapture.storage.files import read_json, write_json
-from tlcapture.storage.rounding import round_significant, rounded_or_none
+from tlcapture.storage.rounding import round_number, rounded_or_none
 from tlcapture.traits.selection import COHERENT
 from tlcapture.traits.steering_files import SteeringResults, SteeringRun
 from tlcapture.traits.vector_files import VectorFiles
@@ -186,7 +186,7 @@ def _config(vector: TraitVector, coefficient: float) -> dict[str, Any]:
 
 def _means(score: SteeringScore) -> dict[str, float]:
     means = {"trait_mean": score.trait_mean, "coherence_mean": score.coherence_mean}
-    return {name: float(round_significant(value, _DIGITS)) for name, value in means.items()}
+    return {name: round_number(value, _DIGITS) for name, value in means.items()}
 
 
 def _rounded(value: Any) -> Any:

@@ -26,7 +26,7 @@ class LoadedUnembeddings:
 
         Raises:
             InputError: a capture does not say which model it is from, or the vocabularies differ.
-            ModelError: a model cannot be loaded, or is another one now.
+            ModelError: a model cannot be loaded, or has changed since.
         """
         one, other = (self._model(each.metadata) for each in (a, b))
         if one.d_vocab != other.d_vocab:

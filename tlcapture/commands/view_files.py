@@ -23,8 +23,8 @@ from tlcapture.views.saved_attention import write_attention
 from tlcapture.views.saved_lens import write_lens
 
 WENT_COMPACT = (
-    f"what JSON would make larger than {format_bytes(MOST_JSON)} a file was written in the compact form "
-    "(.safetensors), which everything here reads; --format json writes JSON"
+    f"files that would exceed {format_bytes(MOST_JSON)} as JSON were written in the compact form (.safetensors), "
+    "which all commands read; --format json writes JSON"
 )
 
 

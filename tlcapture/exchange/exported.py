@@ -234,7 +234,7 @@ def _capture(exported: ExportedCapture) -> Capture | None:
     by_point = {_layer_and_point(name): tensor for name, tensor in exported.activations.items()}
     points = [point for point in POINTS if any(at == point for _, at in by_point)]
     if not points:
-        return None  # attention outputs alone are no residual stream
+        return None  # attention outputs alone are not a residual stream
     layers = sorted({layer for layer, point in by_point if point != "attn_out"})
     kept = KeptPoints(int(metadata["n_layers"]), tuple(layers), tuple(points))
     metadata = {**metadata, **({} if kept.is_all else {"layers": layers, "points": points})}

@@ -140,7 +140,7 @@ def _control_vectors(files: VectorFiles, folder: Path, model_type: str) -> list[
         writer.add_string(LENGTH, "unit" if norms is None else "typical norm of the residual stream")
         for layer in layers:
             if layer == 0:
-                left_out.append("GGUF files have no vectors of layer 0, for which llama.cpp has no place")
+                left_out.append("GGUF files have no vectors of layer 0, which llama.cpp does not read")
                 continue
             vector = read_vector(files, "residual", method, layer).vector
             scale = 1.0 if norms is None else norms[layer]

@@ -75,7 +75,7 @@ class _WithFinalScale(dict[str, Tensor]):
             found = self._stored(key)
             if found is None:
                 raise KeyError(
-                    f"{key}: {self._described}; patterns and internals are there where they were stored; "
+                    f"{key}: {self._described}; patterns and internals are available where they were stored; "
                     "cap.attention(layer) and cap.internals(layer) compute them"
                 )
             self[key] = found

@@ -40,8 +40,3 @@ def tell_of_vectors(root: Path, vectors: Iterable[UsedVector]) -> None:
     doubts = Doubts(root)
     found = [(each.trait, doubts.of(each)) for each in dict.fromkeys(vectors)]
     tell([(trait, doubt) for trait, doubt in found if doubt])
-
-
-def forget() -> None:
-    """Begin a new session, in which every warning is given again."""
-    _told.clear()

@@ -350,8 +350,8 @@ class ExplorableCapture(ABC):
         if vector_experiment is None:
             if own is None:
                 raise InputError(
-                    "this capture is of no experiment: say whose vectors, vector_experiment='NAME', or 'packaged' for "
-                    "those that come with the package"
+                    "this capture belongs to no experiment: pass vector_experiment='NAME' to choose vectors, or "
+                    "'packaged' for those that come with the package"
                 )
             return own
         source = vectors_layout(default_root() if own is None else own.root, vector_experiment)

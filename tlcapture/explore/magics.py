@@ -104,7 +104,7 @@ class CaptureMagics(Magics):
     @argument("--samples", type=int, metavar="N", help="N responses to the prompt, all of them in `caps`.")
     @argument("--thinking", choices=["on", "off"], help="Where the chat template has a switch for it.")
     @_repeatable("--template-arg", "KEY=VALUE", parse_template_arg, "Another value for the chat template.")
-    @_change("--steer", Steer, "Add so many typical residual norms along a trait's vector.")
+    @_change("--steer", Steer, "Add COEFFICIENT typical residual norms along a trait's vector.")
     @_change("--ablate", Ablate, "Remove the component along a trait's vector.")
     @_change("--cap", Cap, "Hold the projection onto a trait's vector at VALUE or below.")
     @line_cell_magic

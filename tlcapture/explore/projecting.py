@@ -67,7 +67,7 @@ def project_traits(
 def project_own(capture: Capture, own: Layout | None, direction: Any, layer: Any, component: str) -> Projection:
     """Project a capture onto the user's own direction at a layer, and onto random directions if `own` is known."""
     if isinstance(layer, str):
-        raise InputError("a direction of one's own has no layer of its own: say which, layer=12")
+        raise InputError("a direction of your own needs a layer: pass layer=12")
     at = index(from_the_end(layer, capture.n_layers))
     random = None
     if own is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from tlcapture.errors import InputError
 from tlcapture.extraction.examples import AUTO, Examples, read_examples
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Datasets
+from tlcapture.storage.datasets import Datasets
 
 RECORDED = "examples_in_files"  # in the metadata of vectors
 
@@ -24,7 +24,7 @@ def digest_of(examples: Examples) -> str:
 def have_changed(datasets: Datasets, trait: Trait, metadata: Mapping[str, Any]) -> bool:
     """Whether a trait's examples are known to differ from the ones that vectors with this metadata were made of.
 
-    Metadata of earlier versions has no digest: examples that were added or taken away are noticed all the same.
+    Metadata of earlier versions has no digest: examples that were added or removed are still noticed.
     Examples that cannot be read are not known to differ.
     """
     split = metadata.get("split")

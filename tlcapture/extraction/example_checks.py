@@ -32,11 +32,11 @@ from tlcapture.extraction.surface_cues import (
 from tlcapture.names import Trait
 
 BOUNDS = (0.35, 0.65)
-"""Of lengths, over all examples and within pairs, and of what the prompt's words reveal: nearly three standard
+"""For lengths, over all examples and within pairs, and for what the prompt's words reveal: nearly three standard
 deviations of chance for 64 examples a side."""
 
 OTHER_WORDS_BOUNDS = (0.25, 0.75)
-"""Of the words of another trait's examples: wider, since each trait is compared with all others in both directions."""
+"""For the words of another trait's examples: wider, since each trait is compared with all others in both directions."""
 
 LENGTHS = {"characters": characters, "tokens": tokens, "words": words, "characters a word": characters_a_word}
 BY_PROMPT = "by prompt"
@@ -196,5 +196,5 @@ def _texts(items: Sequence[LabelledExample]) -> list[str]:
 
 
 def _duplicates(items: Sequence[LabelledExample]) -> int:
-    """How many examples repeat another one of either side, ignoring blanks and capitals."""
+    """How many examples repeat another one of either side, ignoring case and white space."""
     return sum(count - 1 for count in Counter(content(item.example) for item in items).values())

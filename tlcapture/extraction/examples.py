@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
+from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import read_bytes
 from tlcapture.storage.json_text import lost
-from tlcapture.storage.layout import Datasets
 from tlcapture.storage.validation import first_problem
 from tlcapture.text import decoded
 
@@ -133,7 +133,7 @@ def examples_in(folder: Path, trait: Trait, *, seed: int = 0, examples_as: str =
 
 
 def content(example: Example) -> tuple[str, str]:
-    """The prompt and the text of an example without capitals and blanks: equal for examples that repeat another."""
+    """Prompt and text of an example, in lower case and without white space: equal for examples that repeat another."""
     texts = example.prompt or "", example.text or example.response or example.prompt or ""
     prompt, text = (" ".join(each.lower().split()) for each in texts)
     return prompt, text

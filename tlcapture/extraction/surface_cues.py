@@ -28,12 +28,12 @@ Values = Float[np.ndarray, " n"]
 
 
 def characters(text: str) -> float:
-    """How many characters a text has, blanks at its ends left out."""
+    """How many characters a text has, without white space at its ends."""
     return float(len(text.strip()))
 
 
 def words(text: str) -> float:
-    """How many words a text has, divided at blanks."""
+    """How many words a text has, split at white space."""
     return float(len(text.split()))
 
 

@@ -32,7 +32,7 @@ class Recorder:
 
     A prompt's activations of one shape share a buffer in main memory, without padding. On a CPU every step is written
     into these buffers. On an accelerator a step is written into buffers there, from which activations are copied while
-    the model goes on; where they do not fit, every step is copied. Of patterns only the triangles are kept, on
+    the model goes on; where they do not fit, every step is copied. Only the triangles of patterns are kept, on
     disk if `spooling` says so.
 
     Prompts are numbered in the order of `prompt_lengths`, which are in tokens.

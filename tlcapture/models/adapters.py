@@ -68,7 +68,7 @@ def adapter_of(source: str) -> Adapter | None:
         if any((path / file).is_file() for file in ("config.json", CONFIG)):
             return Adapter(source, str(path))
     if Path(base).is_absolute() or base.startswith("."):
-        raise ModelError(f"{source}: an adapter for the model {base}, which is not there")
+        raise ModelError(f"{source}: an adapter for the model {base}, which does not exist")
     return Adapter(source, f"{base}@{revision}" if revision else base)
 
 
@@ -97,7 +97,7 @@ def digest_of(adapter: Adapter) -> str:
 
 
 def is_within_layers(adapter: Adapter) -> bool:
-    """Whether all weights of an adapter are of numbered layers: none of embedding, final norm or unembedding."""
+    """Whether an adapter changes numbered layers only: not embedding, final norm or unembedding."""
     from safetensors import safe_open
 
     path = Path(adapter.source) / "adapter_model.safetensors"
@@ -114,7 +114,7 @@ def adapter_folder(adapter: str, source: Path | None) -> str:
 
 
 def other_base(adapter: Adapter) -> str | None:
-    """The model that an adapter's config names, if it names one that seems to be another than the one it is for."""
+    """The model that an adapter's config names, if that seems to differ from the one it is applied to."""
     named = _config_of(Path(adapter.source) / CONFIG).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         return None
@@ -154,7 +154,7 @@ def merged(model: Any, adapter: Adapter, name: str) -> Any:
     """
     if importlib.util.find_spec("peft") is None:
         raise ModelError(
-            f"model {name!r} has a PEFT adapter, which is merged with peft: expected that it is installed, "
+            f"model {name!r} has a PEFT adapter, which needs the package peft to be merged: "
             "run 'pip install peft', or move adapter_config.json away to use the weights without it"
         )
     try:

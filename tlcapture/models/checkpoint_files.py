@@ -85,7 +85,7 @@ def weights_of(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _weights(path: Path) -> Mapping[str, Any]:
-    """The weights in a file of `torch.save`, mapped, where they are in the format of today."""
+    """The weights in a file of `torch.save`, mapped, where they are in the current format."""
     import torch
 
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""NaN and infinity in the weights of a checkpoint or an adapter, by tensor and file, and what to do about others."""
+"""NaN and infinity: in the weights of a checkpoint or an adapter, by tensor and file; the remedy for activations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def unusable_weights(model: Any, folders: Iterable[Path]) -> str | None:
 
 
 def said_of(names: list[str]) -> str:
-    """What is said of weights that are not finite."""
+    """The message about weights that are not finite."""
     return f"{listed(names)} {'holds' if len(names) == 1 else 'hold'} NaN or infinity: expected finite weights"
 
 
@@ -47,7 +47,7 @@ def remedy(dtype: torch.dtype) -> str:
         return "try --dtype bfloat16 or float32"
     if dtype == torch.bfloat16:
         return "try --dtype float32"
-    return "interventions that are too strong cause it, or damaged weights: see what 'tlcapture doctor' says"
+    return "interventions that are too strong, or damaged weights, cause this: run 'tlcapture doctor'"
 
 
 def _files(folders: Iterable[Path]) -> Iterator[Path]:

@@ -104,7 +104,7 @@ def load_model(
         model = load_model("smollm2")
         model.n_layers, model.d_model
 
-    Of a checkpoint with other parts, such as one for images, the text model is taken. An adapter is merged.
+    From a checkpoint with other parts, such as one for images, the text model is taken. An adapter is merged.
 
     Args:
         name: `smollm2` (the embedded model), a local folder of Hugging Face weights or of an adapter, a GGUF file, or a
@@ -123,7 +123,7 @@ def load_model(
         warn: called with what to know before relying on the model; the default is `warnings.warn`.
 
     Raises:
-        ModelError: the model is not found, the engine does not support it or computes something else than Hugging
+        ModelError: the model is not found, the engine does not support it or computes something other than Hugging
             Face, a package is missing, or there are too few devices.
     """
     notes: list[str] = []

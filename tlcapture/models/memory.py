@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from tlcapture.errors import OutOfMemoryError
-from tlcapture.models.loading import Model
+from tlcapture.models.engines.base import Model
 from tlcapture.models.sizes import Measures
 from tlcapture.views.hooks import HOOKS, at_any_layer, is_pattern
 

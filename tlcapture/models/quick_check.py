@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,6 +23,7 @@ from tlcapture.models.checkpoints import cast
 from tlcapture.models.deviation import allowed, deviation
 from tlcapture.models.engines.base import Model
 from tlcapture.models.layer_inputs import layer_inputs
+from tlcapture.models.memory import free_memory
 from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.files import write_json
 from tlcapture.version import __version__, installed
@@ -127,7 +127,7 @@ def _differs(model: Model, where: str, found: float, bound: float) -> str:
     other = "try --engine bridge, " if model.engine == "hooked" else ""
     lens = installed("transformer_lens")
     return (
-        f"{model.name}: TransformerLens {lens} on engine {model.engine} computes something else "
+        f"{model.name}: TransformerLens {lens} on engine {model.engine} computes something other "
         f"than Hugging Face: {where} deviates by {found:.2g} of its norm, {bound:.1g} allowed; {other}see the full "
         f"check with 'tlcapture doctor --model {model.name}', or skip this one with --no-check"
     )
@@ -186,10 +186,4 @@ def _fits_in_float32(hf_model: Any) -> bool:
     needed: dict[torch.device, int] = {}
     for weight in hf_model.parameters():
         needed[weight.device] = needed.get(weight.device, 0) + weight.numel() * max(0, 4 - weight.element_size())
-    return all(size < _free(device) / 2 for device, size in needed.items())
-
-
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return all(size < free_memory(device) / 2 for device, size in needed.items())

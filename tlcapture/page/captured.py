@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tlcapture.captures.capture_names import check_place
+from tlcapture.captures.capture_names import INDEX, check_place
 from tlcapture.errors import StorageError
 from tlcapture.storage.archives import Archive
-
-_INDEX = "tlcapture.json"
 
 
 def captured_tokens(path: Path) -> dict[str, Any]:
@@ -60,7 +58,7 @@ def _index(path: Path) -> Mapping[str, Any] | None:
     """The index of a file; `None` for a file without one."""
     try:
         archive = Archive(path)
-        found = json.loads(archive.read(_INDEX)) if _INDEX in archive else None
+        found = json.loads(archive.read(INDEX)) if INDEX in archive else None
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise StorageError(f"{path}: cannot be read: {error}: capture the prompt again with --overwrite") from None
     return found if isinstance(found, dict) else None

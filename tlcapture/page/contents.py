@@ -29,7 +29,8 @@ from tlcapture.page.view_contents import head_content
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
 from tlcapture.runs.recorded_runs import capture_at_work
 from tlcapture.storage.comparisons import comparison_file, comparisons
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.layout import Layout
 from tlcapture.storage.remote_roots import shown
 from tlcapture.traits.intervention_records import described
 from tlcapture.traits.saved_projections import all_saved, saved_projection

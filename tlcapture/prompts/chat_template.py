@@ -1,6 +1,6 @@
 """The model's chat template: rendering conversations, and the tokens that end a response.
 
-A rendering is checked: the text of every message has to be there, so that no message is lost without a word.
+A rendering is checked: it must hold the text of every message, so that none is lost silently.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _SWITCH = "TLCAPTURE_WRITERS"  # the number of threads; 0 does everything in the
 _MOST_WRITERS = 8
 _SHARE = 0.125  # of free memory that jobs may hold
 _MOST_BYTES = 4 * 2**30
-_ENOUGH_FOR_TWO = 2**16  # numbers, which torch adds up with two threads
+_ENOUGH_FOR_TWO = 2**16  # numbers from which on torch sums with two threads
 
 
 class _Ended(NamedTuple):

@@ -98,7 +98,7 @@ def _n_made(record: _Recorded, prompt_set: str) -> int:
 
 def _is_locked(layout: Layout, prompt_set: str) -> bool:
     name = f"captures-of-{prompt_set}"
-    return is_held(layout.lock(name)) or any(map(is_held, layout.shard_locks(name)))
+    return is_held(layout.lock(name)) or any(map(is_held, layout.share_locks(name)))
 
 
 def _read(path: Path) -> _Recorded | None:

@@ -1,4 +1,4 @@
-"""The folder for what can be made anew: converted models, unpacked vectors, passed checks, files of remote roots."""
+"""The folder for what can be recreated: converted models, unpacked vectors, passed checks, files of remote roots."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """An index of facts about the files of a capture set, so that they need not be opened.
 
     index = FileIndex(layout, "s")
-    index.known(path, state)          # the facts, unless the file is another one by now
+    index.known(path, state)          # the facts, unless the file has changed since
     remember(layout, {path: Learned(state, facts)})
 
 The index of a set, `.locks/files-of-{set}.index`, holds size and times of each file and the facts found in it. It is
@@ -75,7 +75,7 @@ def capture_set_of(layout: Layout, path: Path) -> str | None:
 
 
 class FileIndex:
-    """The index of a capture set, as it was when it was first asked."""
+    """The index of a capture set, as it was when it was read."""
 
     def __init__(self, layout: Layout, capture_set: str):
         self._folder = layout.folder
@@ -132,7 +132,7 @@ def _read(path: Path) -> dict[str, Any]:
     """The content of an index; an empty one for a file that is missing or is not an index."""
     with suppress(OSError):
         found = path.stat()
-        if S_ISREG(found.st_mode):  # a pipe would be waited for
+        if S_ISREG(found.st_mode):  # reading a pipe would wait
             return _loaded(path, FileState.of(found))
     return _table(None)
 

@@ -111,7 +111,7 @@ def write_json(path: Path, value: Any, *, indent: bool = False) -> Written:
 
 
 def as_json(value: Any) -> Any:
-    """A value for `write_json` that is already JSON, since several files or texts have it."""
+    """A value for `write_json` that is serialised already, since several files or texts share it."""
     return orjson.Fragment(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
@@ -148,7 +148,7 @@ def write_stream(path: Path, write: Callable[[IO[bytes]], object], n_bytes: int)
 def read_bytes(path: Path) -> bytes:
     """The content of a file; raises `StorageError` if it cannot be read or is not a regular file."""
     try:
-        check_regular(path)  # a pipe would be waited for
+        check_regular(path)  # reading a pipe would wait
         return local(path).read_bytes()
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
@@ -266,7 +266,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes on the device of `path`, or of its nearest parent folder that exists; a remote root has no end."""
+    """Free bytes on the device of `path`, or of its nearest parent folder that exists; unlimited in a remote root."""
     return _NO_END if is_remote(path) else _free_here(path)
 
 

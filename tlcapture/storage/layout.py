@@ -1,7 +1,5 @@
-"""The paths of all files: the only module that knows the folders of a root and of an experiment.
+"""The paths of all files: the only module that knows the folders of an experiment.
 
-    root/datasets/inference/{prompt_set}.json             (a set in a subfolder has its path as its name: general/mine)
-    root/datasets/traits/{category}/{trait}/
     root/experiments/{experiment}/config.json
                                   extraction/{category}/{trait}/vectors/
                                   inference/raw/residual|internals/{prompt_set}/
@@ -16,7 +14,7 @@ Below `inference/` and `analysis/`, a variant of a prompt set has the folder `{p
 of a capture begin with its name: the id of its prompt, or `7.s1` for sample 1 of prompt 7. Where a method takes a
 prompt's id, the name of a sample is one.
 
-Prompt sets and trait examples that a root's `datasets/` does not have are looked up in the installed package.
+The folders of prompt sets and trait examples are found by `storage/datasets`.
 """
 
 from __future__ import annotations
@@ -34,83 +32,14 @@ from tlcapture.names import (
     Trait,
     check_capture_set,
     check_name,
-    check_prompt_set,
     file_name,
     is_capture_set,
-    is_prompt_set,
     is_safe_name,
 )
 from tlcapture.storage.folders import folders_in, holds_any, natural, paths_of_folders_in, stems_in, subfolders
 from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
 from tlcapture.storage.remote_roots import check_complete, list_experiment, refresh
 from tlcapture.text import beside
-
-
-def shipped_datasets() -> Path:
-    """The `datasets/` folder of the package: inside the package if installed from a wheel, next to it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "datasets"
-    return inside if inside.is_dir() else package.parent / "datasets"
-
-
-@dataclass(frozen=True)
-class Datasets:
-    """The prompt sets and trait examples of a root, and after them those of the package."""
-
-    root: Path
-
-    @property
-    def folders(self) -> list[Path]:
-        """The folders to search, in order."""
-        return [self.root / "datasets", shipped_datasets()]
-
-    def prompt_sets(self) -> list[str]:
-        """The names of all prompt sets, sorted, those in subfolders included."""
-        return [name for name in self.prompt_set_files() if is_prompt_set(name)]
-
-    def prompt_set_files(self) -> dict[str, Path]:
-        """The files of all prompt sets by name, sorted, preferably in the root; a name need not be a valid one."""
-        found: dict[str, Path] = {}
-        for folder in (each / "inference" for each in self.folders):
-            for below, parent in [("", folder), *subfolders(folder)]:
-                for path in parent.glob("[!.]*.json"):
-                    if not path.is_dir():
-                        found.setdefault(below + path.stem, path)
-        return dict(sorted(found.items()))
-
-    def prompt_set_file(self, name: str) -> Path:
-        """The file of a prompt set, preferably in the root; raises `InputError` if there is none."""
-        check_prompt_set(name)
-        for folder in self.folders:
-            path = folder / "inference" / f"{name}.json"
-            if path.is_file():
-                return path
-        meant = name.rpartition("inference/")[2].removesuffix(".json")  # of a path
-        raise InputError(
-            f"no prompt set {name!r}: looked for {self.folders[0] / 'inference' / (name + '.json')} and in the package"
-            f"{beside(meant, self.prompt_sets(), 'existing sets')}"
-        )
-
-    def traits(self, *, own: bool = False) -> list[Trait]:
-        """All traits that have contrastive examples, or the root's `own` ones alone, sorted."""
-        found = set()
-        for folder in self.folders[:1] if own else self.folders:
-            for path in folder.glob("traits/*/*"):
-                if path.is_dir() and all(map(is_safe_name, (path.parent.name, path.name))):
-                    found.add(Trait(path.parent.name, path.name))
-        return sorted(found)
-
-    def trait_folder(self, trait: Trait) -> Path:
-        """The folder of a trait's examples, preferably in the root; raises `InputError` if there is none."""
-        for folder in self.folders:
-            path = folder / "traits" / trait.category / trait.name
-            if path.is_dir():
-                return path
-        raise InputError(
-            f"no examples for trait {str(trait)!r}: expected positive.jsonl and negative.jsonl in the folder "
-            f"{self.folders[0] / 'traits' / trait.category / trait.name}"
-            f"{beside(str(trait), map(str, self.traits()), 'existing traits')}"
-        )
 
 
 def existing_experiments(root: Path) -> list[str]:
@@ -178,12 +107,12 @@ class Layout:
         """The lock file `name` for work that two runs must not do at the same time in this experiment."""
         return self.own(self.folder / ".locks" / f"{name.replace('/', '+')}.lock")
 
-    def shard_lock(self, name: str, shard: str) -> Path:
-        """The lock file for a shard of what `lock(name)` is for."""
-        return self.lock(name).with_suffix(".shards") / f"{shard}.lock"
+    def share_lock(self, name: str, share: str) -> Path:
+        """The lock file for a share of what `lock(name)` is for."""
+        return self.lock(name).with_suffix(".shards") / f"{share}.lock"
 
-    def shard_locks(self, name: str) -> list[Path]:
-        """The lock files of all shards that have ever run, sorted."""
+    def share_locks(self, name: str) -> list[Path]:
+        """The lock files of all shares that were ever written, sorted."""
         return sorted(refresh(self.lock(name).with_suffix(".shards")).glob("*.lock"))
 
     def run_record(self, name: str) -> Path:
@@ -258,7 +187,7 @@ class Layout:
         return sorted({*self.captured_prompt_sets(), *(name for name, _ in self._projected()), *sharded})
 
     def _prompt_set_folders(self, folder: Path) -> Iterator[tuple[str, Path]]:
-        """The folders below a folder that may hold files of a prompt set, by its name; none behind links out."""
+        """The folders below a folder that may hold files of a prompt set, by its name, without links that lead out."""
         for name, path in subfolders(folder):
             if is_capture_set(name[:-1]) and self._leads_out(path) is None:
                 yield name[:-1], path

@@ -18,7 +18,7 @@ from tlcapture.storage.remote_locks import held, remotely_locked
 from tlcapture.storage.remote_roots import refresh, store_of
 
 _log = logging.getLogger(__name__)
-_FRESH = 30.0  # seconds for which a listing of a remote experiment holds where no other run was waited for
+_FRESH = 30.0  # seconds for which a listing of a remote experiment is current, unless the run waited for another
 _POLL = 0.1  # seconds between two tries
 
 

@@ -1,4 +1,4 @@
-"""Object stores behind a URL, through fsspec: listing, whole reads and writes, and writes that must be the first.
+"""Object stores behind a URL, through fsspec: listing, whole reads and writes, and writes on a condition.
 
 A write is one PUT, or a multipart upload that is completed by one request: an object is there whole or not at all.
 Errors of the store are raised as `StorageError` and `InputError` of one line.
@@ -56,11 +56,11 @@ def checked_url(text: str | Path) -> tuple[str, str]:
     url = f"{scheme}://{rest}"
     if scheme not in ("file", *PACKAGES):
         known = ", ".join(f"{each}://" for each in PACKAGES)
-        raise InputError(f"{url}: {scheme}:// is not a store that experiments can be in: expected {known} or a folder")
+        raise InputError(f"{url}: {scheme}:// is not a supported store: expected {known} or a folder")
     if not rest and scheme != "file":
         raise InputError(f"{url}: expected {scheme}://BUCKET or {scheme}://BUCKET/PREFIX")
     if "@" in rest.partition("/")[0]:
-        raise InputError(f"{scheme}://...: credentials do not belong into a URL: see docs/remote-roots.md")
+        raise InputError(f"{scheme}://...: credentials do not belong in a URL: see docs/remote-roots.md")
     if {"", ".", ".."} & set(rest.split("/")) and rest:
         raise InputError(f"{url}: a part of its path is empty, '.' or '..'")
     return scheme, url
@@ -122,7 +122,7 @@ class Store:
             return sorted(name for name in names if _is_safe(name))
 
     def version(self, name: str) -> Version | None:
-        """The present version of an object."""
+        """The current version of an object."""
         with self._explained(name, "read"):
             try:
                 found = self._fs.info(self._path(name))
@@ -193,7 +193,7 @@ class Store:
     def _after(self, name: str) -> Version:
         found = self.version(name)
         if found is None:
-            raise StorageError(f"{self.url}/{name}: was removed as it was written")
+            raise StorageError(f"{self.url}/{name}: was removed while it was being written")
         return found
 
     @contextmanager
@@ -216,7 +216,7 @@ class Store:
             return StorageError(f"{place}: may not be {what} with these credentials ({said})")
         if isinstance(error, FileNotFoundError):
             bucket = "/".join(self.url.split("/")[:3])
-            return InputError(f"{place}: not there ({said}): is there a bucket {bucket}?")
+            return InputError(f"{place}: not found ({said}): does the bucket {bucket} exist?")
         if any(_UNREACHED.search(kind) for kind in kinds):
             return StorageError(
                 f"{place}: the store cannot be reached ({said}): check the network and AWS_ENDPOINT_URL"

@@ -167,7 +167,7 @@ class Shard:
                 found["dynamics"] = {**own["dynamics"], **steps}
             return found
         except (KeyError, TypeError, ValueError, IndexError, OverflowError):
-            what = f"what it holds of prompt {prompt_id!r} and {trait} is damaged"
+            what = f"its record of prompt {prompt_id!r} and {trait} is damaged"
             raise not_valid(self.file.path, KIND, what) from None
 
     def labels(self, entry: IndexEntry) -> dict[str, dict[str, Any]]:
@@ -176,7 +176,7 @@ class Shard:
             record = orjson.loads(self._array("records")[slice(*entry.record)].tobytes())
             return {trait: {**record["shared"], **record["traits"][trait]} for trait in entry.written}
         except (KeyError, TypeError, ValueError):
-            raise not_valid(self.file.path, KIND, f"what it holds of prompt {entry.id!r} is damaged") from None
+            raise not_valid(self.file.path, KIND, f"its record of prompt {entry.id!r} is damaged") from None
 
     def texts(self) -> dict[str, str]:
         """The texts of its prompts by id; damaged records are left out."""

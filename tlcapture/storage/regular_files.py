@@ -16,6 +16,6 @@ def check_regular(path: Path) -> None:
     if path.is_file() or not lexists(path):
         return
     if path.is_symlink() and not path.exists():
-        raise StorageError(f"{path}: a link to {path.readlink()}, which is not there: mount what it is on")
+        raise StorageError(f"{path}: a link to {path.readlink()}, which does not exist: mount the disk it is on")
     found = "a folder" if path.is_dir() else "something that is not a regular file"
     raise StorageError(f"{path}: expected a file, found {found}: move it")

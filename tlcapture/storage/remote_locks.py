@@ -95,7 +95,7 @@ def _acquire(store: Store, name: str, own: Holder, on_wait: Callable[[], object]
         if (holder.token, holder.beat) != seen:
             seen, since = (holder.token, holder.beat), monotonic()
         if holder.has_ended or monotonic() - since > _STALE:
-            _log.warning("%s/%s: %s has ended without giving the lock back", store.url, name, holder)
+            _log.warning("%s/%s: %s has ended without releasing the lock", store.url, name, holder)
             if store.replace(name, own.to_json(), version):
                 break
             continue
@@ -118,7 +118,7 @@ def held(store: Store, name: str) -> tuple[Holder, Version] | None:
 
 
 def _keep(store: Store, name: str, own: Holder, ended: threading.Event) -> None:
-    """Rewrite the lock again and again; stops, with a warning, if another run has taken it."""
+    """Rewrite the lock at intervals; stops, with a warning, if another run has taken it."""
     beat = own
     while not ended.wait(_BEAT):
         beat = replace(beat, beat=beat.beat + 1)

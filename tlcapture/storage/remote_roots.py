@@ -28,7 +28,7 @@ from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.object_stores import Store, checked_url, is_url
 from tlcapture.storage.working_copies import Mount, new_copy
 
-FRESH = 5.0  # seconds for which the listing of a remote root holds
+FRESH = 5.0  # seconds for which the listing of a remote root counts as current
 _ATTACHED = "TLCAPTURE_WORKING_COPIES"  # of the process that started this one
 _INCOMPLETE = ".incomplete"
 _mounts: dict[str, Mount] = {}  # by folder
@@ -40,7 +40,7 @@ def root_folder(root: str | Path) -> Path:
 
     Raises:
         InputError: no such bucket, no credentials, or a package is missing.
-        StorageError: the store cannot be reached, or does not allow to list what is there.
+        StorageError: the store cannot be reached, or does not allow listing.
     """
     if not is_url(root):
         return Path(root).expanduser()

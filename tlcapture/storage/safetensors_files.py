@@ -120,7 +120,7 @@ class TensorFile:
             StorageError: it cannot be read, is not a safetensors file, is cut off, or its header is too long.
         """
         try:
-            check_regular(path)  # a pipe would be waited for
+            check_regular(path)  # reading a pipe would wait
             with local(path).open("rb") as file:
                 state = _state_of(file)
                 size = state[0]
@@ -185,9 +185,7 @@ def _checked(
     end = 0
     for name, (spec, start, stop) in sorted(spans.items(), key=lambda each: each[1][1:]):
         if start != end or stop - start != spec.n_bytes:
-            raise _damaged(
-                path, f"its tensor {name[:80]!r} {list(spec.shape)[:8]} is said to be bytes {start} to {stop}"
-            )
+            raise _damaged(path, f"its tensor {name[:80]!r} {list(spec.shape)[:8]} cannot be bytes {start} to {stop}")
         end = stop
     if end != n_data:
         raise _damaged(path, f"its tensors have {end} bytes, but {n_data} are there: it is cut off or damaged")

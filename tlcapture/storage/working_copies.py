@@ -27,12 +27,12 @@ from tlcapture.storage.object_stores import Store, Version
 from tlcapture.text import parse_bytes
 
 _log = logging.getLogger(__name__)
-_LIMIT = "TLCAPTURE_REMOTE_CACHE"  # the size of what is kept of remote roots on this machine
+_LIMIT = "TLCAPTURE_REMOTE_CACHE"  # the most bytes of remote roots that are kept on this machine
 _DEFAULT_LIMIT = "10GiB"
 _SMALL, _TOGETHER = 2**19, 64  # bytes and number of files that are downloaded before they are asked for
-_IN_USE = 60.0  # seconds for which a file that was asked for stays
+_IN_USE = 60.0  # seconds for which a requested file is kept
 _EMPTY, _FULL = 0o201, 0o601  # permissions that tell whether a file of a working copy has its content, and is one
-_SHARE = 20  # of the time that a listing took, until it is made again by itself
+_SHARE = 20  # times as long as a listing took, it counts as current
 _LISTED_AT_ROOT = ("datasets", "experiments", "tlcapture.toml")
 # The scope of process numbers: this machine, or the container on it.
 HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
@@ -138,7 +138,7 @@ class Mount:
             if folder not in self._coming:
                 self._coming[folder] = deque(sorted(os.listdir(self.folder / folder)))
             self._download_small(folder, self._coming[folder])
-        except TlcaptureError as error:  # who asks for one of them gets it
+        except TlcaptureError as error:  # raised again for whoever reads one of them
             _log.info("%s", error)
         finally:
             self._is_ahead.release()
@@ -270,7 +270,7 @@ class _Cache:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process of this machine runs: one that has ended runs no more, even if nobody has waited for it."""
+    """Whether a process of this machine is running; a zombie is not."""
     import psutil
 
     try:

@@ -92,7 +92,7 @@ class TraitIntervention(ABC):
             if not chosen or chosen[0] < 0:
                 raise InputError(f"{name}: layers {layers!r}: expected {LAYER_FORMS}")
         if chosen == AUTO and not isinstance(vector, Trait):
-            raise InputError(f"{name}: a vector of your own has no selected layer: say layers=16 or layers='all'")
+            raise InputError(f"{name}: a vector of your own has no selected layer: pass layers=16 or layers='all'")
         object.__setattr__(self, "vector", vector)
         object.__setattr__(self, "number", None if number is None else float(number))
         object.__setattr__(self, "layers", chosen)

@@ -2,9 +2,9 @@
 
 | convention | number k is read at | it is imported as |
 | --- | --- | --- |
-| `hidden_states` | Hugging Face's `hidden_states[k]` | `residual_out` of block k - 1; 0, the embedding, has no place |
+| `hidden_states` | Hugging Face's `hidden_states[k]` | `residual_out` of block k - 1; 0, the embedding, is left out |
 | `resid_post` | the output of block k | `residual_out` of block k |
-| `resid_pre` | the input of block k | `residual_out` of block k - 1; 0, the embedding, has no place |
+| `resid_pre` | the input of block k | `residual_out` of block k - 1; 0, the embedding, is left out |
 
 Negative numbers count from the end. Hugging Face's last hidden state has passed the final norm: a vector read there is
 imported at the last layer and noted.
@@ -22,6 +22,7 @@ from tlcapture.shapes import Vector
 from tlcapture.storage.tensors import described, is_plain
 from tlcapture.text import as_ranges
 from tlcapture.traits.other_tools import REPENG, ToolVectors
+from tlcapture.traits.vectors import check_direction
 
 _SHIFT = {"hidden_states": -1, "resid_post": 0, "resid_pre": -1}
 
@@ -36,7 +37,7 @@ class Placed:
         vectors: by block, in float32.
         file_layers: the file's number of each block's vector.
         n_layers: layers of the model, if known.
-        left_out: the vectors of the file that have no place, and why.
+        left_out: the vectors of the file that are not imported, and why.
         notes: further remarks for the user.
     """
 
@@ -62,7 +63,7 @@ def place(
 
     Raises:
         InputError: the convention is needed but not known, or contradicts the file.
-        VectorError: a vector is not a finite non-zero float vector of the model's width, or none has a place.
+        VectorError: a vector is not a finite non-zero float vector of the model's width, or none belongs to a layer.
     """
     part = _agreed(path, "--component", found.component, component) or "residual"
     if part == "attn_out":
@@ -81,7 +82,7 @@ def place(
     if beyond:
         left_out.append(f"layers {as_ranges(beyond)} lie beyond the model's {n_layers} layers")
     if not placed:
-        raise VectorError(f"{path}: no vector in it has a place: {'; '.join(left_out)}")
+        raise VectorError(f"{path}: none of its vectors belongs to a layer of the model: {'; '.join(left_out)}")
     if n_layers is not None and n_layers - 1 in placed and (known == "hidden_states" or found.tool == REPENG):
         notes.append(
             f"the vector at layer {n_layers - 1} was read from Hugging Face's last hidden state, which has passed the "
@@ -161,8 +162,7 @@ def _checked_vector(path: Path, number: int, row: Any, width: int | None) -> Vec
     vector = row.detach().float()
     if len(vector) != width:
         raise VectorError(f"{path}: layer {number}: the vector has width {len(vector)}, expected {width}")
-    if not vector.isfinite().all() or not vector.any():
-        raise VectorError(f"{path}: layer {number}: the vector is zero, or holds NaN or inf")
+    check_direction(vector, f"{path}: layer {number}: the vector")
     return vector
 
 

@@ -9,7 +9,8 @@ from tlcapture.models.embedded import NAME as EMBEDDED
 from tlcapture.names import Trait
 from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.config import read_config
-from tlcapture.storage.layout import Layout, shipped_datasets
+from tlcapture.storage.datasets import shipped_datasets
+from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges, beside, did_you_mean
 
 PACKAGED = "packaged"  # the name of the experiment that comes with the package
@@ -37,7 +38,7 @@ def extract_command(layout: Layout, traits: Iterable[object] = (), method: str |
 def how_to_extract(layout: Layout, traits: Iterable[object] = (), method: str | None = None) -> str:
     """What to do for vectors that an experiment, or the package, does not have."""
     command = f"'{extract_command(layout, traits, method)}'"
-    return f"extract your own in an experiment of yours with {command}" if is_in_package(layout) else f"run {command}"
+    return f"extract your own in another experiment with {command}" if is_in_package(layout) else f"run {command}"
 
 
 def _place(layout: Layout) -> str:

@@ -72,7 +72,7 @@ def read_tool_vectors(path: Path) -> ToolVectors:
 
     Raises:
         StorageError: the file cannot be read.
-        VectorError: it does not hold vectors by layer, or holds vectors of an activation that has no place here.
+        VectorError: it does not hold vectors by layer, or holds vectors of an activation that cannot be imported.
     """
     with opening(path), path.open("rb") as file:
         start = file.read(4)
@@ -161,7 +161,7 @@ def _of_steering_vector(path: Path, value: Mapping[str, Any]) -> ToolVectors:
     kind, layers = value.get("layer_type", "decoder_block"), value["layer_activations"]
     if not isinstance(kind, str) or kind not in _PARTS:
         raise VectorError(
-            f"{path}: vectors of layer type {printable(str(kind))!r} have no place: only those of decoder_block "
+            f"{path}: vectors of layer type {printable(str(kind))!r} cannot be imported: only those of decoder_block "
             "(residual_out) and self_attn (attn_out) are imported"
         )
     if not isinstance(layers, dict) or not all(type(layer) is int for layer in layers):
@@ -202,7 +202,7 @@ def _named_activation(path: Path, names: Iterable[Any]) -> tuple[str | None, str
         said = _ACTIVATIONS.get(part, (None, None))
         if said is None:
             raise VectorError(
-                f"{path}: {printable(str(name))[:80]!r} names an activation that has no place: only vectors of the "
+                f"{path}: {printable(str(name))[:80]!r} names an activation that is not supported: only vectors of the "
                 "residual stream and of attention outputs are imported"
             )
         found.add(said)

@@ -14,7 +14,7 @@ from tlcapture.names import Trait
 from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.projection import Projection, project
 from tlcapture.traits.selection import Selection
-from tlcapture.traits.vectors import TraitVector
+from tlcapture.traits.vectors import TraitVector, check_direction
 
 OWN = Trait("own", "direction")
 _NO_METADATA: Mapping[str, Any] = {}
@@ -35,8 +35,7 @@ def project_direction(
         ) from None
     if vector.shape != (capture.d_model,):
         raise VectorError(f"a direction of shape {list(vector.shape)}: expected [{capture.d_model}]")
-    if not vector.isfinite().all() or not vector.any():
-        raise VectorError("the direction is zero, or holds NaN or inf")
+    check_direction(vector, "the direction")
     own = TraitVector(OWN, component, "own", layer, "", vector, _NO_METADATA)
     chosen = [(own, Selection(layer, "own", "override"))]
     streams = capture.prompt.residual, capture.response.residual

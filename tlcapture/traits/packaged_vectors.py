@@ -17,8 +17,9 @@ from tlcapture.errors import StorageError
 from tlcapture.models.embedded import NAME
 from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.config import read_config
+from tlcapture.storage.datasets import shipped_datasets
 from tlcapture.storage.files import write_folder
-from tlcapture.storage.layout import Layout, shipped_datasets
+from tlcapture.storage.layout import Layout
 from tlcapture.text import counted
 from tlcapture.traits.missing_vectors import PACKAGED
 

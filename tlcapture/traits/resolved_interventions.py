@@ -27,7 +27,7 @@ from tlcapture.traits.origin import check_origin
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import select
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
-from tlcapture.traits.vectors import TraitVector, read_vector
+from tlcapture.traits.vectors import TraitVector, check_direction, read_vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +112,8 @@ def _resolved(
     if isinstance(asked.vector, Trait):
         if source is None:
             raise InputError(
-                f"{asked!r}: say whose vectors of {asked.vector}: vectors=Experiment(NAME), or "
-                "Experiment('packaged') for those that come with the package"
+                f"{asked!r}: name the experiment with vectors of {asked.vector}: vectors=Experiment(NAME), or "
+                "vectors=Experiment('packaged') for those that come with the package"
             )
         found, doubts = _trait_vectors(asked, source, n_layers, d_model, model, method)
         vectors, more = [each.vector for each in found], _origin(found, source)
@@ -178,8 +178,7 @@ def _own_vector(asked: TraitIntervention, d_model: int) -> Vector:
     vector = torch.as_tensor(asked.vector).detach().float().cpu()
     if len(vector) != d_model:
         raise VectorError(f"{asked!r}: a vector of width {len(vector)}, but the model has width {d_model}")
-    if not vector.isfinite().all() or not vector.any():
-        raise VectorError(f"{asked!r}: the vector is zero, or holds NaN or inf")
+    check_direction(vector, f"{asked!r}: the vector")
     return vector
 
 

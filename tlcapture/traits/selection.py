@@ -23,7 +23,7 @@ from tlcapture.traits.vector_files import METHODS, VectorFiles
 COHERENT = 70
 FALLBACK_LAYER = 16
 FALLBACK_DEPTH = 0.6
-NO_NULL = "its steering gain was not compared with random vectors: run 'tlcapture steer' again to have them"
+NO_NULL = "its steering gain was not compared with random vectors: run 'tlcapture steer' again to add them"
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _what_would_choose(files: VectorFiles, component: str) -> str:
     """The command whose scores would choose a layer; another one for evaluated vectors without effect sizes."""
     rows, option = _all_rows(files, component), f"--experiment {files.layout.experiment}"
     if rows and all(row.effect_size is None and is_current(files, row, component) for row in rows):
-        return f"its examples give no effect size: others, or 'tlcapture steer {option}',"
+        return f"its examples give no effect size; other examples, or 'tlcapture steer {option}',"
     return f"'tlcapture evaluate {option}'"
 
 

@@ -64,8 +64,7 @@ def read_vector(files: VectorFiles, component: str, method: str, layer: int) -> 
     if not is_plain(value) or value.ndim != 1:
         raise VectorError(f"{path}: expected a one-dimensional float tensor, got {described(value)}")
     vector = value.detach().float()
-    if not vector.isfinite().all() or not vector.any():
-        raise VectorError(f"{path}: the vector is zero, or holds NaN or inf")
+    check_direction(vector, f"{path}: the vector")
     vector = _within_float32(vector)
     metadata = files.metadata(component, method)
     listed = method in metadata.get("methods", ()) and layer in metadata.get("layers", ())
@@ -75,6 +74,12 @@ def read_vector(files: VectorFiles, component: str, method: str, layer: int) -> 
         name = files.metadata_file(component, method).name
         raise VectorError(f"{path}: the vector has width {len(vector)}, but {name} gives {width}")
     return TraitVector(files.trait, component, method, layer, files.layout.experiment, vector, origin)
+
+
+def check_direction(vector: Vector, name: str) -> None:
+    """Raise `VectorError` for a vector without a direction: a zero one, or one that holds NaN or inf."""
+    if not vector.isfinite().all() or not vector.any():
+        raise VectorError(f"{name} is zero, or holds NaN or inf")
 
 
 def write_vector(files: VectorFiles, component: str, method: str, layer: int, vector: Vector) -> Written:

@@ -260,7 +260,7 @@ _PATTERN = TypeAdapter(Pattern)
 def no_weights(layer: int, kept: Sequence[int] | None, present: Sequence[int]) -> InputError:
     """The error for a layer without weights: it was not among those `kept`, or has no attention."""
     if kept is not None and layer not in kept:
-        return InputError(f"layer {layer} was not kept: of the attention, layers {as_ranges(kept)} were")
+        return InputError(f"layer {layer} was not kept: attention was kept at layers {as_ranges(kept)}")
     return InputError(f"layer {layer} has no attention: layers {as_ranges(present)} have")
 
 

@@ -25,7 +25,7 @@ from tlcapture.shapes import Tokens
 
 _log = logging.getLogger(__name__)
 
-# Kinds of devices on which steps have fixed shapes. On a CPU, reading only the keys there are is faster.
+# Kinds of devices on which steps have fixed shapes. On a CPU, reading only the existing keys is faster.
 FIXED_ON = {"cuda", "cpu"} if os.environ.get("TLCAPTURE_FIXED_STEPS") == "1" else {"cuda"}
 RECORD = os.environ.get("TLCAPTURE_CUDA_GRAPH", "1") != "0"  # whether steps on CUDA are recorded
 

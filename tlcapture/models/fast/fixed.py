@@ -1,6 +1,6 @@
 """Steps of one new token per row in tensors whose shape and place stay the same, as a recorded step needs them.
 
-Python knows no number that changes from step to step: positions of writes, masks and rotations
+No Python number changes from step to step: positions of writes, masks and rotations
 come from tensors on the device.
 """
 

@@ -32,7 +32,7 @@ tl.views.overview = {
       prompt: ["prompt", "The prompt, and the number of its samples.", null],
       top: ["stands out", "The trait that rose most in the response, if it rose more than chance.", (row) => (row.trait ? `${row.stands_out || row.chance === null ? 0 : 1}${row.trait}` : null)],
       rise: ["rise", "How much that trait rose from the prompt to the response, as a standard score: less the mean rise, in standard deviations.", (row) => row.rise ?? null],
-      chance: ["chance", "What the largest of as many random directions stays below in 95 % of draws. A larger rise stands out.", (row) => row.chance ?? null],
+      chance: ["chance", "The 95th percentile of the largest rise among as many random directions. A larger rise stands out.", (row) => row.chance ?? null],
       answer: ["answer", "The first words of the response.", (row) => row.answer || null],
     };
 
@@ -114,7 +114,7 @@ tl.views.overview = {
 
     function tell() {
       const score = found.against.startsWith("its own") ? `in standard deviations of ${found.against.replace("its own ", "its ")}` : `as a standard score against ${found.against}: at 0, a trait rises as much as it does there on average`;
-      const text = found.traits.length ? `Rise: the mean projection over the response less that over the prompt, ${score}. A trait stands out, in bold, if its rise exceeds the chance level of its prompt: what the largest of as many random directions stays below in 95 % of draws.` : null;
+      const text = found.traits.length ? `Rise: the mean projection over the response less that over the prompt, ${score}. A trait stands out, in bold, if its rise exceeds the chance level of its prompt: the 95th percentile of the largest rise among as many random directions.` : null;
       notes.replaceChildren(...(text ? [tl.note(text)] : []), ...(found.missing ? [tl.emptyState(new tl.source.Missing(found.missing))] : []), ...(found.doubts ?? []).map((doubt) => tl.note(doubt)), ...[...found.problems, ...found.unread].map((problem) => tl.warning(problem)));
     }
 

@@ -1,8 +1,8 @@
-"""A share of the prompts of a set, for one of several runs that capture the set together.
+"""A share of the prompts of a set (`--shard`), for one of several runs that capture the set together.
 
-    Shard.parse("2/3").of(["1", "2", "3", "4", "5"])      # ["2", "5"]
+    PromptShare.parse("2/3").of(["1", "2", "3", "4", "5"])      # ["2", "5"]
 
-The shards 1/n to n/n are a partition of the prompts. Does not import torch.
+The shares 1/n to n/n are a partition of the prompts. Does not import torch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _FORM = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Shard `number` of `count`, counted from 1: every `count`-th prompt, in the order of the set."""
+class PromptShare:
+    """Share `number` of `count`, counted from 1: every `count`-th prompt, in the order of the set."""
 
     number: int
     count: int
@@ -29,14 +29,14 @@ class Shard:
         return f"{self.number}/{self.count}"
 
     @classmethod
-    def parse(cls, text: str) -> Shard:
+    def parse(cls, text: str) -> PromptShare:
         """Read `i/n`; raises `InputError` unless 1 <= i <= n."""
         match = _FORM.fullmatch(text.strip())
-        shard = cls(int(match[1]), int(match[2])) if match else None
-        if shard is None or not 1 <= shard.number <= shard.count:
+        share = cls(int(match[1]), int(match[2])) if match else None
+        if share is None or not 1 <= share.number <= share.count:
             raise InputError(f"{text!r} is not a shard: expected i/n with i from 1 to n, for example 1/8")
-        return shard
+        return share
 
     def of(self, items: Sequence[T]) -> Sequence[T]:
-        """The items that belong to this shard."""
+        """The items that belong to this share."""
         return items[self.number - 1 :: self.count]

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlcapture.errors import InputError
+from tlcapture.runs.prompt_shares import PromptShare
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.runs.shards import Shard
 from tlcapture.storage.layout import Layout
 
 WHAT = "captures of short"
@@ -23,7 +23,7 @@ WHAT = "captures of short"
 @given(st.integers(0, 60), st.integers(1, 20))
 def test_the_shards_of_a_set_are_a_partition_into_equal_parts(n_prompts: int, count: int) -> None:
     prompts = list(range(n_prompts))
-    shares = [Shard(number, count).of(prompts) for number in range(1, count + 1)]
+    shares = [PromptShare(number, count).of(prompts) for number in range(1, count + 1)]
     assert sorted(prompt for share in shares for prompt in share) == prompts
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -31,15 +31,15 @@ def test_the_shards_of_a_set_are_a_partition_into_equal_parts(n_prompts: int, co
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/0", "-1/3", "a/b", "1/3/5", "", "1.5/2"])
 def test_invalid_shards_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="is not a shard: expected i/n with i from 1 to n"):
-        Shard.parse(text)
+        PromptShare.parse(text)
 
 
 def test_a_shard_survives_parsing_and_printing() -> None:
-    assert str(Shard.parse(" 2/16 ")) == "2/16"
+    assert str(PromptShare.parse(" 2/16 ")) == "2/16"
 
 
 @contextmanager
-def running(layout: Layout, shard: Shard | None, division: str = "shard") -> Iterator[None]:
+def running(layout: Layout, shard: PromptShare | None, division: str = "shard") -> Iterator[None]:
     """A run in another thread, which holds the lock until the context ends."""
     begun, end = threading.Event(), threading.Event()
 
@@ -58,7 +58,7 @@ def running(layout: Layout, shard: Shard | None, division: str = "shard") -> Ite
         thread.join(20)
 
 
-def waits(layout: Layout, shard: Shard | None, division: str = "shard", patience: float = 0.5) -> bool:
+def waits(layout: Layout, shard: PromptShare | None, division: str = "shard", patience: float = 0.5) -> bool:
     """Whether a run that starts now has to wait."""
     begun = threading.Event()
 
@@ -76,21 +76,23 @@ def waits(layout: Layout, shard: Shard | None, division: str = "shard", patience
 
 def test_shards_of_one_division_run_at_the_same_time(tmp_path: Path) -> None:
     layout = Layout(tmp_path, "exp")
-    with running(layout, Shard(1, 3)), running(layout, Shard(3, 3)):
-        assert not waits(layout, Shard(2, 3), patience=10)
+    with running(layout, PromptShare(1, 3)), running(layout, PromptShare(3, 3)):
+        assert not waits(layout, PromptShare(2, 3), patience=10)
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        (Shard(1, 2), Shard(1, 2)),
-        (Shard(1, 2), None),
-        (None, Shard(1, 2)),
+        (PromptShare(1, 2), PromptShare(1, 2)),
+        (PromptShare(1, 2), None),
+        (None, PromptShare(1, 2)),
         (None, None),
-        (Shard(1, 2), Shard(2, 3)),
+        (PromptShare(1, 2), PromptShare(2, 3)),
     ],
 )
-def test_runs_that_could_write_the_same_file_wait(tmp_path: Path, first: Shard | None, second: Shard | None) -> None:
+def test_runs_that_could_write_the_same_file_wait(
+    tmp_path: Path, first: PromptShare | None, second: PromptShare | None
+) -> None:
     layout = Layout(tmp_path, "exp")
     with running(layout, first):
         assert waits(layout, second)
@@ -98,14 +100,14 @@ def test_runs_that_could_write_the_same_file_wait(tmp_path: Path, first: Shard |
 
 def test_shards_of_another_division_wait(tmp_path: Path) -> None:
     layout = Layout(tmp_path, "exp")
-    with running(layout, Shard(1, 2)):
-        assert waits(layout, Shard(2, 2), "projection")
+    with running(layout, PromptShare(1, 2)):
+        assert waits(layout, PromptShare(2, 2), "projection")
 
 
 def test_a_finished_run_blocks_no_other(tmp_path: Path) -> None:
     layout = Layout(tmp_path, "exp")
-    for shard in (Shard(1, 2), Shard(1, 3), None):
+    for shard in (PromptShare(1, 2), PromptShare(1, 3), None):
         with running(layout, shard):
             pass
-    for shard in (Shard(2, 2), None, Shard(1, 3)):
+    for shard in (PromptShare(2, 2), None, PromptShare(1, 3)):
         assert not waits(layout, shard, patience=10)
