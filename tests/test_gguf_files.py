@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import pre_tokenizers
+from transformers.integrations.gguf import gguf_tokenizer_mapping  # noqa: F401  used by a condition
 
 from tests import tiny
-from tests.gguf_writer import write_gguf
+from tests.gguf_writer import Vocabulary, write_gguf
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints import quiet_loading
 from tlcapture.models.gguf_files import load_gguf
+from tlcapture.models.gguf_tokenizers import load_gguf_tokenizer
 
 SMALL = {**tiny._GROUPED, "num_hidden_layers": 2}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -136,3 +139,47 @@ def test_what_would_be_left_out_is_refused(written: dict[str, Any], message: str
     path = write_gguf(tmp_path / "tiny.gguf", tiny.hf_model("llama"), **written)
     with quiet_loading(), pytest.raises(ModelError, match=rf"tiny\.gguf: .*{message}"):
         load_gguf(path)
+
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+MERGES = ["Ġ Ġ", "1 2", "a b", "b c", "a bc"]
+ADDED = ["<｜User｜>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<think>"]
+BYTE_LEVEL = Vocabulary(
+    [*ADDED, *ALPHABET, *(merge.replace(" ", "") for merge in MERGES)], MERGES, [3, 3, 3, 4, *[1] * (256 + len(MERGES))]
+)
+PIECES = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab", "▁ab"]
+SENTENCEPIECE = Vocabulary(PIECES, [], [2, 3, 3, *[1] * 6], "llama")
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "stated", "text", "tokens"),
+    [
+        (BYTE_LEVEL, {"pre": "default"}, "  12", ["Ġ", "Ġ", "12"]),
+        (BYTE_LEVEL, {"pre": "smollm"}, "  12", ["ĠĠ", "1", "2"]),
+        (BYTE_LEVEL, {"pre": "default"}, "abc", ["ab", "c"]),
+        (BYTE_LEVEL, {"pre": "llama-bpe"}, "abc", ["abc"]),
+        (BYTE_LEVEL, {}, "<｜User｜><think>a<｜end▁of▁sentence｜>", [*ADDED[::3], "a", ADDED[2]]),
+        (SENTENCEPIECE, {}, "ab", ["▁ab"]),
+        (SENTENCEPIECE, {"add_space_prefix": False}, "ab", ["ab"]),
+    ],
+)
+def test_a_text_is_cut_into_the_tokens_of_the_file_as_it_says(
+    vocabulary: Vocabulary, stated: dict[str, Any], text: str, tokens: list[str], tmp_path: Path
+) -> None:
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in stated.items()}
+    path = write_gguf(tmp_path / "tiny.gguf", tiny.hf_model("llama"), metadata=metadata, vocabulary=vocabulary)
+    with quiet_loading():
+        load_gguf_tokenizer(path).save_pretrained(tmp_path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [vocabulary.tokens[number] for number in ids] == tokens
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert len(tokenizer) == len(vocabulary.tokens)
+
+
+@pytest.mark.skipif("not hasattr(gguf_tokenizer_mapping, 'GGUF_PRE_TOKENIZER_SPLITS')", reason="an older transformers")
+def test_a_way_to_split_texts_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "x.gguf", tiny.hf_model("llama"), metadata={"tokenizer.ggml.pre": "deepseek-v3"})
+    with pytest.raises(ModelError, match=r"x\.gguf: it splits texts into pieces as 'deepseek-v3', which transformers"):
+        load_gguf_tokenizer(path)
