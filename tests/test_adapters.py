@@ -164,6 +164,14 @@ def test_an_adapter_that_repeats_layers_is_refused(tmp_path: Path) -> None:
 
 
 @needs_peft
+@pytest.mark.parametrize("start", ["pissa_niter_4", "lora_ga"])
+def test_an_adapter_of_weights_that_cannot_be_made_again_is_refused(start: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    message = one_line(write_adapter(tmp_path / "adapter", str(base), init_lora_weights=start))
+    assert f"(init_lora_weights {start!r}) was trained beside weights that no file has" in message
+
+
+@needs_peft
 def test_added_tokens_get_the_rows_of_the_adapter(tmp_path: Path) -> None:
     import peft
 

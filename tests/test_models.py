@@ -250,6 +250,20 @@ def test_the_record_of_a_model_has_revision_engine_and_hooks() -> None:
     assert {hook.format(L=0) for point, hook in hooks.items() if point != "after_attn"} <= set(model.hook_names)
 
 
+@torch.no_grad()
+def test_a_window_that_the_architecture_does_not_have_is_ignored_by_the_bridge_as_in_one_pass() -> None:
+    hf = copy.deepcopy(tiny.hf_model("llama"))
+    hf.config.sliding_window = 4
+    tokens = torch.arange(10, 20).unsqueeze(0)
+    theirs = hf(tokens, use_cache=False).logits[:, -1]
+    model = from_hugging_face(hf, tiny.tokenizer(), name="stray", engine="bridge")
+    state, mask = model.start(1), torch.ones_like(tokens)
+    for part in (slice(0, 9), slice(9, 10)):
+        step = model.step(tokens[:, part], mask[:, part], state, frozenset(), want_logits=True)
+    torch.testing.assert_close(step.logits, theirs)
+    assert hf.config.sliding_window == 4
+
+
 def test_casting_leaves_packed_weights_and_buffers_as_they_are() -> None:
     layer = torch.nn.Linear(4, 4)
     layer.packed = torch.nn.Parameter(torch.arange(4, dtype=torch.uint8), requires_grad=False)

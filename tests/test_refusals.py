@@ -15,6 +15,7 @@ from tests.test_parity import random_ids
 from tlcapture.errors import ModelError
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
+from tlcapture.models.engines.base import _context_with_fixed_frequencies
 from tlcapture.models.engines.bridge import BridgeModel
 from tlcapture.models.loading import from_hugging_face
 from tlcapture.prompts.tokenization import TokenizedPrompt
@@ -216,6 +217,23 @@ def test_prompts_longer_than_the_longrope_threshold_are_refused(evidence: Eviden
     evidence.refused(
         "phi3_longrope, beyond original_max_position_embeddings", "bridge", "does not fit the model's context"
     )
+
+
+_FACTORS = {"factor": 4.0, "short_factor": [1.0] * 128, "long_factor": [2.0] * 128}
+_LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 48, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "n_ctx"),
+    [
+        (transformers.Gemma3TextConfig(rope_parameters={"full_attention": {**_LONGROPE, **_FACTORS}}), 48),
+        (transformers.Llama4TextConfig(floor_scale=64), 63),
+        (transformers.Llama4TextConfig(floor_scale=64, attn_temperature_tuning=False), 100),
+        (transformers.Llama4TextConfig(floor_scale=64, no_rope_layers=[1] * 48), 100),
+    ],
+)
+def test_the_context_ends_where_positions_would_depend_on_the_batch(config: Any, n_ctx: int) -> None:
+    assert _context_with_fixed_frequencies(config, 100) == n_ctx
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ import torch
 from tests import tiny
 from tests.gguf_writer import write_gguf
 from tlcapture.errors import ModelError
+from tlcapture.models import embedded
 from tlcapture.models.loading import load_model
 from tlcapture.models.sources import check_name, commit_of, source_of
 
@@ -282,13 +283,19 @@ def test_a_gguf_file_or_its_folder_equals_the_weights_that_it_was_written_from(
     assert {path: path.stat().st_mtime_ns for path in converted.iterdir()} == before
 
 
+@pytest.mark.parametrize("changed", ["weights", "metadata"])
 def test_gguf_files_of_equal_name_and_size_are_not_confused(
-    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changed: str, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TLCAPTURE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(embedded, "_HASHED", 2**12)  # of files that are larger than what is hashed
     other = tmp_path / gguf.name
     data = bytearray(gguf.read_bytes())
-    data[-4:] = torch.tensor([0.5]).numpy().tobytes()
+    if changed == "weights":
+        data[-4:] = torch.tensor([0.5]).numpy().tobytes()
+    else:
+        at = data.index(b"tokenizer.ggml.eos_token_id") + len("tokenizer.ggml.eos_token_id") + 4
+        data[at : at + 4] = (3).to_bytes(4, "little")
     other.write_bytes(data)
     assert source_of(str(other)) != source_of(str(gguf))
 

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
 from tlcapture.errors import InputError
@@ -89,6 +91,16 @@ def test_parts_of_a_character_show_as_replacement_characters_and_decode_together
     assert len(ids) == 2
     assert token_texts(tokenizer, ids) == ["\ufffd", "\ufffd"]
     assert decode(tokenizer, ids) == "é"
+
+
+def test_every_space_of_a_sentencepiece_token_is_in_its_text() -> None:
+    """Decoders of Llama 2 and others drop the first space of a token that is decoded on its own."""
+    pieces = ["▁", "▁a", "▁▁▁▁", "▁▁b", "a", "▁▁\n"]
+    backend = Tokenizer(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]))
+    for steps in ([decoders.Strip(" ", 1, 0)], []):
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), *steps])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+        assert token_texts(tokenizer, range(len(pieces))) == [piece.replace("▁", " ") for piece in pieces]
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))

@@ -31,6 +31,8 @@ NOT_BY_TRANSFORMERS = {"adapter_kwargs": {"subfolder": "merged-by-tlcapture"}}
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
 _OWN_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _LORA = "lora_"  # in the names of weights that are added
+# Ways to initialise LoRA that take something random, or a gradient, out of the weights that are adapted.
+_CHANGED_BY = ("pissa_niter_", "lora_ga")
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -184,6 +186,12 @@ def _merged(model: Any, adapter: Adapter, name: str) -> Any:
         raise ModelError(f"model {name!r}: an adapter of type {kind} has no weights to merge into those of the model")
     if getattr(config, "layer_replication", None):
         raise ModelError(f"model {name!r}: its adapter repeats layers of the model (layer_replication): not supported")
+    start = str(getattr(config, "init_lora_weights", True))
+    if start.startswith(_CHANGED_BY):
+        raise ModelError(
+            f"model {name!r}: its adapter (init_lora_weights {start!r}) was trained beside weights that no file has: "
+            "convert it on saving with peft's path_initial_model_for_weight_conversion"
+        )
     weights = peft.load_peft_weights(adapter.source, device="cpu")
     rounded = [
         f"{key} is {weight.dtype}"

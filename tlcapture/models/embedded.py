@@ -58,9 +58,11 @@ def converted(source: Path) -> Path:
     Raises `ModelError` if transformers cannot read the file, or the folder is not writable or damaged.
     """
     folder = _folder_for(source)
-    digest = hashlib.blake2b(f"{_READING} {_size_and_hash(source)}".encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(f"{_READING} {_size_and_hash(source)}".encode(), digest_size=8)
+    with source.open("rb") as file:
+        digest.update(file.read(4 * _HASHED))  # its metadata, which may be edited in place
     try:
-        return _converted(source, folder.with_name(f"{folder.name}-{digest}"))
+        return _converted(source, folder.with_name(f"{folder.name}-{digest.hexdigest()}"))
     except (TlcaptureError, MemoryError):
         raise
     except Exception as error:  # transformers and gguf raise many kinds for files that they cannot read
@@ -113,7 +115,7 @@ def _convert(source: Path, target: Path) -> None:
 
 def _convert_weights(source: Path, target: Path) -> None:
     from tlcapture.models.gguf_files import load_gguf
-    from tlcapture.models.gguf_tokenizers import gguf_tokenizer
+    from tlcapture.models.gguf_tokenizers import load_gguf_tokenizer
 
+    load_gguf_tokenizer(source).save_pretrained(target)
     load_gguf(source).save_pretrained(target)
-    gguf_tokenizer(source).save_pretrained(target)

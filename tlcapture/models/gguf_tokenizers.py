@@ -1,17 +1,21 @@
-"""The tokenizer of a GGUF file, which splits text into words as the file says, before any tokens are merged.
+"""The tokenizer of a GGUF file, as llama.cpp reads it.
 
-A file names the rule (`tokenizer.ggml.pre`). transformers knows some names, and splits as GPT-2 does for all others, so
-that numbers, spaces and punctuation become other tokens than those that the model was trained on. The rules are those
-of llama.cpp's `llama-vocab.cpp`, in the form of the original tokenizers.
+A file names the rule by which text is split into words before tokens are merged (`tokenizer.ggml.pre`). transformers
+knows some names, and splits as GPT-2 does for all others, so that numbers, spaces and punctuation become other tokens
+than those that the model was trained on. It also merges words that are tokens, puts a space in front of texts whatever
+a file says, and cuts added tokens with other characters than those of its byte alphabet, such as DeepSeek's
+`<｜User｜>`, into pieces. The rules are those of llama.cpp's `llama-vocab.cpp`, in the form of the original tokenizers.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from tlcapture.errors import ModelError
 
+_KEY = "tokenizer.ggml."
 _BY_DEFAULT = (None, "", "default")  # these files name no rule
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LINES_AND_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,8 +29,8 @@ _NO_SENTENCE_MARKS = r" ?[^(\s|.,!?…。，、।۔،)]+"
 # Patterns that split text one after the other, and the names of the rules. What a pattern does not match is split too.
 _RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     (_GPT2,): (
-        "a.x-4.0", "exaone4", "gigachat", "gpt-2", "granite-docling", "jais", "mellum", "mpt", "olmo", "phi-2",
-        "trillion",
+        "a.x-4.0", "exaone4", "gigachat", "gpt-2", "granite-docling", "jais", "jina-de", "jina-es", "jina-v2-de",
+        "jina-v2-es", "mellum", "modern-bert", "mpt", "olmo", "phi-2", "trillion",
     ),
     (r"\p{N}", _GPT2): ("codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"),
     (rf"{_WORDS}|\p{{N}}{{1,3}}|{_PUNCTUATION}|{_LINES_AND_SPACES}",): (
@@ -61,46 +65,92 @@ _PATTERNS = {name: patterns for patterns, names in _RULES.items() for name in na
 _WORDS_FIRST = (
     "falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "llama-bpe", "llama-v3", "llama3", "midm-2.0", "pixtral", "tekken",
 )  # fmt: skip
-_COMPOSED = ("command-r", "olmo", "qwen2", "qwen35")  # an accent of its own is first joined with its letter
+_COMPOSED = ("command-r", "olmo", "qwen2", "qwen35")  # with accents joined to their letters first
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_CONTROL, _USER_DEFINED = 3, 4  # types of added tokens
+_SPECIAL = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 
 
-def gguf_tokenizer(source: Path) -> Any:
+def load_gguf_tokenizer(source: Path) -> Any:
     """The Hugging Face tokenizer of a GGUF file.
 
     Raises:
-        ModelError: the file splits text by a rule that is not known here.
+        ModelError: the file splits text into words by a rule that is not known here.
     """
     from gguf import GGUFReader
-    from tokenizers.normalizers import NFC
-    from tokenizers.pre_tokenizers import Metaspace
     from transformers import AutoTokenizer
 
+    reader = GGUFReader(source)
+    found = {
+        name: field.contents()
+        for name in ("model", "pre", "tokens", "token_type", "add_space_prefix", *_SPECIAL.values())
+        if (field := reader.get_field(_KEY + name)) is not None
+    }
+    rule = None if found.get("model") != "gpt2" or found.get("pre") in _BY_DEFAULT else found["pre"]
+    if rule is not None and rule not in _PATTERNS:
+        raise ModelError(
+            f"{source}: its text is split into words by the rule {rule!r}, which is not known here: use the "
+            "original weights"
+        )
     tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
-    reader, backend = GGUFReader(source), tokenizer.backend_tokenizer
-
-    def stated(name: str) -> Any:
-        field = reader.get_field(f"tokenizer.ggml.{name}")
-        return None if field is None else field.contents()
-
-    kind, rule = stated("model"), stated("pre")
-    if kind == "gpt2" and rule not in _BY_DEFAULT:
-        if rule not in _PATTERNS:
-            raise ModelError(
-                f"{source}: its text is split into words by the rule {rule!r}, which is not known here: use the "
-                "checkpoint that it was made from"
-            )
-        backend.pre_tokenizer = _splitting(_PATTERNS[rule])
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    before = json.dumps(state)
+    if found.get("model") == "gpt2":
+        _spell_added_tokens(state, found)
+        if (state["decoder"] or {}).get("type") != _BYTES["type"]:  # of an earlier transformers
+            state["decoder"] = _BYTES
+    if rule is not None:
+        state["pre_tokenizer"] = _split(_PATTERNS[rule])
+        state["model"]["ignore_merges"] = rule in _WORDS_FIRST
         if rule in _COMPOSED:
-            backend.normalizer = NFC()
-        backend.model.ignore_merges = rule in _WORDS_FIRST
-    if kind == "llama" and stated("add_space_prefix") is False and isinstance(backend.pre_tokenizer, Metaspace):
-        backend.pre_tokenizer.prepend_scheme = "never"
-    return tokenizer
+            state["normalizer"] = {"type": "NFC"}
+    elif found.get("model") == "llama" and found.get("add_space_prefix") is False:
+        _put_no_space_in_front(state)
+    tokens = found.get("tokens", ())
+    special = {name: tokens[found[key]] for name, key in _SPECIAL.items() if found.get(key, len(tokens)) < len(tokens)}
+    is_right = all(getattr(tokenizer, name) == token for name, token in special.items())
+    return tokenizer if is_right and json.dumps(state) == before else _made_of(state, tokenizer, special)
 
 
-def _splitting(patterns: tuple[str, ...]) -> Any:
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+def _split(patterns: tuple[str, ...]) -> dict[str, Any]:
+    """Splitting text by patterns, one after the other, and then spelling it in bytes: as `tokenizer.json` has it."""
+    splits = [
+        {"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False} for each in patterns
+    ]
+    return {"type": "Sequence", "pretokenizers": [*splits, {**_BYTES, "use_regex": False}]}
 
-    splits = [Split(Regex(pattern), behavior="isolated") for pattern in patterns]
-    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+def _spell_added_tokens(state: dict[str, Any], found: dict[str, Any]) -> None:
+    """Give added tokens the spelling and number that they have in the file."""
+    tokens, vocabulary = found["tokens"], state["model"]["vocab"]
+    spelled = {number: token for token, number in vocabulary.items()}
+    added = {each["id"]: each for each in state["added_tokens"] if each["id"] < len(tokens)}
+    for number, (token, kind) in enumerate(zip(tokens, found.get("token_type", ()), strict=False)):
+        if kind in (_CONTROL, _USER_DEFINED) and not (number in added and spelled.get(number, token) == token):
+            vocabulary.pop(spelled.get(number), None)
+            vocabulary[token] = number
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            added[number] = {"id": number, "content": token, **flags, "special": kind == _CONTROL}
+    state["added_tokens"] = [added[number] for number in sorted(added)]
+
+
+def _put_no_space_in_front(state: dict[str, Any]) -> None:
+    if (state["pre_tokenizer"] or {}).get("type") == "Metaspace":
+        state["pre_tokenizer"]["prepend_scheme"] = "never"
+        steps = (state["decoder"] or {}).get("decoders", [])
+        steps[:] = [step for step in steps if step["type"] != "Strip"]
+
+
+def _made_of(state: dict[str, Any], tokenizer: Any, special: dict[str, str]) -> Any:
+    """A tokenizer like another one, with the parts of `state` and other special tokens."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    options = {name: getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "chat_template")}
+    backend = Tokenizer.from_str(json.dumps({**state, "post_processor": None}))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options, **special)

@@ -143,9 +143,11 @@ def _gguf_tensor(tensor: Any) -> Any:
 def _of_tensors(path: Path, value: Any) -> ToolVectors:
     if isinstance(value, dict) and "layer_activations" in value:
         return _of_steering_vector(path, value)
+    named: tuple[str | None, str | None] = (None, None)
     if isinstance(value, dict) and len(value) == 1 and getattr(next(iter(value.values())), "ndim", 1) == 2:
         ((name, table),) = value.items()
-        value = table if isinstance(name, str) else value  # one table by its name
+        if isinstance(name, str) and not any(map(str.isdigit, name)):  # else it is the name of a layer
+            value, named = table, _named_activation(path, [name])
     if isinstance(value, list | tuple):
         return ToolVectors(None, _some(path, dict(enumerate(value))), is_table=True)
     if isinstance(value, dict):
@@ -154,7 +156,8 @@ def _of_tensors(path: Path, value: Any) -> ToolVectors:
         hint = "; a single vector needs its layer: save it as {layer: vector}" if getattr(value, "ndim", 0) == 1 else ""
         raise VectorError(f"{path}: expected a float tensor [n_layers, d_model], got {described(value)}{hint}")
     tool = PERSONA_VECTORS if path.stem.endswith(("_avg_diff", "_last_diff")) else None
-    return ToolVectors(tool, _some(path, dict(enumerate(value))), is_table=True)
+    component, convention = named
+    return ToolVectors(tool, _some(path, dict(enumerate(value))), True, component, convention)
 
 
 def _of_steering_vector(path: Path, value: Mapping[str, Any]) -> ToolVectors:

@@ -229,10 +229,15 @@ def _logit_scale(config: Any) -> float:
 
 
 def _context_with_fixed_frequencies(config: Any, n_ctx: int) -> int:
-    """The context length within which a model's rotary frequencies are constant.
+    """The context length within which positions are computed alike whatever else is in the batch.
 
     LongRoPE switches to other frequencies for all tokens in all rows of a batch as soon as one row is longer than the
     pretraining length, so the activations of a prompt would depend on other prompts of its batch and on later tokens.
+    Llama 4 scales queries from `floor_scale` tokens on, and counts the padding of a batch as tokens.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    return min(n_ctx, int(rope["original_max_position_embeddings"])) if rope.get("rope_type") == "longrope" else n_ctx
+    kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # of all layers, or by kind of layer
+    lengths = [int(each["original_max_position_embeddings"]) for each in kinds if each.get("rope_type") == "longrope"]
+    if getattr(config, "attn_temperature_tuning", False) and not all(getattr(config, "no_rope_layers", None) or ()):
+        lengths.append(int(config.floor_scale) - 1)
+    return min([n_ctx, *lengths])

@@ -40,6 +40,7 @@ from tlcapture.version import installed
 from tlcapture.views.hooks import HOOKS, POINTS, at_any_layer, hook, is_pattern, layer_hooks
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+_WINDOWS = ("sliding_window", "attention_chunk_size", "layer_types")  # of a config, from which caches are made
 # Every block that has these holds them as `[batch, pos, d_model]`.
 _ALWAYS_PLAIN = {HOOKS[name] for name in (*POINTS, "attn_out", "mixer_out", "mlp_out")}
 
@@ -77,11 +78,26 @@ class BridgeModel(Model):
     def start(self, batch_size: int) -> _BridgeState:
         """An empty state; the first step creates its `past_key_values`, other caches are created here."""
         mask = torch.zeros(batch_size, 0, dtype=torch.long, device=self.device)
-        if self._cache_name == "past_key_values":
+        if self._cache_name == "past_key_values" and self._cache_config is self.hf_config:
             return _BridgeState(mask)
         from transformers import DynamicCache
 
-        return _BridgeState(mask, DynamicCache(config=self.hf_config))
+        return _BridgeState(mask, DynamicCache(config=self._cache_config))
+
+    @cached_property
+    def _cache_config(self) -> Any:
+        """The config without a window of attention that its class does not have.
+
+        The model then ignores the window, but transformers would make a cache that forgets what lies outside it.
+        """
+        known = type(self.hf_config)()
+        stray = [name for name in _WINDOWS if hasattr(self.hf_config, name) and not hasattr(known, name)]
+        if not stray:
+            return self.hf_config
+        config = copy.deepcopy(self.hf_config)
+        for name in stray:
+            delattr(config, name)
+        return config
 
     @cached_property
     def _cache_name(self) -> str:
