@@ -138,9 +138,22 @@ def test_the_magic_uses_the_model_and_vectors_of_the_session(
     assert shell.user_ns["cap"].project("style/formality").vector.experiment == "exp"
 
 
+@pytest.mark.parametrize("has_experiment", [True, False])
+def test_the_magic_takes_the_vectors_of_another_experiment(
+    run: Run, shell: Any, exp: Experiment, smollm2: Any, capsys: pytest.CaptureFixture[str], has_experiment: bool
+) -> None:
+    shell.user_ns.update({"exp": exp} if has_experiment else {}, model=smollm2)
+    run("%load_ext tlcapture")
+    run('%capture_prompt --vector-experiment packaged -t affect/positivity -n 2 "hi"')
+    assert "affect/positivity" in capsys.readouterr().out
+    assert shell.user_ns["cap"].project("affect/positivity").vector.experiment == "packaged"
+
+
 @pytest.mark.parametrize(
     ("line", "expected_error"),
     [
+        ("%capture_prompt --vector-experiment nix hi", "no experiment 'nix'"),
+        ("%capture_prompt --vector-experiment packaged -t a/b hi", "available traits: affect/empathy"),
         ("%capture_prompt", "no prompt"),
         ("%capture_prompt what's this", "put the prompt in double quotes"),
         ("%capture_prompt -n few hi", "invalid int value: 'few'"),

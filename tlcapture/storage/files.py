@@ -25,6 +25,7 @@ import orjson
 
 from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.storage.archives import Archive, MoreRecords, storages_of, write_archive
+from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.folders import stems_in
 from tlcapture.storage.json_text import parsed
 from tlcapture.storage.object_stores import is_url
@@ -236,14 +237,22 @@ def opening(path: Path) -> Iterator[None]:
 
 
 def remove(paths: Iterable[Path]) -> int:
-    """Remove the files that exist; returns how many were removed."""
+    """Remove the files that exist; returns how many were removed.
+
+    Raises:
+        StorageError: a file cannot be removed.
+    """
     count = 0
     for path in paths:
         _check_change(path)
         discard(path)
-        with suppress(FileNotFoundError):
+        try:
             path.unlink()
             count += 1
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be removed: {error.strerror}") from None
     return count
 
 
@@ -278,7 +287,8 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             temporary.rename(path)
             publish_folder(path)
     except OSError as error:
-        raise StorageError(f"{path}: cannot be created: {error.strerror or error}") from None
+        hint = ": set TLCAPTURE_CACHE to another folder" if path.is_relative_to(cache_folder()) else ""
+        raise StorageError(f"{path}: cannot be created: {error.strerror or error}{hint}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -39,11 +39,14 @@ def root_folder(root: str | Path) -> Path:
     """The folder of a root: its own, or for a URL the working copy, which is made at the first call.
 
     Raises:
-        InputError: no such bucket, no credentials, or a package is missing.
+        InputError: no such bucket, no credentials, or a package is missing; no such user, of `~user`.
         StorageError: the store cannot be reached, or does not allow to list what is there.
     """
     if not is_url(root):
-        return Path(root).expanduser()
+        try:
+            return Path(root).expanduser()
+        except RuntimeError:
+            raise InputError(f"{root}: no home folder is known: write ./{root} for a folder of that name") from None
     scheme, url = checked_url(root)
     if scheme == "file":
         return Path(f"/{url.removeprefix('file://')}")
