@@ -190,7 +190,7 @@ class CaptureMagics(Magics):
 def _check_trait(exp: Experiment | None, trait: str) -> None:
     if exp is None:
         raise TlcaptureError(
-            f"--trait {trait}: no vectors: set exp = Experiment(...) to use its vectors, or add --vector-experiment NAME"
+            f"--trait {trait}: no vectors: set exp = Experiment(...) to use its own, or add --vector-experiment NAME"
         )
     traits_with_vectors(exp.layout, [Trait.parse(trait)])
 

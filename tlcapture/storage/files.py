@@ -237,11 +237,7 @@ def opening(path: Path) -> Iterator[None]:
 
 
 def remove(paths: Iterable[Path]) -> int:
-    """Remove the files that exist; returns how many were removed.
-
-    Raises:
-        StorageError: a file cannot be removed.
-    """
+    """Remove the files that exist; returns how many. Raises `StorageError` where one cannot be removed."""
     count = 0
     for path in paths:
         _check_change(path)
@@ -270,10 +266,11 @@ def sweep_temporaries(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(path: Path, fill: Callable[[Path], None], *, replaces: bool = False) -> None:
     """Create a folder completely or not at all: `fill` writes to a temporary folder, which is renamed to `path`.
 
-    If another process created the folder in the meantime, that one is kept.
+    With `replaces`, a folder that is there is removed once the new one is complete. Otherwise, if another process
+    created the folder in the meantime, that one is kept.
 
     Raises:
         StorageError: the folder cannot be created.
@@ -283,6 +280,12 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         temporary.mkdir(parents=True)
         sweep_temporaries(path.parent)
         fill(temporary)
+        if replaces and path.exists():
+            earlier = _temporary(path)
+            path.rename(earlier)
+            temporary.rename(path)
+            earlier.unlink() if earlier.is_symlink() else shutil.rmtree(earlier)
+            return
         with suppress(OSError):
             temporary.rename(path)
             publish_folder(path)
