@@ -76,6 +76,32 @@ def test_an_experiment_that_is_closed_to_others_is_named(
         assert one_line(tlcapture(*words.split())) == f"error: {exp}: cannot be read: Permission denied"
 
 
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        ("project --experiment exp --prompt-set short", "experiments/exp"),
+        ("capture --experiment new --prompt x", "experiments"),
+        ("extract --experiment new --traits style/formality", "experiments"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_named_before_any_work(
+    tlcapture: Command,
+    exp: Path,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_folder: Path,
+    words: str,
+    where: str,
+) -> None:
+    access = os.access
+    monkeypatch.setattr("os.access", lambda path, mode, **how: not mode & os.W_OK and access(path, mode, **how))
+    before = sorted(root.rglob("*"))
+    more = () if words.startswith("project") else ("--model", tiny_folder)
+    result = tlcapture(*words.split(), *more)
+    assert (result.exit_code, result.stderr) == (1, f"error: {root / where}: cannot be written to\n")
+    assert sorted(root.rglob("*")) == before
+
+
 def test_a_list_names_an_experiment_that_cannot_be_read_and_shows_the_others(
     tlcapture: Command, exp: Path, root: Path
 ) -> None:

@@ -161,10 +161,13 @@ def store_of(path: Path) -> tuple[Store, str] | None:
 def check_writable(folder: Path) -> str | None:
     """Write and remove an object in a remote folder; returns a warning for a store without conditional writes.
 
-    Raises `StorageError` if nothing can be written.
+    Raises `StorageError` if nothing can be written. Of a local folder that is not there, the one above it is asked.
     """
     found = store_of(folder)
     if found is None:
+        existing = next(each for each in (folder, *folder.parents) if each.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise StorageError(f"{existing}: cannot be written to")
         return None
     store, name = found[0], f"{found[1]}/.locks/{secrets.token_hex(8)}.test"
     try:
