@@ -172,6 +172,8 @@ def test_the_magic_uses_the_model_and_vectors_of_the_session(
 @pytest.mark.parametrize(
     ("line", "expected_error"),
     [
+        ("%capture_prompt --vector-experiment nix hi", "no experiment 'nix'"),
+        ("%capture_prompt --vector-experiment exp -t a/b hi", "available traits: behavioral/refusal"),
         ("%capture_prompt", "no prompt"),
         ("%capture_prompt what's this", "put the prompt in double quotes"),
         ("%capture_prompt -n few hi", "invalid int value: 'few'"),

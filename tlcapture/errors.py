@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import os
 import sys
 import traceback
 import warnings
@@ -84,6 +85,16 @@ class ModelError(InputError):
 
 class StorageError(TlcaptureError):
     """A file cannot be read or written, or its content does not match its format."""
+
+
+def refused_path(error: OSError) -> StorageError:
+    """The error for a path that the operating system refused, as of a folder that may not be opened.
+
+    Raises the error itself where it names no path.
+    """
+    if not isinstance(error.filename, str | bytes):
+        raise error
+    return StorageError(f"{os.fsdecode(error.filename)}: {error.strerror or error}")
 
 
 class NoSpaceError(StorageError):

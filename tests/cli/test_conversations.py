@@ -228,6 +228,29 @@ def test_prompts_come_from_standard_input_and_from_files(
     assert not (data / "experiments/exp/inference/raw/residual/adhoc/5.pt").exists()
 
 
+def test_the_prompts_of_the_command_line_are_a_set_that_is_replayed_and_captured_again(
+    capture: Run, data: Path, tmp_path: Path
+) -> None:
+    turns = tmp_path / "turns.json"
+    turns.write_text(json.dumps(TURNS))
+    given = ("--prompt", "one", "--prompt-file", turns, "--system-prompt", "Be brief.")
+    assert capture("--no-project", prompts=given).exit_code == 0
+    before = [adhoc(data, n) for n in ("1", "2")]
+    again = capture("--replay", "--attention", prompts=("--prompt-set", "adhoc"))  # as the page advises
+    assert again.exit_code == 0, again.output
+    kept = data / "experiments/exp/analysis/per_token/adhoc"
+    assert sorted(path.name for path in kept.iterdir()) == ["1_attention.json", "2_attention.json"]
+    skipped = capture("--skip-existing", "--no-project", prompts=("--prompt-set", "adhoc"))
+    assert "2 prompts skipped" in skipped.output, skipped.output
+    assert capture("--no-project", "--limit", "1", prompts=("--prompt-set", "adhoc")).exit_code == 0
+    assert [adhoc(data, n).token_ids for n in ("1", "2")] == [each.token_ids for each in before]
+    (data / "experiments/exp/inference/raw/residual/adhoc/1.pt").write_bytes(b"damaged")
+    done = capture("--replay", "--attention", prompts=("--prompt-set", "adhoc"))
+    assert done.exit_code == 1
+    assert "failed: adhoc/1: its prompt cannot be read" in done.stderr
+    assert "no prompt set 'adhoc'" in capture("--experiment", "new", prompts=("--prompt-set", "adhoc")).stderr
+
+
 def test_windows_line_endings_and_byte_order_marks_are_no_part_of_a_prompt(
     capture: Run, data: Path, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from click.testing import Result
 from safetensors import safe_open
 
 from tlcapture.captures.capture import Capture
+from tlcapture.exchange.manifest import NAME, read_manifest
 from tlcapture.storage.files import read_json, read_tensors
 
 Run = Callable[..., Result]
@@ -256,6 +257,55 @@ def test_a_damaged_export_is_one_line_and_leaves_no_experiment(
     assert said in done.output
     assert "Traceback" not in done.output
     assert [path.name for path in (data / "experiments").iterdir()] == ["exp"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_any_changed_byte_of_an_export_is_found_and_named(
+    made: Path, export: Run, tlcapture: Run, data: Path, form: str
+) -> None:
+    assert export("--format", form, *EVERYTHING).exit_code == 0
+    card = data / "out" / "README.md"
+    card.write_text("my own words")
+    paths = [path for path in (data / "out").rglob("*") if path.is_file() and path not in (card, data / "out" / NAME)]
+    assert {path.relative_to(data / "out").as_posix() for path in paths} == set(read_manifest(data / "out").sha256)
+    for path in (max(paths, key=lambda each: each.stat().st_size), data / "out" / "config.json"):
+        whole = path.read_bytes()
+        at = len(whole) * 2 // 3
+        changed = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+        path.write_bytes(whole + b"\n" if path.name == "config.json" else changed)
+        done = tlcapture("import", data / "out", "--experiment", "again")
+        assert done.exit_code == 1
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+        assert path.name in line or "cannot be read as an export" in line
+        assert [path.name for path in (data / "experiments").iterdir()] == ["exp"]
+        path.write_bytes(whole)
+    assert tlcapture("import", data / "out", "--experiment", "again").exit_code == 0
+
+
+def test_files_of_two_prompts_that_were_exchanged_are_named(
+    made: Path, export: Run, tlcapture: Run, data: Path
+) -> None:
+    assert export("--format", "json").exit_code == 0
+    one, two = (data / "out" / "captures" / "short" / f"{n}.json" for n in (1, 2))
+    one.rename(data / "between")
+    two.rename(one)
+    (data / "between").rename(two)
+    assert "short/1.json: damaged or changed" in tlcapture("import", data / "out", "--experiment", "again").stderr
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(
+    made: Path, export: Run, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert export().exit_code == 0
+    before = {path: path.read_bytes() for path in (data / "out").rglob("*") if path.is_file()}
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tlcapture.commands.export.export_vectors", full)
+    assert "No space left on device" in export("--overwrite").stderr
+    assert {path: path.read_bytes() for path in (data / "out").rglob("*") if path.is_file()} == before
+    assert not list(data.glob(".*"))
 
 
 def test_nothing_that_exists_is_replaced(made: Path, export: Run, tlcapture: Run, data: Path) -> None:

@@ -445,7 +445,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], str]] = {
         "cannot be imported",
     ),
     "a table by a layer number": (lambda f: saved(f / "x.pt", {1: table(3)}), POST, "layer 1: expected a one-dim"),
-    "a table of an MLP": (lambda f: saved(f / "x.pt", {"mlp_out": table(3)}), POST, "names an activation that is not supported"),
+    "a table of an MLP": (lambda f: saved(f / "x.pt", {"mlp_out": table(3)}), POST, "names an activation that is not"),
     "a table of inputs": (lambda f: saved(f / "x.pt", {"resid_pre": table(3)}), POST, "leave out --convention"),
     "a table by a layer's name": (
         lambda f: saved(f / "x.pt", {"layer_1": table(3)}), POST, "layer 1: expected a one-dim",

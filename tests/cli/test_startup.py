@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -105,9 +106,10 @@ def test_every_command_is_listed_and_defined_in_the_module_of_its_name() -> None
     [("capture_raw_activations.py", "capture"), ("project_raw_activations_onto_traits.py", "project")],
 )
 def test_scripts_offer_exactly_the_options_of_their_command(script: str, command: str) -> None:
+    width = {name: value for name, value in os.environ.items() if name == "COLUMNS"}
     done = subprocess.run(
         [sys.executable, TOP / "scripts" / script, "--help"], cwd=TOP, capture_output=True, text=True, check=True,
-        env={"PYTHONPATH": str(TOP), "PATH": ""},
+        env={**width, "PYTHONPATH": str(TOP), "PATH": ""},
     )  # fmt: skip
     found = command_of(command)
     assert {p.opts[-1] for p in found.params} <= set(done.stdout.replace(",", " ").replace("/", " ").split())

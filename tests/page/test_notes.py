@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -238,6 +239,14 @@ def test_python_reads_and_makes_notes_and_overwriting_keeps_them(capture: Run, r
     again = Experiment("exp", root).captures["short"]["1"]
     assert [note.text for note in again.notes] == ["one token", "starts here"]
     assert [note.fits(again.tokens) for note in again.notes] == [True, again.tokens[-2:] == made.tokens]
+    for path in (root / "experiments" / "exp").rglob("1.*"):
+        path.unlink()
+    with pytest.raises(InputError, match="exp/short has no capture 1 any more"):
+        again.add_note("of nothing", 0)
+    shutil.rmtree(root / "experiments" / "exp")
+    with pytest.raises(InputError, match="no experiment 'exp'"):
+        again.add_note("nowhere", 0)
+    assert not (root / "experiments" / "exp").exists()
 
 
 @pytest.mark.parametrize("form", ["datasets", "safetensors", "json"])

@@ -281,11 +281,19 @@ def _named_variant(
 
 def _prompt_sets(location: Location, chosen: PromptSetOptions) -> tuple[list[PromptSet], list[tuple[str, str]]]:
     """The prompt sets to capture, and the names of those among all that cannot be read, with the reasons."""
-    from tlcapture.prompts.prompt_sets import read_all_prompt_sets, read_prompt_set
+    from tlcapture.prompts.prompt_sets import ADHOC, read_all_prompt_sets, read_prompt_set
 
     if chosen.prompt_set is None:
         return read_all_prompt_sets(location.datasets)
-    return [read_prompt_set(location.datasets, name) for name in chosen.prompt_set], []
+    sets, refused = [], []
+    for name in chosen.prompt_set:
+        found = None
+        if name == ADHOC and name not in location.datasets.prompt_sets():
+            from tlcapture.commands.adhoc_prompts import captured_adhoc
+
+            found, refused = captured_adhoc(location.layout)
+        sets.append(found or read_prompt_set(location.datasets, name))
+    return sets, refused
 
 
 def _check_vectors(location: Location, experiment: str) -> None:

@@ -100,6 +100,10 @@ class Command(_Printing):
         """Parse a command line, with the values of `tlcapture.toml` in place of defaults."""
         from tlcapture.storage.object_stores import is_url
 
+        try:
+            os.getcwd()
+        except OSError:
+            raise click.UsageError("the current folder does not exist any more: change to another one") from None
         named = _named_root(args)
         if not (is_url(named) and set(args) & set(ctx.help_option_names)):  # help needs no remote root
             ctx.default_map = {**(ctx.default_map or {}), **settings_of(_root(named), self, ctx)}

@@ -13,7 +13,7 @@ import click
 
 from tlcapture.cli.stopping import StopSignals
 from tlcapture.cli.tables import Cell, Column, table_lines, terminal_width
-from tlcapture.errors import TlcaptureError
+from tlcapture.errors import TlcaptureError, refused_path
 from tlcapture.names import split_name
 from tlcapture.runs.display import Display, Progress
 from tlcapture.text import counted, printable
@@ -184,6 +184,10 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         except TlcaptureError as error:
             Console().error(f"error: {error}")
             sys.exit(error.exit_code)
+        except OSError as error:
+            refused = refused_path(error)
+            Console().error(f"error: {refused}")
+            sys.exit(refused.exit_code)
         except KeyboardInterrupt:
             Console().error("stopped by Ctrl-C")
             sys.exit(130)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tlcapture.cli.command import command
 from tlcapture.cli.completion import experiments
-from tlcapture.cli.console import one_line_errors
+from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.options import DEFAULT_EXPERIMENT, Location, root_option
 from tlcapture.cli.tables import Column, echo_table
+from tlcapture.errors import TlcaptureError, refused_path
 from tlcapture.text import printable
+
+if TYPE_CHECKING:
+    from tlcapture.storage.layout import Layout
 
 _MOST_RUNS = 5
 
@@ -29,7 +35,6 @@ def list_experiments(experiment: str | None, root: Path) -> None:
 
 
 def _list_all(root: Path) -> None:
-    from tlcapture.storage.config import read_config
     from tlcapture.storage.layout import Layout, existing_experiments
 
     names = existing_experiments(root)
@@ -37,16 +42,14 @@ def _list_all(root: Path) -> None:
         click.echo(printable(f"no experiments in {root / 'experiments'}"))
         click.echo(f"next: {Location(DEFAULT_EXPERIMENT, root).command('capture', '--prompt', 'How do tides work?')}")
         return
-    rows = []
+    rows, refused = [], []
     for name in names:
-        layout = Layout(root, name)
-        config = read_config(layout)
-        sets = layout.prompt_sets()
-        n_captures = sum(len(layout.prompt_ids(each)) for each in sets)
-        model = config.inference_model or config.extraction_model or "-"
-        rows.append(
-            (name, printable(Path(model).name or model), f"{len(sets)}", f"{n_captures}", f"{len(layout.traits())}")
-        )
+        try:
+            rows.append(_row(Layout(root, name)))
+        except TlcaptureError as error:
+            refused.append(error)
+        except OSError as error:
+            refused.append(refused_path(error))
     echo_table(
         [
             Column("experiment"),
@@ -55,7 +58,29 @@ def _list_all(root: Path) -> None:
         ],
         rows,
     )
+    for error in refused:
+        Console().error(f"failed: {error}")
+    if refused:
+        sys.exit(1)
     click.echo(f"next: {Location(names[0], root).command('list')}")
+
+
+def _row(layout: Layout) -> tuple[str, ...]:
+    """Name, model, and numbers of prompt sets, captures and traits of an experiment."""
+    from tlcapture.storage.config import read_config
+
+    layout.check_exists()
+    config = read_config(layout)
+    sets = layout.prompt_sets()
+    n_captures = sum(len(layout.prompt_ids(each)) for each in sets)
+    model = config.inference_model or config.extraction_model or "-"
+    return (
+        layout.experiment,
+        printable(Path(model).name or model),
+        f"{len(sets)}",
+        f"{n_captures}",
+        f"{len(layout.traits())}",
+    )
 
 
 def _list_one(root: Path, name: str) -> None:

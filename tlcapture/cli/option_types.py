@@ -89,12 +89,11 @@ class Root(click.Path):
         from tlcapture.storage.object_stores import is_url
         from tlcapture.storage.remote_roots import root_folder
 
-        if not isinstance(value, str) or not is_url(value):
-            return super().convert(value, param, ctx)
         try:
-            return root_folder(value)
+            folder = root_folder(value)
         except TlcaptureError as error:
             self.fail(str(error), param, ctx)
+        return folder if is_url(value) else super().convert(folder, param, ctx)
 
 
 class LayerOrWord(_Parsed):

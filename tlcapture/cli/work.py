@@ -26,7 +26,7 @@ from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import together
 from tlcapture.cli.option_types import NewPath
 from tlcapture.cli.stopping import Interrupted, StopSignals
-from tlcapture.errors import NoSpaceError, TlcaptureError
+from tlcapture.errors import NoSpaceError, TlcaptureError, refused_path
 from tlcapture.folder_names import named
 
 if TYPE_CHECKING:
@@ -136,6 +136,9 @@ def _outcome(ctx: click.Context, command: Callable[[], None], console: Console) 
         return _Ending("failed", error.exit_code, f"error: {error}; after freeing space, resume: {_resuming(ctx)}")
     except TlcaptureError as error:
         return _Ending("failed", error.exit_code, f"error: {error}")
+    except OSError as error:
+        refused = refused_path(error)
+        return _Ending("failed", refused.exit_code, f"error: {refused}")
     return _Ending("failed", 1) if console.recorded and console.recorded.failures else _Ending("done", 0)
 
 

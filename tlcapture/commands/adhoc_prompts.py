@@ -1,4 +1,4 @@
-"""Numbers for prompts given on the command line, which continue those of the set `adhoc`."""
+"""Prompts given on the command line: numbers that continue those of the set `adhoc`, and the set as it was captured."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.errors import StorageError
 from tlcapture.names import base_set, split_name
-from tlcapture.prompts.prompt_sets import ADHOC, PromptSet
+from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
 from tlcapture.storage.layout import Layout
+from tlcapture.text import first_line
 
 
 def numbered_on(layout: Layout, given: PromptSet) -> PromptSet:
     """The prompts, numbered after those of `adhoc` and its variants; a prompt that exists there keeps its id."""
-    sets = [ADHOC, *(name for name in layout.prompt_sets() if name != ADHOC and base_set(name) == ADHOC)]
+    sets = _sets(layout)
     ids: dict[str, str] = {}
     held = []
     for capture_set, name in ((each, name) for each in sets for name in layout.prompt_ids(each)):
@@ -36,6 +39,45 @@ def numbered_on(layout: Layout, given: PromptSet) -> PromptSet:
             ids[key], following = str(following), following + 1
         prompts[ids[key]] = prompt.model_copy(update={"id": ids[key]})
     return given.model_copy(update={"prompts": list(prompts.values())})
+
+
+def captured_adhoc(layout: Layout) -> tuple[PromptSet | None, list[tuple[str, str]]]:
+    """The prompts of the set `adhoc` that an experiment has captures or projections of, with their ids.
+
+    And the names of those whose prompt cannot be read, with the reasons. The set is `None` where there are no prompts.
+    """
+    prompts: dict[str, Prompt] = {}
+    refused = []
+    for capture_set, name in ((each, name) for each in _sets(layout) for name in layout.prompt_ids(each)):
+        try:
+            prompt = _prompt(_metadata(layout, capture_set, name))
+            prompts.setdefault(str(prompt.id), prompt)
+        except (StorageError, KeyError, TypeError, ValidationError) as error:
+            refused.append((f"{capture_set}/{name}", f"its prompt cannot be read: {first_line(error)}"))
+    return PromptSet(name=ADHOC, prompts=list(prompts.values())) if prompts else None, refused
+
+
+def _sets(layout: Layout) -> list[str]:
+    """`adhoc` and its variants."""
+    return [ADHOC, *(name for name in layout.prompt_sets() if name != ADHOC and base_set(name) == ADHOC)]
+
+
+def _metadata(layout: Layout, capture_set: str, name: str) -> Mapping[str, Any]:
+    raw = layout.residual(capture_set, name)
+    if raw.is_file():
+        return Capture.open(raw).metadata
+    record = CaptureRecord.find(layout, capture_set, name)
+    if record is None:
+        raise StorageError("its projections do not say what they were made from")
+    return record.metadata
+
+
+def _prompt(metadata: Mapping[str, Any]) -> Prompt:
+    messages = metadata.get("messages")
+    content: dict[str, Any] = {"messages": list(messages)} if messages else {"text": metadata["prompt_text"]}
+    prompt = Prompt.model_validate({"id": metadata["prompt_id"], **content})
+    # One of the command line takes the place of a system message, which a prompt set cannot say.
+    return prompt.model_copy(update={"system_prompt": metadata.get("system_prompt")})
 
 
 def _known(layout: Layout, capture_set: str, name: str) -> tuple[str, str] | None:

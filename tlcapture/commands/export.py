@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from tlcapture.exchange.exported import (
     column_of,
     read_exported,
 )
-from tlcapture.exchange.manifest import FORMAT_VERSION, NAME, Format, Manifest
+from tlcapture.exchange.manifest import CARD, FORMAT_VERSION, NAME, Format, Manifest, digests
 from tlcapture.exchange.parquet import Columns, ParquetFolder
 from tlcapture.exchange.single_files import SingleFiles
 from tlcapture.exchange.vectors import ExportedVectors, export_vectors
@@ -105,9 +104,9 @@ def run_export(run: Run, options: ExportOptions) -> Manifest:
     seen = _look(layout, files, options.wanted)
     _check_activations(layout, options.wanted, seen)
     found: list[Manifest] = []
-    if options.overwrite and options.to.exists():
-        shutil.rmtree(options.to)
-    write_folder(options.to, lambda folder: found.append(_fill(run, folder, files, seen, options)))
+    write_folder(
+        options.to, lambda folder: found.append(_fill(run, folder, files, seen, options)), replaces=options.overwrite
+    )
     return found[0]
 
 
@@ -186,10 +185,11 @@ def _fill(run: Run, folder: Path, files: list[tuple[str, str]], seen: _Seen, opt
     writer.close()
     vectors = export_vectors(layout, folder, _model_type(layout))
     manifest = _manifest(layout, files, seen, options, vectors, (n_captures, n_tokens))
+    manifest = manifest.model_copy(update={"sha256": digests(folder)})
     manifest.write(folder)
     if options.format == "datasets":
         text = card(manifest, columns.scores, _provenance(seen.provenance))
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        (folder / CARD).write_text(text, encoding="utf-8")
     return manifest
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tlcapture.errors import InputError, StorageError
 from tlcapture.exchange.exported import ExportedCapture, restore
-from tlcapture.exchange.manifest import Manifest, read_manifest
+from tlcapture.exchange.manifest import Manifest, check_digests, read_manifest
 from tlcapture.exchange.parquet import read_parquet
 from tlcapture.exchange.single_files import read_single_files
 from tlcapture.runs.display import Display
@@ -70,6 +70,7 @@ def _restore_all(layout: Layout, folder: Path, manifest: Manifest, display: Disp
             progress.advance(1)
     if n_captures != manifest.n_captures:
         raise StorageError(f"{folder}: {n_captures} captures, but it states {manifest.n_captures}: it is incomplete")
+    check_digests(folder, manifest)  # last, since what cannot be read has been said more precisely
     return Imported(manifest, n_captures, n_without, n_files + len(files))
 
 

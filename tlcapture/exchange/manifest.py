@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.validation import Count, FileContent, checked
 
 NAME = "tlcapture-export.json"
+CARD = "README.md"
 Format = Literal["datasets", "parquet", "safetensors", "json"]
 FORMAT_VERSION = 1
 
@@ -24,6 +26,7 @@ class Manifest(FileContent):
         layers, points: of the activations; no layers where none were exported.
         left_out: parts of the experiment that the export does not have.
         files: the other files: vectors, evaluation, steering, `config.json`.
+        sha256: by name, the digest of each file but the manifest and the card; of an earlier version, none.
     """
 
     format_version: Annotated[int, Field(ge=1)]
@@ -39,6 +42,7 @@ class Manifest(FileContent):
     dtype: str | None
     left_out: list[str]
     files: list[str] = Field(default_factory=list)
+    sha256: dict[str, str] = Field(default_factory=dict)
     export_date: str
     tlcapture_version: str
 
@@ -62,6 +66,32 @@ def read_manifest(folder: Path) -> Manifest:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise StorageError(f"{path}: format version {version}, this tlcapture reads {FORMAT_VERSION}")
     found = checked(Manifest, value, path, "export")
-    if gone := [name for name in found.files if not (folder / name).is_file()]:
-        raise StorageError(f"{folder}: it has no {', '.join(gone)}: it is incomplete")
+    names = dict.fromkeys([*found.files, *found.sha256])
+    if gone := [name for name in names if not (folder / name).is_file()]:
+        more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
+        raise StorageError(f"{folder}: it has no {', '.join(gone[:5])}{more}: it is incomplete")
     return found
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 digest of each file of an export, by its name, without the manifest and the card."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: _digest(path) for name, path in names.items() if name not in (NAME, CARD)}
+
+
+def check_digests(folder: Path, manifest: Manifest) -> None:
+    """Raise `StorageError` for a file of an export that is not as it was exported."""
+    for name, digest in manifest.sha256.items():
+        if _digest(folder / name) != digest:
+            raise StorageError(
+                f"{folder / name}: damaged or changed since it was exported (sha256 in {NAME}): restore it"
+            )
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from None

@@ -103,6 +103,7 @@ class CaptureMagics(Magics):
     @_repeatable("--stop", "TEXT", str, "End a response with the token that completes TEXT.")
     @argument("--samples", type=int, metavar="N", help="N responses to the prompt, all of them in `caps`.")
     @argument("--thinking", choices=["on", "off"], help="Where the chat template has a switch for it.")
+    @argument("--vector-experiment", metavar="NAME", help="Use vectors of experiment NAME; packaged: of the package.")
     @_repeatable("--template-arg", "KEY=VALUE", parse_template_arg, "Another value for the chat template.")
     @_change("--steer", Steer, "Add COEFFICIENT typical residual norms along a trait's vector.")
     @_change("--ablate", Ablate, "Remove the component along a trait's vector.")
@@ -112,7 +113,7 @@ class CaptureMagics(Magics):
         """Capture a prompt, show its tokens in colour, and assign the capture to `cap`, all samples to `caps`.
 
         The model is the variable `model` if it exists, else that of the experiment `exp`, else the embedded one.
-        Projections and interventions use the vectors of `exp`.
+        Projections and interventions use the vectors of `exp`, unless `--vector-experiment` names another experiment.
         """
         options = self.capture_prompt.parser.parse_args(_words(line))
         text = " ".join(options.text) if cell is None else cell.strip("\n")
@@ -125,11 +126,12 @@ class CaptureMagics(Magics):
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
-                exp = self._experiment()
+                exp, other = self._experiment(), options.vector_experiment
+                vectors = exp if other is None else Experiment(other, None if exp is None else exp.root)
                 if options.trait is not None:
-                    _check_trait(exp, options.trait)  # before the model runs, not after
-                caps = self._capture(exp, text, options)
-                tokens = [cap.coloured(options.trait) for cap in caps]
+                    _check_trait(vectors, options.trait)  # before the model runs, not after
+                caps = self._capture(exp, vectors, text, options)
+                tokens = [cap.coloured(options.trait, vector_experiment=other) for cap in caps]
         except TlcaptureError as error:
             raise UsageError(printable(str(error))) from None
         for warning in caught:
@@ -142,7 +144,9 @@ class CaptureMagics(Magics):
         exp = self._namespace.get("exp")
         return exp if isinstance(exp, Experiment) else None
 
-    def _capture(self, exp: Experiment | None, text: str, options: Any) -> list[LiveCapture]:
+    def _capture(
+        self, exp: Experiment | None, vectors: Experiment | None, text: str, options: Any
+    ) -> list[LiveCapture]:
         from tlcapture.explore.live_capture import capture
 
         config = None if exp is None else exp.config
@@ -163,7 +167,7 @@ class CaptureMagics(Magics):
             chat_template=None if config is None else config.use_chat_template,
             thinking=options.thinking,
             template_args=dict(options.template_arg or ()),
-            vectors=exp,
+            vectors=vectors,
             interventions=options.interventions or (),
         )
         return list(captures)
@@ -185,7 +189,9 @@ class CaptureMagics(Magics):
 
 def _check_trait(exp: Experiment | None, trait: str) -> None:
     if exp is None:
-        raise TlcaptureError(f"--trait {trait}: no vectors: set exp = Experiment(...) to use its vectors")
+        raise TlcaptureError(
+            f"--trait {trait}: no vectors: set exp = Experiment(...) to use its own, or add --vector-experiment NAME"
+        )
     traits_with_vectors(exp.layout, [Trait.parse(trait)])
 
 

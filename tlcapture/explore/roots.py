@@ -34,7 +34,7 @@ def layout_of(target: Any) -> Layout:
 def _path_of(target: str | Path) -> Path:
     """The path of an experiment's folder; for a URL, the path in the working copy of its root."""
     if not is_url(target):
-        return Path(target)
+        return root_folder(target)
     root, experiments, name = str(target).rstrip("/").rpartition("/experiments/")
     if not experiments or "/" in name:
         raise InputError(f"{target}: not the folder of an experiment: expected .../experiments/NAME")

@@ -76,12 +76,16 @@ class SavedCapture(ExplorableCapture):
 
             cap.add_note("refuses here", 52, 55)
 
-        Raises `InputError` for tokens that the capture does not have.
+        Raises `InputError` for tokens that the capture does not have, and where the capture was removed meanwhile.
         """
         from tlcapture.captures.notes import Marked, add_note
 
+        layout = self.experiment.layout
+        layout.check_exists()
+        if self._name not in layout.prompt_ids(self.prompt_set):
+            raise InputError(f"{layout.experiment}/{self.prompt_set} has no capture {self._name} any more")
         marked = Marked.of(self.capture.tokens, index(start), None if stop is None else index(stop))
-        return add_note(self.experiment.layout, self.prompt_set, self._name, marked, text)
+        return add_note(layout, self.prompt_set, self._name, marked, text)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

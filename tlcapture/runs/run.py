@@ -33,7 +33,7 @@ class Run:
     def begin(cls, layout: Layout, display: Display) -> Run:
         """Start a run in an experiment; the display decides which kind of report it has.
 
-        Raises `StorageError` if the experiment is in a remote root that cannot be written to.
+        Raises `StorageError` if the experiment cannot be written to.
         """
         doubt = check_writable(layout.folder)
         run = cls(layout, display.report(layout), display)

@@ -23,6 +23,7 @@ import orjson
 
 from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.storage.archives import Archive, MoreRecords, storages_of, write_archive
+from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.json_text import parsed
 from tlcapture.storage.object_stores import is_url
 from tlcapture.storage.regular_files import check_regular
@@ -232,21 +233,26 @@ def opening(path: Path) -> Iterator[None]:
 
 
 def remove(paths: Iterable[Path]) -> int:
-    """Remove the files that exist; returns how many were removed."""
+    """Remove the files that exist; returns how many. Raises `StorageError` where one cannot be removed."""
     count = 0
     for path in paths:
         _check_change(path)
         discard(path)
-        with suppress(FileNotFoundError):
+        try:
             path.unlink()
             count += 1
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be removed: {error.strerror}") from None
     return count
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(path: Path, fill: Callable[[Path], None], *, replaces: bool = False) -> None:
     """Create a folder completely or not at all: `fill` writes to a temporary folder, which is renamed to `path`.
 
-    If another process created the folder in the meantime, that one is kept.
+    With `replaces`, a folder that is there is removed once the new one is complete. Otherwise, if another process
+    created the folder in the meantime, that one is kept.
 
     Raises:
         StorageError: the folder cannot be created.
@@ -256,11 +262,18 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         temporary.mkdir(parents=True)
         sweep_temporaries(path.parent)
         fill(temporary)
+        if replaces and path.exists():
+            earlier = _temporary(path)
+            path.rename(earlier)
+            temporary.rename(path)
+            earlier.unlink() if earlier.is_symlink() else shutil.rmtree(earlier)
+            return
         with suppress(OSError):
             temporary.rename(path)
             publish_folder(path)
     except OSError as error:
-        raise StorageError(f"{path}: cannot be created: {error.strerror or error}") from None
+        hint = ": set TLCAPTURE_CACHE to another folder" if path.is_relative_to(cache_folder()) else ""
+        raise StorageError(f"{path}: cannot be created: {error.strerror or error}{hint}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

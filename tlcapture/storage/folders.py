@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
-from contextlib import suppress
 from os import listdir, scandir, sep
 from pathlib import Path
 
+from tlcapture.errors import refused_path
 from tlcapture.names import MOST_FOLDERS, split_name
+
+# Nothing can be in the folder: it does not exist, or is a file, or a link to itself.
+_NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+class _Absent:
+    """A context that is left where a folder is absent; raises `StorageError` for one that cannot be read.
+
+    What is in such a folder would otherwise count as missing.
+    """
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        """Whether there is nothing to list."""
+        if not isinstance(error, OSError):
+            return False
+        if error.errno not in _NOTHING:
+            raise refused_path(error) from None
+        return True
+
+
+_absent = _Absent()
 
 
 def subfolders(folder: Path, depth: int = MOST_FOLDERS) -> Iterator[tuple[str, Path]]:
     """The folders below a folder, hidden ones apart, each after its path relative to it: `a/`, `a/b/`."""
     names: list[str] = []
-    with suppress(OSError), scandir(folder) as entries:  # it does not exist, cannot be read, or is a link to itself
+    with _absent, scandir(folder) as entries:
         names = sorted(each.name for each in entries if each.is_dir() and not each.name.startswith("."))
     for name in names if depth else ():
         yield f"{name}/", folder / name
@@ -23,7 +48,7 @@ def subfolders(folder: Path, depth: int = MOST_FOLDERS) -> Iterator[tuple[str, P
 
 def folders_in(folder: Path | str) -> list[str]:
     """Names of the folders in a folder, links to folders too."""
-    with suppress(OSError), scandir(folder) as entries:
+    with _absent, scandir(folder) as entries:
         return [entry.name for entry in entries if entry.is_dir()]
     return []
 
@@ -35,21 +60,21 @@ def paths_of_folders_in(folder: str) -> list[str]:
 
 def stems_in(folder: Path, suffix: str) -> list[str]:
     """Names, without `suffix`, of everything in a folder that ends in it, including hidden files."""
-    with suppress(OSError), scandir(folder) as entries:
+    with _absent, scandir(folder) as entries:
         return [entry.name[: -len(suffix)] for entry in entries if entry.name.endswith(suffix)]
     return []
 
 
 def names_in(folder: Path) -> frozenset[str]:
     """The names of everything in a folder."""
-    with suppress(OSError):
+    with _absent:
         return frozenset(listdir(folder))
     return frozenset()
 
 
 def holds_any(folder: Path, suffix: str) -> bool:
     """Whether anything in a folder ends in `suffix`; reads no more of the folder than it needs."""
-    with suppress(OSError), scandir(folder) as entries:
+    with _absent, scandir(folder) as entries:
         return any(entry.name.endswith(suffix) for entry in entries)
     return False
 

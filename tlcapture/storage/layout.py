@@ -38,13 +38,14 @@ from tlcapture.names import (
 )
 from tlcapture.storage.folders import folders_in, holds_any, natural, paths_of_folders_in, stems_in, subfolders
 from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
+from tlcapture.storage.regular_files import check_open
 from tlcapture.storage.remote_roots import check_complete, list_experiment, refresh
 from tlcapture.text import beside
 
 
 def existing_experiments(root: Path) -> list[str]:
-    """The names of the experiments in a root, sorted."""
-    return sorted(path.name for path in (root / "experiments").glob("[!.]*") if path.is_dir())
+    """The names of the experiments in a root, sorted; raises `StorageError` where they cannot be listed."""
+    return sorted(name for name in folders_in(root / "experiments") if not name.startswith("."))
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,19 @@ class Layout:
         return self.root / "experiments" / self.experiment
 
     def check_exists(self) -> None:
-        """Raise `InputError` with the existing experiments if this one does not exist, or is not all there."""
+        """Raise `InputError` if this experiment does not exist, or is not all there; `StorageError` if it is closed."""
         check_complete(self.folder)
         if not self.folder.is_dir():
             others = beside(self.experiment, existing_experiments(self.root), "existing experiments")
             raise InputError(f"no experiment {self.experiment!r}: expected the folder {self.folder}{others}")
+        check_open(self.folder)
 
     def own(self, path: Path) -> Path:
         """Return a path below the experiment's folder, or raise `StorageError` if it contains a link that leads out.
 
         The folder itself, `experiments/` and the root may be links, for example to another disk.
         """
-        link = self._leads_out(path)
-        if link is not None:
+        if (link := self._leads_out(path)) is not None:
             raise StorageError(f"{link}: a link that leads out of the experiment {self.folder} is not followed")
         return path
 
@@ -244,9 +245,8 @@ class Layout:
 
     def projection(self, trait: Trait, component: str, prompt_set: str, prompt_id: PromptId) -> Path:
         """The projection file of a prompt onto a trait's vector; `component` is `residual` or `attn_out`."""
-        stream, name = STREAM_FOLDERS[component], f"{file_name(prompt_id)}.json"
-        place = ("inference", trait.category, trait.name, stream, check_capture_set(prompt_set), name)
-        return self.own(self.folder.joinpath(*place))
+        folder = self.folder / "inference" / trait.category / trait.name / STREAM_FOLDERS[component]
+        return self.own(folder / check_capture_set(prompt_set) / f"{file_name(prompt_id)}.json")
 
     def all_projections(self, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The existing projection files of a prompt, for all traits and components, sorted."""
@@ -308,8 +308,8 @@ class Layout:
 
     def picture(self, trait: Trait, kind: str) -> Path:
         """The PNG file of a trait; `kind` is `evaluation` or `steering`."""
-        folder = self.vectors(trait).parent if kind == "evaluation" else self.steering(trait).parent
-        return self.own(folder / f"{kind}.png")
+        file = self.vectors(trait) if kind == "evaluation" else self.steering(trait)
+        return self.own(file.parent / f"{kind}.png")
 
     # -- parts ------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
-"""The check for paths that should be files but are something else: a folder, a pipe, a dangling link."""
+"""Checks for files that are something else, a folder, a pipe, a dangling link, and for folders that are closed."""
 
 from __future__ import annotations
 
+import os
 from os.path import lexists
 from pathlib import Path
 
@@ -19,3 +20,9 @@ def check_regular(path: Path) -> None:
         raise StorageError(f"{path}: a link to {path.readlink()}, which does not exist: mount the disk it is on")
     found = "a folder" if path.is_dir() else "something that is not a regular file"
     raise StorageError(f"{path}: expected a file, found {found}: move it")
+
+
+def check_open(folder: Path) -> None:
+    """Raise `StorageError` for a folder that this user may not read."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise StorageError(f"{folder}: cannot be read: Permission denied")

@@ -39,11 +39,14 @@ def root_folder(root: str | Path) -> Path:
     """The folder of a root: its own, or for a URL the working copy, which is made at the first call.
 
     Raises:
-        InputError: no such bucket, no credentials, or a package is missing.
+        InputError: no such bucket, no credentials, or a package is missing; no such user, of `~user`.
         StorageError: the store cannot be reached, or does not allow listing.
     """
     if not is_url(root):
-        return Path(root).expanduser()
+        try:
+            return Path(root).expanduser()
+        except RuntimeError:
+            raise InputError(f"{root}: no home folder is known: write ./{root} for a folder of that name") from None
     scheme, url = checked_url(root)
     if scheme == "file":
         return Path(f"/{url.removeprefix('file://')}")
@@ -158,10 +161,13 @@ def store_of(path: Path) -> tuple[Store, str] | None:
 def check_writable(folder: Path) -> str | None:
     """Write and remove an object in a remote folder; returns a warning for a store without conditional writes.
 
-    Raises `StorageError` if nothing can be written.
+    Raises `StorageError` if nothing can be written. Of a local folder that is not there, the one above it is asked.
     """
     found = store_of(folder)
     if found is None:
+        existing = next(each for each in (folder, *folder.parents) if each.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise StorageError(f"{existing}: cannot be written to")
         return None
     store, name = found[0], f"{found[1]}/.locks/{secrets.token_hex(8)}.test"
     try:

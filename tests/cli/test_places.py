@@ -1,0 +1,157 @@
+"""Folders that cannot be used as they are: each command says in one line which, and why."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from tlcapture.errors import StorageError
+from tlcapture.storage import files, folders
+from tlcapture.storage.layout import Layout
+
+Command = Callable[..., Result]
+STORED = Path(__file__).parents[1] / "stored" / "hooked-3.9.0"
+
+
+@pytest.fixture
+def exp(root: Path) -> Path:
+    """A stored experiment in the root."""
+    return Path(shutil.copytree(STORED, root / "experiments" / "exp"))
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Paths that may not be listed or removed, as those of another user; tests may run as root, who may all."""
+    refused: set[str] = set()
+
+    def refusing(function: Callable[..., object]) -> Callable[..., object]:
+        def call(path: Path | str, *more: object, **options: object) -> object:
+            if str(path) in refused:
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *more, **options)
+
+        return call
+
+    monkeypatch.setattr(folders, "scandir", refusing(os.scandir))
+    monkeypatch.setattr(Path, "unlink", refusing(Path.unlink))
+    monkeypatch.setattr(Path, "is_dir", refusing(Path.is_dir))
+    return refused
+
+
+def one_line(result: Result) -> str:
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("words", ["list --experiment exp", "view --experiment exp --export x.html"])
+def test_an_experiment_of_another_user_is_named(tlcapture: Command, exp: Path, closed: set[str], words: str) -> None:
+    closed.add(str(exp))
+    assert one_line(tlcapture(*words.split())) == f"error: {exp}: Permission denied"
+    closed.clear()
+    closed.add(str(exp.parent))
+    assert one_line(tlcapture("list")) == f"error: {exp.parent}: Permission denied"
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(exp: Path, root: Path, closed: set[str]) -> None:
+    found = Layout(root, "exp")
+    (name,) = found.captured_prompt_sets()
+    assert found.captured(name)
+    closed.add(str(exp / "inference" / "raw" / "residual" / name))
+    with pytest.raises(StorageError, match=f"residual/{name}: Permission denied"):
+        found.captured(name)
+
+
+def test_an_experiment_that_is_closed_to_others_is_named(
+    tlcapture: Command, exp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = os.access
+    monkeypatch.setattr("os.access", lambda path, *more, **how: path != exp and access(path, *more, **how))
+    for words in ("list --experiment exp", "project --experiment exp --all-prompt-sets"):
+        assert one_line(tlcapture(*words.split())) == f"error: {exp}: cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        ("project --experiment exp --prompt-set short", "experiments/exp"),
+        ("capture --experiment new --prompt x", "experiments"),
+        ("extract --experiment new --traits style/formality", "experiments"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_named_before_any_work(
+    tlcapture: Command,
+    exp: Path,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_folder: Path,
+    words: str,
+    where: str,
+) -> None:
+    access = os.access
+    monkeypatch.setattr("os.access", lambda path, mode, **how: not mode & os.W_OK and access(path, mode, **how))
+    before = sorted(root.rglob("*"))
+    more = () if words.startswith("project") else ("--model", tiny_folder)
+    result = tlcapture(*words.split(), *more)
+    assert (result.exit_code, result.stderr) == (1, f"error: {root / where}: cannot be written to\n")
+    assert sorted(root.rglob("*")) == before
+
+
+def test_a_list_names_an_experiment_that_cannot_be_read_and_shows_the_others(
+    tlcapture: Command, exp: Path, root: Path
+) -> None:
+    shutil.copytree(exp, root / "experiments" / "bad")
+    (root / "experiments" / "bad" / "config.json").write_text("{")
+    (root / "experiments" / "not a name").mkdir()
+    result = tlcapture("list")
+    assert result.exit_code == 1
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["experiment", "exp"]
+    first, second = result.stderr.splitlines()
+    assert first.startswith(f"failed: {root}/experiments/bad/config.json: ")
+    assert second.startswith("failed: experiment 'not a name' is not a safe file name")
+
+
+def test_a_file_that_cannot_be_removed_is_an_error_of_the_package(tmp_path: Path, closed: set[str]) -> None:
+    (tmp_path / "one").touch()
+    closed.add(str(tmp_path / "one"))
+    with pytest.raises(StorageError, match="one: cannot be removed: Permission denied"):
+        files.remove([tmp_path / "one"])
+
+
+@pytest.mark.parametrize("words", ["list", "capture --prompt x", "traits list --experiment x"])
+def test_a_current_folder_that_is_gone_is_one_line(
+    tlcapture: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    result = tlcapture(*words.split())
+    monkeypatch.chdir(tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr == "error: the current folder does not exist any more: change to another one\n"
+
+
+def test_a_root_in_a_home_folder_is_found_and_an_unknown_one_refused(
+    tlcapture: Command, exp: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(root.parent))
+    assert "exp" in tlcapture("list", f"--root=~/{root.name}").stdout
+    result = tlcapture("list", "--root", "~nobody-of-this-name/x")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ~nobody-of-this-name/x: no home folder is known: write ./~nobody")
+    monkeypatch.setenv("TLCAPTURE_ROOT", "~nobody-of-this-name")
+    assert tlcapture("list").exit_code == 2
+
+
+def test_a_cache_that_cannot_be_made_is_told_with_what_moves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TLCAPTURE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(StorageError, match="cannot be created: Not a directory: set TLCAPTURE_CACHE to another folder"):
+        files.write_folder(tmp_path / "file" / "made", lambda folder: None)
