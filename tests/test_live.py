@@ -45,7 +45,9 @@ def test_one_layer_and_one_point_need_no_list() -> None:
 def test_a_system_prompt_that_is_given_takes_the_place_of_a_prompts_own() -> None:
     """As `--system-prompt` does."""
     messages = [{"role": "system", "content": "be rude"}, {"role": "user", "content": "hi"}]
-    asked = PromptSet(name="mine", prompts=[Prompt(id=1, messages=messages), Prompt(id=2, text="hi", system_prompt="x")])
+    asked = PromptSet(
+        name="mine", prompts=[Prompt(id=1, messages=messages), Prompt(id=2, text="hi", system_prompt="x")]
+    )
     for given, expected in ((None, ["be rude", "x"]), ("be kind", ["be kind"] * 2)):
         found = capture(tiny.model("llama"), asked, max_new_tokens=1, system_prompt=given)
         assert [each.metadata["system_prompt"] for each in found] == expected

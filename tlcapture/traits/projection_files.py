@@ -106,10 +106,11 @@ class VectorSource(FileContent):
 
 
 class ReferenceRises(FileContent):
-    """Mean and deviation of a vector's rise over the reference prompts."""
+    """Mean and deviation of a vector's rise over `n` reference prompts; earlier files do not have their number."""
 
     mean: Number
     sd: Number = Field(gt=0)
+    n: int | None = Field(default=None, ge=2)
 
 
 class ChanceRecord(FileContent):

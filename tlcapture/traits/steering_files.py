@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tlcapture.storage.files import read_json
 from tlcapture.storage.validation import Count, FileContent, Layer, Number, Percent, Share, checked
-from tlcapture.traits.change_points import LEVEL
+from tlcapture.traits.critical_values import critical_value
 
 
 class SteeringConfig(FileContent):
@@ -59,8 +59,7 @@ def largest_by_chance(runs: Iterable[SteeringRun]) -> float | None:
     nulls = [run.null for run in runs if run.null]
     if not nulls:
         return None
-    best = sorted((max(gains) for gains in zip_longest(*nulls, fillvalue=float("-inf"))), reverse=True)
-    return best[max(1, int(LEVEL * (len(best) + 1))) - 1]
+    return float(critical_value([max(gains) for gains in zip_longest(*nulls, fillvalue=float("-inf"))]))
 
 
 def percentile_95(values: Sequence[float]) -> float:
