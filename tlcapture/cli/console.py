@@ -278,7 +278,8 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
         )
         if (n_known := sum(top.chance is not None for top in summary.tops)) > 1:
             n_out = sum(top.stands_out for top in summary.tops)
-            yield f"a trait stands out in {n_out} of {n_known} prompts; chance alone would make up to {0.05 * n_known:.2g}"
+            most = f"up to {0.05 * n_known:.2g}"
+            yield f"a trait stands out in {n_out} of {n_known} prompts; chance alone would make {most}"
     else:
         yield f"whether these rises are within chance is unknown: {again}, measures it" + _scale(summary)
     layers = {vector.layer for vector in summary.vectors}

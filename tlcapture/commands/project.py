@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.commands.capture_places import chunks
@@ -38,10 +36,11 @@ from tlcapture.storage.config import read_config
 from tlcapture.storage.file_index import remember
 from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges
+from tlcapture.traits.centring import Centred
 from tlcapture.traits.choice import ChosenVector, VectorChoice
 from tlcapture.traits.mean_activations import check_means
 from tlcapture.traits.packaged_vectors import SAID
-from tlcapture.traits.projection import Centred, dynamics_of_file
+from tlcapture.traits.projection import dynamics_of_file, movement_of_file
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.saved_projections import SavedProjection, projections_saved
@@ -252,6 +251,5 @@ def _with_new_dynamics(saved: SavedProjection) -> dict[str, Any]:
         metadata.pop("chance", None)
     dynamics = dynamics_of_file(checked).to_json()
     if checked.spans:
-        trajectory = np.array([[*checked.trajectory[0], *checked.trajectory[1]]])
-        dynamics["by_span"] = by_span(trajectory, checked.spans)[0]
+        dynamics["by_span"] = by_span(movement_of_file(checked).numpy()[None], checked.spans)[0]
     return {**content, "dynamics": dynamics, "metadata": metadata}

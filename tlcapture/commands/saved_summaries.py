@@ -26,7 +26,6 @@ from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.verdicts import UsedVector
 from tlcapture.version import __version__
 
-
 _RULES = 2  # the version of what stands out
 
 

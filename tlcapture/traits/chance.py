@@ -49,8 +49,8 @@ class ChanceLevel:
         covariance: `reference`, or `isotropic` without a reference.
         directions: a digest; rises of two captures come from the same directions if it is equal.
         commit, persist: how many commit, and how many persist.
-        commitment, persistence: the share of 201 directions, the vector counted with them, whose change point or peak is
-            at least as clear as the vector's; `None` where there are no such statistics.
+        commitment, persistence: the share of 201 directions, the vector counted with them, whose change point or peak
+            is at least as clear as the vector's; `None` where there are no such statistics.
         rises: how far each rises, the mean over the response less that over the prompt.
         persist, persistence, rises, standardised: `None` where they need a token that the capture does not hold.
         reference_rises: the mean and deviation of the vector's rise over the reference prompts; `None` without any.

@@ -1,4 +1,4 @@
-"""The level that a finding has to exceed, from random draws of what chance does, or from other values. Loads no torch."""
+"""The level that a finding has to exceed, from draws of what chance does or from other values. Loads no torch."""
 
 from __future__ import annotations
 
