@@ -23,7 +23,7 @@ from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, VectorError
 from tlcapture.products import linear
 from tlcapture.shapes import Trajectory, Vector, Vectors
-from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_significant, rounded_for_json
+from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant, rounded_for_json
 from tlcapture.text import as_ranges
 from tlcapture.traits.calibration import recorded_calibration, shifted
 from tlcapture.traits.centring import Centred, subtract_means

@@ -154,8 +154,8 @@ class Means(FileContent):
 class ProjectionMetadata(Labelled):
     """The vector, the capture, and doubts about projecting one onto the other.
 
-    `positions` are the tokens whose scores the file holds, and `means` were taken before others were dropped. Means with
-    a deviation of 0 are those of a trajectory that varies by no more than rounding.
+    `positions` are the tokens whose scores the file holds, and `means` were taken before others were dropped. With a
+    deviation of 0 they are those of a trajectory that varies by no more than rounding.
     """
 
     vector_source: VectorSource
