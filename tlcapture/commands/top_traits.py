@@ -272,17 +272,16 @@ def _random_rises(samples: Sequence[Summarised]) -> _Values | None:
 
 def _against_reference(samples: Sequence[Summarised]) -> _Rise:
     """A rise in deviations over the reference prompts, or where there are none, of the trajectory along its tokens."""
-    known = [(each, each.chance, each.chance.reference_rises) for each in samples if each.chance is not None]
-    measured = [(each, chance, over) for each, chance, over in known if over and chance.standardised_rises is not None]
-    random = [chance.standardised_rises for _, chance, _ in measured]
-    if len(measured) < len(samples) or len({len(each) for each in random if each is not None}) != 1:
+    known = [(each, each.chance.reference_rises, each.chance.standardised_rises) for each in samples if each.chance]
+    measured = [(each, over, random) for each, over, random in known if over is not None and random is not None]
+    if len(measured) < len(samples) or len({len(random) for *_, random in measured}) != 1:
         own = np.array([each.rise / (each.deviation or 1.0) for each in samples])
         return _Rise(float(own.mean()), None, _spread(own))
-    own = np.array([(each.rise - over.mean) / over.sd for each, _, over in measured])
+    own = np.array([(each.rise - over.mean) / over.sd for each, over, _ in measured])
     n_response = sum(len(each.trajectory) for each in samples)
-    wider = max(widening(over.sd, each.deviation, each.rise, each.n_prompt, n_response) for each, _, over in measured)
-    n_reference = measured[0][2].n
-    return _Rise(float(own.mean()), np.mean(random, axis=0), _spread(own), 0, n_reference, wider)
+    wider = max(widening(over.sd, each.deviation, each.rise, each.n_prompt, n_response) for each, over, _ in measured)
+    mean = np.mean([random for *_, random in measured], axis=0)
+    return _Rise(float(own.mean()), mean, _spread(own), 0, measured[0][1].n, wider)
 
 
 def _spread(values: _Values) -> float | None:
