@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.change_points import LEVEL
+from tlcapture.traits.critical_values import LEVEL
 from tlcapture.traits.dynamics import Motion
 from tlcapture.traits.projection_files import ProjectionFile
 

@@ -23,7 +23,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from tlcapture.traits.change_points import LEVEL, MARGIN, autoregressive, change_points
+from tlcapture.traits.change_points import MARGIN, autoregressive, change_points
+from tlcapture.traits.critical_values import LEVEL
 
 Series = NDArray[np.floating]
 Found = NDArray[np.int64]  # the change point of each series, -1 for none

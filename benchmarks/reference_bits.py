@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
 from tlcapture.traits.chance import RandomDirections
-from tlcapture.traits.change_points import LEVEL
 from tlcapture.traits.choice import VectorChoice, choose_vectors
+from tlcapture.traits.critical_values import LEVEL
 from tlcapture.traits.packaged_vectors import packaged_layout
 from tlcapture.traits.projection import project
 from tlcapture.traits.reference import Means, Reference, read_reference

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
-from tlcapture import capture
+from tlcapture import Prompt, PromptSet, capture
 from tlcapture.errors import InputError
 from tlcapture.views.kept_points import KeptPoints
 
@@ -40,3 +40,14 @@ def test_a_layer_that_is_no_number_is_named(layer: Any) -> None:
 def test_one_layer_and_one_point_need_no_list() -> None:
     (found,) = capture(tiny.model("llama"), "hi", max_new_tokens=1, layers=1, points="residual_out", internals=2)
     assert (found.kept.layers, found.kept.points) == ((1,), ("residual_out",))
+
+
+def test_a_system_prompt_that_is_given_takes_the_place_of_a_prompts_own() -> None:
+    """As `--system-prompt` does."""
+    messages = [{"role": "system", "content": "be rude"}, {"role": "user", "content": "hi"}]
+    asked = PromptSet(
+        name="mine", prompts=[Prompt(id=1, messages=messages), Prompt(id=2, text="hi", system_prompt="x")]
+    )
+    for given, expected in ((None, ["be rude", "x"]), ("be kind", ["be kind"] * 2)):
+        found = capture(tiny.model("llama"), asked, max_new_tokens=1, system_prompt=given)
+        assert [each.metadata["system_prompt"] for each in found] == expected

@@ -132,7 +132,7 @@ def test_steer_writes_results_and_skips_existing_runs(tlcapture: Run, vectors: P
         assert found["coefficients"] == [0, 0.1, 0.5]
         assert len(found["null"]) == 20
         assert f"{found['rank_correlation']:+.2f}" in result.output
-    assert "the most that random vectors reach at the best of these 3 of 4 cells" in result.output
+    assert "what chance reaches at the best of 4 cells, by random vectors at 3 of them" in result.output
     assert "no coherent run does not beat" not in result.output
     assert (path.parent / "steering.png").read_bytes().startswith(b"\x89PNG")
     again = tlcapture(*words, "--methods", "mean_diff")

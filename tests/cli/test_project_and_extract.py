@@ -409,8 +409,8 @@ def test_a_method_or_layer_without_vectors_is_an_error_before_any_prompt_runs(
 ) -> None:
     assert extract("--methods", "probe,mean_diff", "--layers", "0,2").exit_code == 0
     for words, said in (
-        (("--layer", 99), "--layer 99: no trait has a vector of that layer; layers with vectors: 0, 2"),
-        (("--method", "pca"), "--method pca: no trait has such vectors; methods with vectors: mean_diff, probe"),
+        (("--layer", 99), "--layer 99: there are vectors of layers 0, 2"),
+        (("--method", "pca"), "--method pca: no trait has such vectors; methods: probe, mean_diff"),
     ):
         result = capture(*words)
         assert result.exit_code == 2
@@ -554,9 +554,18 @@ def test_one_layer_for_all_traits_is_said_below_the_table(project: Run) -> None:
     assert "all vectors are of layer 2" in project("--layer", 2).stdout
 
 
-def test_a_layer_that_no_trait_has_is_one_error(project: Run, projected: Path) -> None:
-    result = project("--layer", 45)
-    assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1] == "error: --layer 45: there are vectors of layers 0 to 2"
-    assert "next:" not in result.stdout
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--layer", "45"), "--layer 45: there are vectors of layers 0 to 2"),
+        (("--method", "prob"), "--method prob: no trait has such vectors: did you mean 'probe'? methods: "),
+    ],
+)
+def test_a_layer_or_method_that_no_trait_has_is_one_error(
+    project: Run, tlcapture: Run, projected: Path, words: tuple[str, ...], said: str
+) -> None:
+    for result in (project(*words), tlcapture("compare", "exp/short", "exp/other", "--no-kl", *words)):
+        assert result.exit_code == 2
+        assert result.stderr.splitlines()[-1].startswith(f"error: {said}")
+        assert "next:" not in result.stdout
     assert not projected.exists()

@@ -18,6 +18,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.commands import top_traits
 from tlcapture.commands.top_traits import summary_of
+from tlcapture.explore.experiment_tables import rises_frame
 from tlcapture.extraction.examples import read_examples
 from tlcapture.extraction.prepared_examples import prepare_examples
 from tlcapture.extraction.readout import read_out
@@ -28,6 +29,7 @@ from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import round_significant
+from tlcapture.traits.critical_values import critical_score, critical_score_within
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.reference import read_reference
 
@@ -201,7 +203,7 @@ def test_a_trait_is_shown_only_where_it_beats_the_largest_of_random_directions(t
     largest = np.max([standard(random[trait]) for trait in own], axis=0)
     for row, top in enumerate(summary.tops):
         assert top.rise == pytest.approx(max(standard(np.array(values))[row] for values in own.values()))
-        assert top.chance == pytest.approx(np.quantile(largest[row], 0.95))
+        assert top.chance == pytest.approx(max(np.sort(largest[row])[-10], critical_score_within(2, 5)))
         assert top.stands_out == (top.rise > top.chance)
     assert [top.commitment_point for top in summary.tops] == [3] * 5
     findings = summary.findings
@@ -218,7 +220,7 @@ def test_the_summary_says_how_many_findings_chance_alone_would_make(
     put_rises(layout, {"tone/loud": [5.0] * 10}, {"tone/loud": np.zeros((10, 200))})
     show_top_traits(Console(), layout, "short", "residual", RunReport(layout.folder))
     shown = capsys.readouterr().out
-    assert "a trait stands out in 0 of 10 prompts; 0.5 expected by chance\n" in shown
+    assert "a trait stands out in 0 of 10 prompts; up to 0.5 expected by chance\n" in shown
     assert "of 10 projections, 100 % commit and 0 % persist; of random directions, 5 % and 15 %\n" in shown
     assert "more clearly than 95 % of random directions: 10 commit, 0 persist; 0.5 of each expected by chance" in shown
 
@@ -242,6 +244,34 @@ def test_random_traits_seldom_stand_out(tmp_path: Path) -> None:
     tops = summary_of(layout, "short").tops
     assert len(tops) == 60
     assert sum(top.stands_out for top in tops) <= 8  # 3 are expected; more than 8 in 0.3 % of runs
+
+
+def test_a_rise_as_far_as_that_of_ordinary_prompts_does_not_stand_out(tmp_path: Path) -> None:
+    """Random directions may rise less than vectors on the same prompt: 10 % of prompts had one that stood out."""
+    layout, generator = Layout(tmp_path, "exp"), np.random.default_rng(0)
+    traits = [f"tone/t{number}" for number in range(10)]
+    for far, stands_out in ((2.5, False), (2.7, True)):
+        own = {trait: [far, 0.1] for trait in traits}
+        put_rises(layout, own, {trait: generator.normal(0, 0.5, (2, 200)) for trait in traits})
+        top = summary_of(layout, "short").tops[0]
+        assert (top.stands_out, top.chance) == (stands_out, pytest.approx(2.569, abs=0.01))
+
+
+def test_a_trait_without_a_chance_level_leaves_that_of_the_others_known(tmp_path: Path) -> None:
+    layout, generator = Layout(tmp_path, "exp"), np.random.default_rng(0)
+    own = {"tone/loud": [4.0], "tone/warm": [0.5], "tone/imported": [9.0]}
+    put_rises(layout, own, {trait: generator.standard_normal((1, 200)) for trait in own})
+    path = layout.projection(Trait.parse("tone/imported"), "residual", "short", "1")
+    value = read_json(path)
+    value["metadata"]["chance"] |= {"reference_rises": None, "standardised_rises": None}
+    path.write_text(json.dumps(value))
+    (top,) = summary_of(layout, "short").tops
+    assert (top.trait, top.stands_out, [*top.rises], [*top.unmeasured]) == (
+        "tone/loud", True, ["tone/loud", "tone/warm"], ["tone/imported"],
+    )  # fmt: skip
+    frame = rises_frame(layout, "short", "residual").set_index("trait")
+    assert frame.stands_out.to_dict() == {"tone/imported": False, "tone/loud": True, "tone/warm": False}
+    assert frame.chance.isna().to_dict() == {"tone/imported": True, "tone/loud": False, "tone/warm": False}
 
 
 @pytest.mark.parametrize(("kept", "processes"), [((), 0), (("--layers", "0,2"), 0), (("--layers", "0,2"), 1)])
@@ -316,7 +346,9 @@ def test_a_single_prompt_is_compared_with_the_reference(evaluated: Layout, captu
     assert projection.rise == pytest.approx(top.rise, rel=1e-3)
     standard = read_json(path)["metadata"]["chance"]["standardised_rises"]
     assert projection.chance is not None
-    assert projection.chance.largest_rise == pytest.approx(np.quantile(standard, 0.95), rel=1e-3)
+    of_prompts = projection.chance.widening * critical_score(1, len(reference.prompts))
+    assert projection.chance.largest_rise == pytest.approx(max(np.sort(standard)[-10], of_prompts), rel=1e-3)
+    assert top.chance >= of_prompts
 
 
 def test_without_a_chance_level_the_summary_says_that_it_is_unknown(evaluated: Layout, capture: Run) -> None:

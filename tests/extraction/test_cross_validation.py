@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tlcapture.extraction.baselines import Baseline, text_baselines, verdict
+from tlcapture.extraction.baselines import Baseline, _gain_interval, text_baselines, verdict
 from tlcapture.extraction.cross_validation import cross_validate, folds, largest_by_chance, relabelled
 from tlcapture.extraction.many_fits import Span
 from tlcapture.extraction.methods import FITS
@@ -134,6 +134,16 @@ def test_the_verdict_compares_with_the_best_baseline(strength: float, words: flo
     baseline = Baseline.of("words", scores, LABELS, outer)
     found = verdict(nested, [baseline], LABELS, GROUPS, 0.005 if strength else 0.5)
     assert found.text.startswith(text)
+
+
+def test_the_interval_of_a_gain_is_wider_than_that_of_pairs_alone() -> None:
+    """A bootstrap takes the fits for given; without a gain, one in twelve intervals of 2.5 % a side lay above 0."""
+    nested = cross_validate(Span.of(examples(1.0, 1.0)), LABELS, GROUPS, {"mean_diff": [0, 1]}).nested
+    baseline = Baseline("layer 0", 0.5, torch.zeros(len(LABELS)))
+    found = verdict(nested, [baseline], LABELS, GROUPS, 0.005)
+    percentiles = _gain_interval(nested, baseline, LABELS, GROUPS, 0)
+    assert found.interval == pytest.approx([found.gain + 1.5 * (each - found.gain) for each in percentiles])
+    assert percentiles[0] < found.gain < percentiles[1]
 
 
 def test_too_few_examples_cannot_be_left_out_twice() -> None:

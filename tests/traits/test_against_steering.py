@@ -10,9 +10,10 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from tlcapture.commands.against_steering import against_steering
+from tlcapture.commands.against_steering import _correlation, _Points, against_steering
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.change_points import autoregressive
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import write_vector
 
@@ -43,7 +44,7 @@ def test_two_methods_at_a_layer_are_two_vectors_at_one_layer(tmp_path: Path) -> 
     assert (found.n_vectors, found.n_layers, found.rho, found.p) == (8, 4, None, None)
 
 
-def test_the_correlation_is_spearmans_with_the_p_of_permutations(tmp_path: Path) -> None:
+def test_the_correlation_is_spearmans_with_the_p_of_shifts(tmp_path: Path) -> None:
     layout, generator = Layout(tmp_path, "exp"), np.random.default_rng(1)
     sizes, gains = generator.normal(size=8), generator.normal(size=8)
     noise: Points = {("probe", n): (float(sizes[n]), float(gains[n])) for n in range(8)}
@@ -52,15 +53,26 @@ def test_the_correlation_is_spearmans_with_the_p_of_permutations(tmp_path: Path)
     found = against_steering(layout, TRAITS)
     expected = spearmanr(sizes, gains)
     assert found.by_trait[0].rho == pytest.approx(expected.statistic)
-    exact = np.mean(
-        [abs(spearmanr(sizes, generator.permutation(gains)).statistic) >= abs(expected.statistic) for _ in range(1000)]
-    )
-    assert found.by_trait[0].p == pytest.approx(exact, abs=0.05)
+    turned = [np.roll(each, shift) for each in (gains, gains[::-1]) for shift in range(8)]
+    exact = np.mean([abs(spearmanr(sizes, each).statistic) >= abs(expected.statistic) - 1e-12 for each in turned])
+    assert found.by_trait[0].p == pytest.approx(exact, abs=0.03)
     assert found.by_trait[1].rho == pytest.approx(1)
-    assert found.by_trait[1].p == pytest.approx(1 / 2001, abs=1e-3)
+    assert found.by_trait[1].p == pytest.approx(1 / 8, abs=0.03)  # of all shifts, this one and its mirror image
     pooled = spearmanr([*sizes, *range(8)], [*gains, *range(10, 18)])
     assert (found.pooled.n_vectors, found.pooled.n_layers) == (16, 16)
     assert found.pooled.rho == pytest.approx(pooled.statistic)
+
+
+def test_series_that_drift_along_the_layers_seldom_correlate_beyond_chance(tmp_path: Path) -> None:
+    """With permuted layers, which are not alike, it was 40 %."""
+    generator, beyond, draws = np.random.default_rng(0), 0, 60
+    for _ in range(draws):
+        sizes, gains = autoregressive(0.9, (2, 30), generator).tolist()
+        points = _Points("a", ["probe"] * 30, [*range(30)], sizes, gains)
+        p = _correlation("a", [points]).p
+        assert p is not None
+        beyond += p <= 0.05
+    assert beyond / draws <= 0.12
 
 
 def test_a_difference_between_traits_alone_is_no_correlation_of_vectors(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from tlcapture.errors import NumericalError, VectorError
 from tlcapture.names import Trait
 from tlcapture.storage.files import write_json
+from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.projection import dynamics_of_file, project, projections_to_json
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import Selection
@@ -102,6 +103,52 @@ def test_dynamics_can_be_recomputed_from_the_file(tmp_path: Path) -> None:
     again = dynamics_of_file(ProjectionFile.read(path))
     assert again.commitment_point == projection.dynamics.commitment_point
     assert torch.allclose(again.velocity, projection.dynamics.velocity, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_left_of_an_ablated_direction_is_rounding_and_has_no_dynamics(
+    dtype: torch.dtype, offset: float
+) -> None:
+    """Nor has a direction that is capped everywhere; what was stored as float32 may have been rounded before."""
+    torch.manual_seed(1)
+    vectors = [vector(str(n), 1, torch.randn(WIDTH)) for n in range(3)]
+    for each in vectors:
+        parts = [stream(n, dtype).points.float() for n in (12, 30)]
+        unit = each.unit
+        ablated = [(part - (part @ unit)[..., None] * unit + offset * unit).to(dtype) for part in parts]
+        other = vector("other", 1, torch.randn(WIDTH))
+        for stored in (dtype, torch.float32):
+            streams = [ResidualStream(part.to(stored)) for part in ablated]
+            found, moves = project(*streams, chosen(each, other), random=RandomDirections(None, LAYERS, WIDTH))
+            assert (found.is_still, moves.is_still) == (True, False)
+            dynamics, means = found.dynamics, found.means()
+            assert (dynamics.commitment_point, dynamics.commitment_shift, dynamics.persistence) == (None, 0, None)
+            assert (dynamics.peak_velocity, means["deviation"], means["response"]) == (0, 0, means["prompt"])
+            assert means["prompt"] == pytest.approx(offset, abs=0.02)
+
+
+def test_a_small_trajectory_beside_massive_dimensions_is_not_taken_for_rounding() -> None:
+    torch.manual_seed(2)
+    parts = [stream(n).points.clone() for n in (12, 30)]
+    for part in parts:
+        part[..., 3] = 3000.0
+    direction = torch.randn(WIDTH)
+    direction[3] = 0.3
+    (found,) = project(*(ResidualStream(part.half()) for part in parts), chosen(vector("a", 1, direction)))
+    assert not found.is_still
+
+
+def test_the_dynamics_of_a_still_trajectory_stay_null_when_they_are_recomputed_from_its_file(tmp_path: Path) -> None:
+    each, parts = vector("a", 2, torch.randn(WIDTH)), [stream(n).points for n in (5, 30)]
+    ablated = [ResidualStream((part - (part @ each.unit)[..., None] * each.unit).half()) for part in parts]
+    (projection,) = project(*ablated, chosen(each))
+    tokens = {"prompt": {"tokens": ["a"] * 5}, "response": {"tokens": ["a"] * 30}}
+    (found,) = projections_to_json([projection])
+    metadata = {"vector_source": projection.source(), "means": projection.means()}
+    write_json(tmp_path / "1.json", {**tokens, **found, "metadata": metadata})
+    again = dynamics_of_file(ProjectionFile.read(tmp_path / "1.json"))
+    assert (again.persistence, again.peak_velocity, again.commitment_shift) == (None, 0, 0)
 
 
 def test_a_vectors_length_does_not_matter() -> None:

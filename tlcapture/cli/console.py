@@ -276,10 +276,13 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
         mean = "the set" if summary.is_against_set else "the reference prompts"
         yield f"rise: from prompt to response, less the mean rise of {mean}, in standard deviations (sd)"
     if has_chance:
-        yield "chance: the 95th percentile of the largest rise among as many random directions" + _scale(summary)
+        yield (
+            "chance: what the largest of as many rises stays below in 95 % of random directions and of ordinary prompts"
+            + _scale(summary)
+        )
         if (n_known := sum(top.chance is not None for top in summary.tops)) > 1:
             n_out = sum(top.stands_out for top in summary.tops)
-            yield f"a trait stands out in {n_out} of {n_known} prompts; {0.05 * n_known:.2g} expected by chance"
+            yield f"a trait stands out in {n_out} of {n_known} prompts; up to {0.05 * n_known:.2g} expected by chance"
     else:
         yield f"whether these rises are within chance is unknown: run {again}" + _scale(summary)
     layers = {vector.layer for vector in summary.vectors}

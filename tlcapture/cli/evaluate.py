@@ -219,7 +219,9 @@ def _compare(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> Non
         for name, line in lines
     ]
     console.table([Column("trait"), *(Column(name, right=True) for name in names)], rows)
-    console.line("p: share of permutations of the gains within each trait that correlate as much, in either direction")
+    console.line(
+        "p: share of random shifts of the gains along each trait's layers that correlate as much, in either direction"
+    )
     if any(line.n_layers < FEWEST_LAYERS for _, line in lines):
         needed = f"with fewer than {FEWEST_LAYERS}, chance gives large correlations"
         console.line(f"a correlation needs vectors at {FEWEST_LAYERS} layers that were evaluated and steered; {needed}")

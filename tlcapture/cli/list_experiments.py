@@ -58,8 +58,8 @@ def _list_all(root: Path) -> None:
         ],
         rows,
     )
-    for error in refused:
-        Console().error(f"failed: {error}")
+    for each in refused:
+        Console().error(f"failed: {each}")
     if refused:
         sys.exit(1)
     click.echo(f"next: {Location(names[0], root).command('list')}")

@@ -17,6 +17,7 @@ from tlcapture.cli.options import Location, location_options, seed_option
 from tlcapture.cli.tables import Column
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
+from tlcapture.text import counted
 
 if TYPE_CHECKING:
     from tlcapture.commands.steer import SteerOptions
@@ -107,13 +108,14 @@ def _print(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> None:
     for trait, results in found.items():
         runs = [run for run in results.single_layer_runs if run.null]
         rows += [_cells(trait, results, run) for run in sorted(runs, key=lambda run: -run.delta)]
-        chance = largest_by_chance(runs)
+        chance = largest_by_chance(results.single_layer_runs)
         best = max((run.delta for run in runs if run.coherence_mean >= COHERENT), default=None)
         if chance is not None:
             beats = "beats" if best is None or best > chance else "does not beat"
             says = "no coherent run" if best is None else f"best gain {best:+.1f}"
-            cells = f"at the best of these {len(runs)} of {len(results.single_layer_runs)} cells"
-            notes.append(f"{trait}: {says} {beats} {chance:+.1f}, the most that random vectors reach {cells}")
+            n_cells = len(results.single_layer_runs)
+            cells = f"the best of {counted(n_cells, 'cell')}, by random vectors at {len(runs)} of them"
+            notes.append(f"{trait}: {says} {beats} {chance:+.1f}, what chance reaches at {cells}")
     if not rows:
         return
     console.line()

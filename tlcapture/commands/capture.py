@@ -39,10 +39,10 @@ from tlcapture.storage.file_index import remember
 from tlcapture.storage.files import free_bytes
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.temporary_files import sweep_temporaries
-from tlcapture.text import as_ranges, format_bytes
+from tlcapture.text import format_bytes
 from tlcapture.traits.missing_vectors import no_vectors
 from tlcapture.traits.packaged_vectors import NOTHING_TO_PROJECT_ONTO, SAID
-from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+from tlcapture.traits.vector_files import traits_with_vectors
 
 __all__ = ["CaptureOptions", "estimate_capture", "run_capture"]
 
@@ -239,19 +239,7 @@ def _check_vectors(layout: Layout, options: CaptureOptions) -> None:
     choice, source = options.vectors, options.vectors.layout(layout)
     if choice.experiment or choice.traits:
         traits_with_vectors(source, choice.traits)
-    available = [VectorFiles(source, trait).available("residual") for trait in choice.traits or source.traits()]
-    if choice.method is not None:
-        methods = sorted({method for each in available for method in each})
-        if methods and choice.method not in methods:
-            raise InputError(
-                f"--method {choice.method}: no trait has such vectors; methods with vectors: {', '.join(methods)}"
-            )
-    if not isinstance(choice.layer, str):
-        layers = sorted({layer for each in available for at in each.values() for layer in at})
-        if layers and choice.layer not in layers:
-            raise InputError(
-                f"--layer {choice.layer}: no trait has a vector of that layer; layers with vectors: {as_ranges(layers)}"
-            )
+    choice.check(source, "residual")
 
 
 def _check_projections_only(layout: Layout, options: CaptureOptions) -> None:

@@ -13,7 +13,7 @@ import torch
 from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.baselines import bag_of_words
 from tlcapture.extraction.cross_validation import relabelled
-from tlcapture.extraction.evaluation import CONFIDENCE, auroc, effect_size_interval, hedges_g
+from tlcapture.extraction.evaluation import auroc, effect_size_interval, hedges_g
 from tlcapture.extraction.examples import Examples, content, examples_in, read_examples
 from tlcapture.extraction.prepared_examples import prepare_examples
 from tlcapture.extraction.readout import read_out
@@ -30,6 +30,7 @@ from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import rounded_or_none
+from tlcapture.traits.critical_values import critical_value
 from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import select
@@ -240,7 +241,7 @@ def _row(
         "auroc": rounded_or_none(found),
         "effect_size": rounded_or_none(hedges_g(positive, negative)),
         "effect_size_interval": [rounded_or_none(bound) for bound in interval],
-        "null_auroc_p95": rounded_or_none(null.quantile(CONFIDENCE)),
+        "null_auroc_p95": rounded_or_none(critical_value(null)),
         "p": rounded_or_none((1 + (null >= found).sum()) / (1 + LABELLINGS)),
         "n_positive": len(positive),
         "n_negative": len(negative),

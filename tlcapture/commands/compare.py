@@ -152,6 +152,7 @@ def _vector_sources(sets: ComparedSets, options: CompareOptions) -> list[Layout]
         if not source.traits():
             raise no_vectors(source)
         traits_with_vectors(source, choice.traits)
+        choice.check(source, "residual")
     return sources
 
 

@@ -28,6 +28,7 @@ from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import rounded_or_none
 from tlcapture.text import as_ranges
+from tlcapture.traits.critical_values import critical_value
 from tlcapture.traits.evaluation_files import EvaluationRow
 from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles
 from tlcapture.traits.vectors import TraitVector, read_vector
@@ -109,7 +110,7 @@ def rows_of(
 
 
 def _p95(null: torch.Tensor) -> float | None:
-    return float(null.quantile(CONFIDENCE)) if len(null) else None
+    return float(critical_value(null)) if len(null) else None
 
 
 def _nested_record(nested: NestedScore) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.commands.capture_places import chunks
@@ -26,7 +24,7 @@ from tlcapture.commands.projections import (
     without_projection,
 )
 from tlcapture.commands.saved_prompts import saved_prompts
-from tlcapture.errors import InputError, NumericalError, StorageError
+from tlcapture.errors import NumericalError, StorageError
 from tlcapture.names import PromptId, Trait
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
@@ -37,16 +35,16 @@ from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config
 from tlcapture.storage.file_index import remember
 from tlcapture.storage.layout import Layout
-from tlcapture.text import as_ranges
+from tlcapture.traits.centring import Centred
 from tlcapture.traits.choice import ChosenVector, VectorChoice
 from tlcapture.traits.mean_activations import check_means
 from tlcapture.traits.packaged_vectors import SAID
-from tlcapture.traits.projection import Centred, dynamics_of_file
+from tlcapture.traits.projection import dynamics_of_file, movement_of_file
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.saved_projections import SavedProjection, projections_saved
 from tlcapture.traits.span_dynamics import by_span
-from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+from tlcapture.traits.vector_files import traits_with_vectors
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def run_project(
         return run.report
     options = replace(options, vectors=options.vectors.or_packaged(layout, read_config(layout).inference_model))
     traits = traits_with_vectors(options.vectors.layout(layout), options.vectors.traits)
-    _check_layer(options.vectors.layout(layout), traits, options)
+    options.vectors.check(options.vectors.layout(layout), options.component)
     if options.vectors.is_fallback:
         run.line(f"{layout.experiment}: {SAID}")
     if options.centered:
@@ -120,14 +118,6 @@ def run_project(
         )
         merge_projections(run, prompt_sets, options.shard)
     return run.report
-
-
-def _check_layer(source: Layout, traits: Sequence[Trait], options: ProjectOptions) -> None:
-    """Raise `InputError` for a layer that none of the traits has a vector of."""
-    found = (VectorFiles(source, trait).available(options.component).values() for trait in traits)
-    layers = sorted({layer for methods in found for each in methods for layer in each})
-    if isinstance(options.vectors.layer, int) and layers and options.vectors.layer not in layers:
-        raise InputError(f"--layer {options.vectors.layer}: there are vectors of layers {as_ranges(layers)}")
 
 
 @dataclass(frozen=True)
@@ -252,6 +242,5 @@ def _with_new_dynamics(saved: SavedProjection) -> dict[str, Any]:
         metadata.pop("chance", None)
     dynamics = dynamics_of_file(checked).to_json()
     if checked.spans:
-        trajectory = np.array([[*checked.trajectory[0], *checked.trajectory[1]]])
-        dynamics["by_span"] = by_span(trajectory, checked.spans)[0]
+        dynamics["by_span"] = by_span(movement_of_file(checked).numpy()[None], checked.spans)[0]
     return {**content, "dynamics": dynamics, "metadata": metadata}

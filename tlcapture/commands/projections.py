@@ -27,11 +27,12 @@ from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
 from tlcapture.storage.files import as_json
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.centring import Centred
 from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChoice, VectorChooser
 from tlcapture.traits.mean_activations import mean_activation
 from tlcapture.traits.packaged_vectors import vectors_layout
-from tlcapture.traits.projection import Centred, Projection, project, projections_to_json
+from tlcapture.traits.projection import Projection, project, projections_to_json
 from tlcapture.traits.reference import Reference, read_reference
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.span_dynamics import by_span
@@ -174,7 +175,7 @@ def span_dynamics(projections: Sequence[Projection], capture: Capture) -> list[l
     """The dynamics of each projection of a capture within each of its spans."""
     if not capture.spans:
         return [[] for _ in projections]
-    trajectories = [projection.trajectory.double().numpy() for projection in projections]
+    trajectories = [projection.movement.numpy() for projection in projections]
     return by_span(np.stack(trajectories), capture.spans)
 
 
@@ -300,7 +301,7 @@ def _metadata(shared: _OfCapture, projection: Projection, notes: list[str], kept
         "projection_date": shared.date,
         **kept.record(),
     }
-    if not kept.is_all:
+    if projection.is_still or not kept.is_all:
         metadata["means"] = projection.means()
     if projection.chance is not None:
         metadata["chance"] = as_json(projection.chance.to_json())

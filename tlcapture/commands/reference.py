@@ -20,10 +20,9 @@ from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config
 from tlcapture.storage.datasets import shipped_datasets
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.critical_values import REFERENCE_TOKENS as NEW_TOKENS
 from tlcapture.traits.reference import FEWEST_PROMPTS, Reference, read_reference
 from tlcapture.views.hooks import component_hooks
-
-NEW_TOKENS = 50
 
 
 def keep_reference(run: Run, model: Model, components: Sequence[str], batch_size: int | None = None) -> None:

@@ -26,6 +26,8 @@ from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.verdicts import UsedVector
 from tlcapture.version import __version__
 
+_RULES = 2  # the version of what stands out
+
 
 def summary_of_run(
     layout: Layout, prompt_set: str, component: str, known: Mapping[str, bytes], seen: Mapping[Path, FileState]
@@ -56,7 +58,7 @@ def _digest(layout: Layout, prompt_set: str, component: str, seen: Mapping[Path,
     folders += [(shards, COMPACT), (shards / MERGED, COMPACT)]
     paths = (folder / name for folder, ending in folders for name in names_in(folder) if name.endswith(ending))
     states = [[str(path.relative_to(layout.folder)), seen.get(path) or _state(path)] for path in sorted(paths)]
-    return digest([__version__, DEFINITIONS, states])
+    return digest([__version__, DEFINITIONS, _RULES, states])
 
 
 def _state(path: Path) -> FileState | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tlcapture.names import PromptId
 from tlcapture.traits.calibration import Calibration
-from tlcapture.traits.change_points import LEVEL
+from tlcapture.traits.critical_values import LEVEL
 from tlcapture.traits.projection_files import ChanceRecord, Part, ProjectionFile, ReferenceRises
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.verdicts import UsedVector, used_vector
@@ -60,6 +60,7 @@ class Summarised:
         trajectory: of the response, NaN at tokens that are not known.
         prompt_mean, response_mean: of the trajectory, the first token left out; NaN where they are not known.
         deviation: of the trajectory along its tokens, the first left out; 0 where it is not known.
+        n_prompt: how many tokens of the prompt these are.
         commitment_point, token: where it commits, and that token; `None` where it does not.
         is_current: whether its dynamics follow the present definitions.
     """
@@ -73,6 +74,7 @@ class Summarised:
     prompt_mean: float
     response_mean: float
     deviation: float
+    n_prompt: int
     commitment_point: int | None
     token: str | None
     persists: bool
@@ -97,6 +99,7 @@ class Summarised:
             _mean(prompt[1:]) if means is None else _number(means.prompt, nan),
             _mean(response) if means is None else _number(means.response, nan),
             float(np.std(known)) if means is None else means.deviation or 0.0,
+            max(0, len(content.prompt.tokens) - 1),
             point,
             None if point is None else tokens[point],
             dynamics is not None and dynamics.persistence is not None,

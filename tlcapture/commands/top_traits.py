@@ -16,7 +16,7 @@ from tlcapture.errors import StorageError
 from tlcapture.names import PromptId
 from tlcapture.storage.layout import Layout
 from tlcapture.text import REPLACEMENT
-from tlcapture.traits.change_points import LEVEL
+from tlcapture.traits.critical_values import critical_score, critical_score_within, critical_value, widening
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.saved_projections import SavedProjection, projections_saved
 from tlcapture.traits.verdicts import UsedVector
@@ -56,14 +56,16 @@ class TopTrait:
     set of fewer than five prompts, over the reference prompts. For a prompt with samples it is the mean over them.
 
     Attributes:
-        chance: the 95th percentile, over 200 draws, of the largest rise among as many random directions as there are
-            traits; `None` if it was not measured.
+        chance: what the largest rise of as many traits exceeds by chance in at most 5 % of cases: over 200 draws of as
+            many random directions, and over prompts whose rises are normally distributed, whichever is larger; `None`
+            if it was not measured.
         commitment_point, token: where it commits; `None` where it does not, or random directions do as clearly.
         calibrated: the mean of the response on the scale of the vector's examples; `None` where that is unknown.
         samples: the spread over the prompt's samples; `None` for a prompt without samples.
         pieces: the response (of the first sample) in pieces with the score of each, from -1 as in the negative examples
             to 1 as in the positive ones; as it was projected where `calibrated` is unknown.
         rises: the rise of every trait, that of this one included; `chance` is the level of the largest of them.
+        unmeasured: the rises of traits whose chance level was not measured, where that of others was.
         own_id: the prompt's id as in its set, a number or a text; `None` where it is not known.
     """
 
@@ -80,6 +82,7 @@ class TopTrait:
 
     rises: Mapping[str, float] = field(default_factory=dict)
     own_id: PromptId | None = None
+    unmeasured: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_calibrated(self) -> bool:
@@ -88,7 +91,7 @@ class TopTrait:
 
     @property
     def stands_out(self) -> bool:
-        """Whether the trait rose more than the largest of random directions does in 95 % of draws."""
+        """Whether the trait rose more than the largest of as many does by chance in 95 % of cases."""
         return is_beyond(self.rise, self.chance)
 
 
@@ -182,8 +185,10 @@ def summary_of(
     for prompt in prompts:
         candidates = {trait: values[prompt] for trait, values in rises.items() if prompt in values}
         if candidates:
-            top = max(candidates, key=lambda name: candidates[name].own)
-            tops.append(_top(prompt, top, candidates, by_trait[top][prompt]))
+            measured = {trait: rise for trait, rise in candidates.items() if rise.random is not None} or candidates
+            top = max(measured, key=lambda name: measured[name].own)
+            others = {trait: rise.own for trait, rise in candidates.items() if trait not in measured}
+            tops.append(_top(prompt, top, measured, others, by_trait[top][prompt]))
     projections = [each for contents in by_trait.values() for found in contents.values() for each in found]
     vectors = {each.vector: None for each in projections}
     is_against_set = len(prompts) >= FEWEST_TO_COMPARE
@@ -194,12 +199,25 @@ def summary_of(
 class _Rise:
     """A standardised rise, the mean over samples, and the rises of random directions in the order of the draws.
 
-    `spread` is its standard deviation over samples, `None` where there is only one.
+    Attributes:
+        spread: its standard deviation over samples, `None` where there is only one.
+        n_values: the number of prompts of the set over which it is standardised; 0 for the reference prompts.
+        n_reference: the number of these, `None` if unknown.
+        widening: by which factor it varies more than theirs.
     """
 
     own: float
     random: _Values | None
     spread: float | None = None
+    n_values: int = 0
+    n_reference: int | None = None
+    widening: float = 1.0
+
+    def critical(self, n_traits: int) -> float:
+        """The rise that the largest of as many traits exceeds in 5 % of prompts."""
+        if self.n_values:
+            return critical_score_within(n_traits, self.n_values)
+        return self.widening * critical_score(n_traits, self.n_reference)
 
 
 def _saved(
@@ -228,7 +246,7 @@ def _rises(contents: _ByPrompt) -> dict[_Prompt, _Rise]:
     known = {prompt: [each for each in found if not isnan(each.rise)] for prompt, found in contents.items()}
     known = {prompt: found for prompt, found in known.items() if found}
     if len(known) < FEWEST_TO_COMPARE:
-        return {prompt: _over_samples([_against_reference(each) for each in found]) for prompt, found in known.items()}
+        return {prompt: _against_reference(found) for prompt, found in known.items()}
     raw = {prompt: np.array([each.rise for each in found]) for prompt, found in known.items()}
     means = np.array([each.mean() for each in raw.values()])
     own, deviation = _standardised(means), _deviation_of(means)
@@ -238,7 +256,9 @@ def _rises(contents: _ByPrompt) -> dict[_Prompt, _Rise]:
     is_known = is_comparable and all(each is not None for each in drawn)
     random = _standardised(np.array(drawn)) if is_known else None
     return {
-        prompt: _Rise(float(own[row]), None if random is None else random[row], _spread(raw[prompt] / deviation))
+        prompt: _Rise(
+            float(own[row]), None if random is None else random[row], _spread(raw[prompt] / deviation), len(known)
+        )
         for row, prompt in enumerate(known)
     }
 
@@ -250,21 +270,18 @@ def _random_rises(samples: Sequence[Summarised]) -> _Values | None:
     return np.array(known).mean(axis=0) if len(known) == len(found) else None
 
 
-def _against_reference(content: Summarised) -> _Rise:
+def _against_reference(samples: Sequence[Summarised]) -> _Rise:
     """A rise in deviations over the reference prompts, or where there are none, of the trajectory along its tokens."""
-    chance, rise = content.chance, content.rise
-    if chance is None or chance.reference_rises is None or chance.standardised_rises is None:
-        return _Rise(rise / (content.deviation or 1.0), None)
-    reference = chance.reference_rises
-    return _Rise((rise - reference.mean) / reference.sd, chance.standardised_rises)
-
-
-def _over_samples(rises: Sequence[_Rise]) -> _Rise:
-    """The mean of the rises of samples, and of those of the same random directions."""
-    random = [each.random for each in rises if each.random is not None]
-    is_known = len(random) == len(rises) and len({len(each) for each in random}) == 1
-    own = np.array([each.own for each in rises])
-    return _Rise(float(own.mean()), np.mean(random, axis=0) if is_known else None, _spread(own))
+    known = [(each, each.chance.reference_rises, each.chance.standardised_rises) for each in samples if each.chance]
+    measured = [(each, over, random) for each, over, random in known if over is not None and random is not None]
+    if len(measured) < len(samples) or len({len(random) for *_, random in measured}) != 1:
+        own = np.array([each.rise / (each.deviation or 1.0) for each in samples])
+        return _Rise(float(own.mean()), None, _spread(own))
+    own = np.array([(each.rise - over.mean) / over.sd for each, over, _ in measured])
+    n_response = sum(len(each.trajectory) for each in samples)
+    wider = max(widening(over.sd, each.deviation, each.rise, each.n_prompt, n_response) for each, over, _ in measured)
+    mean = np.mean([random for *_, random in measured], axis=0)
+    return _Rise(float(own.mean()), mean, _spread(own), 0, measured[0][1].n, wider)
 
 
 def _spread(values: _Values) -> float | None:
@@ -285,10 +302,17 @@ def _deviation_of(values: _Values) -> _Values:
     return np.where(deviation > _ROUNDING * np.abs(values).max(axis=0), deviation, 1.0)
 
 
-def _top(prompt: _Prompt, trait: str, candidates: Mapping[str, _Rise], contents: Sequence[Summarised]) -> TopTrait:
+def _top(
+    prompt: _Prompt,
+    trait: str,
+    candidates: Mapping[str, _Rise],
+    unmeasured: Mapping[str, float],
+    contents: Sequence[Summarised],
+) -> TopTrait:
     random = [each.random for each in candidates.values() if each.random is not None]
     is_known = len(random) == len(candidates) and len({len(each) for each in random}) == 1
-    chance = float(np.quantile(np.max(random, axis=0), 1 - LEVEL)) if is_known else None
+    by_prompts = max(each.critical(len(candidates)) for each in candidates.values())
+    chance = max(float(critical_value(np.max(random, axis=0))), by_prompts) if is_known else None
     (prompt_id, has_samples), first, rise = prompt, contents[0], candidates[trait]
     rises = {name: each.own for name, each in candidates.items()}
     commits = [each.commits_clearly for each in contents]
@@ -298,9 +322,8 @@ def _top(prompt: _Prompt, trait: str, candidates: Mapping[str, _Rise], contents:
     calibrated = float(values.mean()) if len(values) == len(contents) else None
     samples = OverSamples(len(contents), sum(commits), rise.spread, _spread(values)) if has_samples else None
     response, pieces = first.response.text, pieces_of(first.response.text, first.response.tokens, first.scaled)
-    return TopTrait(
-        prompt_id, trait, rise.own, chance, point, token, calibrated, response, samples, pieces, rises, first.prompt_id
-    )
+    of_prompt = (response, samples, pieces, rises, first.prompt_id)
+    return TopTrait(prompt_id, trait, rise.own, chance, point, token, calibrated, *of_prompt, unmeasured)
 
 
 def pieces_of(text: str, tokens: Sequence[str], scores: Sequence[float | None]) -> list[tuple[str, float | None]]:

@@ -170,8 +170,8 @@ class Captures:
         Columns are `prompt_id`, `n_samples` (missing for a prompt without samples), `trait`, `layer` (of the vector),
         `rise`, `chance`, `stands_out` and `doubt`. They are what `tlcapture capture` and the page show: `rise` is the
         mean projection of the response less that of the prompt, as a standard score over the set (for fewer than five
-        prompts over the reference prompts), so that 0 is the mean rise; `chance` the 95th percentile, over
-        random draws, of the largest rise among as many directions as there are traits, NaN if it was not measured: one
+        prompts over the reference prompts), so that 0 is the mean rise; `chance` what the largest of as many
+        rises exceeds in at most 5 % of random directions and of ordinary prompts, NaN if it was not measured: up to one
         prompt in twenty has a trait that stands out by chance alone; `doubt` a doubt that `tlcapture evaluate` leaves
         about the vector.
 

@@ -82,12 +82,13 @@ def rises_frame(layout: Layout, prompt_set: str, component: str) -> DataFrame:
             "trait": trait,
             "layer": layers.get(trait),
             "rise": rise,
-            "chance": top.chance,
-            "stands_out": is_beyond(rise, top.chance),
+            "chance": chance,
+            "stands_out": is_beyond(rise, chance),
             "doubt": doubts.get(trait),
         }
         for top in summary.tops
-        for trait, rise in sorted(top.rises.items())
+        for trait, rise in sorted({**top.rises, **top.unmeasured}.items())
+        for chance in [None if trait in top.unmeasured else top.chance]
     ]
     return DataFrame(rows).astype({"n_samples": "Int64", "layer": "Int64", "chance": "float64"})
 

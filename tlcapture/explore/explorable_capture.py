@@ -140,8 +140,8 @@ class ExplorableCapture(ABC):
         """
         from tlcapture.traits.span_dynamics import by_span
 
-        trajectory = self._project([trait], **how)[0].trajectory.double().numpy()
-        return by_span(trajectory[None], self._captured.spans)[0]
+        movement = self._project([trait], **how)[0].movement.numpy()
+        return by_span(movement[None], self._captured.spans)[0]
 
     def coloured(self, trait: str | Tensor | NDArray[Any] | None = None, **how: Any) -> ColouredTokens:
         """The tokens, coloured by their projection onto a trait, or by turn, thinking and answer if none is given.

@@ -236,7 +236,7 @@ def capture(
         tokens: tokens of the response to keep: `response`, `last`, `first:N` or `A:B`, a slice as in Python; prompt and
             response by default. `positions` of a capture says which it holds.
         save_dtype: dtype of the captured activations: `float32`, `float16`, `bfloat16` or `auto`.
-        system_prompt: for prompts that have none of their own.
+        system_prompt: for all prompts, instead of their own.
         chat_template: whether to apply the chat template; by default if the tokenizer has one.
         thinking: `on` or `off` where the chat template has a switch for thinking.
         template_args: other values for the chat template.
@@ -336,7 +336,7 @@ def _tokenized(
             model.tokenizer,
             prompt,
             prompt_set.name,
-            system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
+            system_prompt=prompt_set.system_prompt_of(prompt) if system_prompt is None else system_prompt,
             chat_template=chat_template,
             template_args=template_args,
         )

@@ -96,7 +96,7 @@ class Verdict:
     Attributes:
         baseline: the baseline with the largest AUROC.
         gain: by how much the nested AUROC is larger, over all examples together.
-        interval: 95 % of a bootstrap over pairs.
+        interval: of 95 %, by a bootstrap over pairs, widened for the training examples that folds share.
         p: the share of random labellings whose best vector separates as well on the held-out examples.
         text: one line.
     """
@@ -117,10 +117,17 @@ def verdict(
     *,
     seed: int = 0,
 ) -> Verdict:
-    """Compare a nested score with the best baseline on the same left-out examples."""
+    """Compare a nested score with the best baseline on the same left-out examples.
+
+    A bootstrap over pairs takes the fits for given, and its interval for the gain of such fits is too narrow: of data
+    without a gain, 8 to 12 % had one. Its bounds are moved outwards by `sqrt(1 + k / (k - 1))` for `k` folds, which is
+    1.5 for five (Nadeau and Bengio, "Inference for the Generalization Error", 2003).
+    """
     best = max(baselines, key=lambda each: each.auroc)
     gain = float(auroc(nested.scores, labels) - auroc(best.scores, labels))
-    low, high = _gain_interval(nested.scores, best.scores, labels, groups, seed)
+    n_folds = max(2, len(nested.chosen))
+    wider = np.sqrt(1 + n_folds / (n_folds - 1))
+    low, high = (gain + wider * (each - gain) for each in _gain_interval(nested, best, labels, groups, seed))
     if not p <= 1 - CONFIDENCE:
         text = f"no better than vectors of shuffled labels (p = {p:.2f})"
     elif low > 0:
@@ -131,8 +138,10 @@ def verdict(
 
 
 def _gain_interval(
-    ours: Tensor, theirs: Tensor, labels: Labels, groups: Sequence[str], seed: int
+    nested: NestedScore, baseline: Baseline, labels: Labels, groups: Sequence[str], seed: int
 ) -> tuple[float, float]:
+    """The percentiles of the gain over resampled pairs."""
+    ours, theirs = nested.scores, baseline.scores
     members: dict[str, list[int]] = {}
     for number, group in enumerate(groups):
         members.setdefault(group, []).append(number)

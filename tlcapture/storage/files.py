@@ -263,7 +263,7 @@ def write_folder(path: Path, fill: Callable[[Path], None], *, replaces: bool = F
         sweep_temporaries(path.parent)
         fill(temporary)
         if replaces and path.exists():
-            earlier = _temporary(path)
+            earlier = temporary_path(path)
             path.rename(earlier)
             temporary.rename(path)
             earlier.unlink() if earlier.is_symlink() else shutil.rmtree(earlier)

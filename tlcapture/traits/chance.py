@@ -22,6 +22,7 @@ from torch import Tensor
 from tlcapture.products import linear_each
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
 from tlcapture.traits.change_points import ChangePoints, Values
+from tlcapture.traits.critical_values import critical_score, critical_value, widening
 from tlcapture.traits.dynamics import Motion, Strengths
 from tlcapture.traits.reference import Reference
 from tlcapture.traits.rises import Rises
@@ -48,11 +49,13 @@ class ChanceLevel:
         covariance: `reference`, or `isotropic` without a reference.
         directions: a digest; rises of two captures come from the same directions if it is equal.
         commit, persist: how many commit, and how many persist.
-        commitment, persistence: the share whose change point or peak is at least as clear as the vector's; `None`
-            where there are no such statistics.
+        commitment, persistence: the share of 201 directions, the vector counted with them, whose change point or peak
+            is at least as clear as the vector's; `None` where there are no such statistics.
         rises: how far each rises, the mean over the response less that over the prompt.
         persist, persistence, rises, standardised: `None` where they need a token that the capture does not hold.
         reference_rises: the mean and deviation of the vector's rise over the reference prompts; `None` without any.
+        n_reference: the number of these prompts.
+        widening: by which factor a rise over so few tokens varies more than over theirs.
         standardised: the rises of the random directions, each in deviations of its own over the reference prompts.
 
     Rises are rounded to 4 significant digits.
@@ -67,6 +70,8 @@ class ChanceLevel:
     rises: Values | None = field(repr=False)
     reference_rises: tuple[float, float] | None
     standardised: Values | None = field(repr=False)
+    n_reference: int = 0
+    widening: float = 1.0
 
     def standard_score(self, rise: float) -> float | None:
         """A rise of the vector less the mean of its rises over the reference prompts, in their standard deviations."""
@@ -74,12 +79,20 @@ class ChanceLevel:
 
     @property
     def largest_rise(self) -> float | None:
-        """The 95th percentile of the random directions' rises, as standard scores."""
-        return None if self.standardised is None else float(np.quantile(self.standardised, 0.95))
+        """The standard score that chance exceeds in at most 5 % of cases.
+
+        It is that of random directions on this capture, or that of this vector on another prompt like those of the
+        reference, whichever is larger.
+        """
+        if self.standardised is None:
+            return None
+        over_prompts = self.widening * critical_score(1, self.n_reference)
+        return max(float(critical_value(self.standardised)), over_prompts)
 
     def to_json(self) -> dict[str, Any]:
         """The key `chance` of a projection file's metadata."""
-        own = None if self.reference_rises is None else dict(zip(("mean", "sd"), self.reference_rises, strict=True))
+        mean, sd = self.reference_rises or (None, None)
+        own = None if self.reference_rises is None else {"mean": mean, "sd": sd, "n": self.n_reference}
         return {
             "n_directions": N_DIRECTIONS,
             "covariance": self.covariance,
@@ -123,6 +136,7 @@ class RandomDirections:
         rises = drawn.rises(on_basis, held)
         over = drawn.over if rises is not None else None
         rounded = None if rises is None else _rounded(rises)
+        wider = np.ones(len(vectors)) if over is None else _widenings(own.values, held, over.own)
         standardised = None if rises is None or over is None else _rounded((rises - over.means) / over.deviations)
         return [
             ChanceLevel(
@@ -135,6 +149,8 @@ class RandomDirections:
                 rises=None if rounded is None else rounded[row],
                 reference_rises=None if over is None else over.own[row],
                 standardised=None if standardised is None else standardised[row],
+                n_reference=0 if self.reference is None else len(self.reference.prompts),
+                widening=float(wider[row]),
             )
             for row, layer_row in enumerate(drawn.layer_rows)
         ]
@@ -295,11 +311,23 @@ def with_gaps(rows: Tensor, held: Positions) -> Tensor:
 def _shares(
     random: Values | None, own: ChangePoints | Rises | None, layer_rows: Sequence[int]
 ) -> Sequence[float | None]:
-    """The share of random directions at each vector's layer that are at least as strong as the vector."""
+    """The share of directions at each vector's layer, itself counted, that are at least as strong as the vector."""
     if random is None or own is None:
         return [None] * len(layer_rows)
     of_layer = random.reshape(-1, N_DIRECTIONS)[list(layer_rows)]
-    return (of_layer >= own.strength[:, None]).mean(axis=1).tolist()
+    n_as_strong = (of_layer >= own.strength[:, None]).sum(axis=1)
+    return ((1 + n_as_strong) / (1 + N_DIRECTIONS)).tolist()
+
+
+def _widenings(trajectories: Values, held: Positions, over_reference: Sequence[tuple[float, float]]) -> Values:
+    """The `widening` of each trajectory's rise, given mean and deviation of its rises over the reference prompts."""
+    begins, counts = held.n_prompt, (held.n_prompt - 1, held.n_tokens - held.n_prompt)
+    if not 1 < begins < held.n_tokens:
+        return np.ones(len(trajectories))
+    spread = trajectories[:, 1:].std(axis=1)
+    rises = trajectories[:, begins:].mean(axis=1) - trajectories[:, 1:begins].mean(axis=1)
+    found = zip(over_reference, spread.tolist(), rises.tolist(), strict=True)
+    return np.array([widening(sd, deviation, rise, *counts) for (_, sd), deviation, rise in found])
 
 
 def _rounded(values: Values) -> Values:

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tlcapture.traits.critical_values import LEVEL
+
 Values = NDArray[np.floating[Any]]  # float64, or float32 where trajectories are many
 
 MARGIN = 3
 SHORTEST = 8  # tokens of a response that can have a change point
-LEVEL = 0.05
 COEFFICIENTS = np.linspace(-0.2, 0.9, 12)
 _DRAWS = 2000  # per coefficient
 _MOST_NUMBERS = 2_400_000  # of a simulation, which has fewer draws for longer series

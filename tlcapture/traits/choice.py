@@ -20,7 +20,7 @@ from tlcapture.traits.origin import check_origin, origin_notes
 from tlcapture.traits.packaged_vectors import takes_packaged, vectors_layout
 from tlcapture.traits.projection import check_fits, check_kept
 from tlcapture.traits.selection import Selection, select
-from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+from tlcapture.traits.vector_files import VectorFiles, check_available, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector, read_vector
 from tlcapture.views.kept_points import KeptPoints
 
@@ -52,6 +52,13 @@ class VectorChoice:
         if self.experiment is not None or not takes_packaged(layout, model):
             return self
         return replace(self, experiment=PACKAGED, is_fallback=True)
+
+    def check(self, source: Layout, component: str) -> None:
+        """Raise `InputError` for a method or layer of which no trait has a vector in the experiment `source`."""
+        traits, names = self.traits or source.traits(), ("--method", "--layer")
+        methods = [] if self.method is None else [self.method]
+        layers = [self.layer] if isinstance(self.layer, int) else []
+        check_available(source, traits, methods, layers, [component], names)
 
     @property
     def is_default(self) -> bool:

@@ -28,7 +28,8 @@ from torch import Tensor
 from tlcapture.errors import NumericalError
 from tlcapture.shapes import Trajectory
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_number, round_significant
-from tlcapture.traits.change_points import LEVEL, SHORTEST, ChangePoints, Values, change_points, change_strengths
+from tlcapture.traits.change_points import SHORTEST, ChangePoints, Values, change_points, change_strengths
+from tlcapture.traits.critical_values import LEVEL
 from tlcapture.traits.rises import Rises, rise_strengths, rises
 from tlcapture.views.kept_tokens import Positions
 

@@ -14,7 +14,7 @@ from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_json
 from tlcapture.storage.validation import FileContent, Layer, Number, Share, checked
-from tlcapture.traits.change_points import LEVEL
+from tlcapture.traits.critical_values import LEVEL
 
 
 class EvaluationRow(FileContent):

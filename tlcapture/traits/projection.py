@@ -23,14 +23,15 @@ from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, VectorError
 from tlcapture.products import linear
 from tlcapture.shapes import Trajectory, Vector, Vectors
-from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_significant, rounded_for_json
+from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant, rounded_for_json
 from tlcapture.text import as_ranges
 from tlcapture.traits.calibration import recorded_calibration, shifted
+from tlcapture.traits.centring import Centred, subtract_means
 from tlcapture.traits.chance import ChanceLevel, RandomDirections, with_gaps
 from tlcapture.traits.dynamics import Dynamics, Motion, dynamics, dynamics_to_json
-from tlcapture.traits.massive_dimensions import massive_share
 from tlcapture.traits.origin import recorded_origin
 from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.rounding_noise import still_trajectories
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.kept_points import KeptPoints
@@ -42,33 +43,6 @@ _PIECE_ON_CPU = 2**18  # which fit into a core's cache as float32
 
 PromptScores = Float[Tensor, "n_prompt_tokens n_layers n_sublayers"]
 ResponseScores = Float[Tensor, "n_response_tokens n_layers n_sublayers"]
-
-
-@dataclass(frozen=True)
-class Centred:
-    """The offset subtracted from the scores of a projection, and the share of its massive dimensions.
-
-    Attributes:
-        offset: the projection of the mean activation of the training examples at the vector's layer.
-        massive_dimensions: the dimensions of the capture's activations there that are massive.
-        variance_share: the share of the variance of the trajectory that they carry, its first token left out.
-
-    The last two are `None` if the capture does not hold every token.
-    """
-
-    offset: float
-    massive_dimensions: tuple[int, ...] | None
-    variance_share: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The key `centered` of a projection file's metadata."""
-        return {
-            "offset": float(round_significant(self.offset, PROJECTION_DIGITS)),
-            "massive_dimensions": self.massive_dimensions,
-            "massive_variance_share": None
-            if self.variance_share is None
-            else float(round_significant(self.variance_share, PROBABILITY_DIGITS)),
-        }
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,7 +58,8 @@ class Projection:
     that it keeps (for `attn_out`, only those with attention); the scores of all others are NaN. `chance` has
     the results of random directions on the same capture, if measured; `centred` the offset subtracted from every
     score, if any. `tokens` are the capture's, if known. The scores of tokens that the capture does
-    not hold (if `held` is not all of them) are NaN.
+    not hold (if `held` is not all of them) are NaN. `is_still` says that the trajectory varies by no more than the
+    rounding of activations, so that it has no dynamics and does not rise.
     """
 
     vector: TraitVector
@@ -98,6 +73,7 @@ class Projection:
     centred: Centred | None = None
     tokens: tuple[str, ...] = ()
     held: Positions | None = None
+    is_still: bool = False
 
     def __repr__(self) -> str:
         score = "" if self.selection.score is None else f" {self.selection.score:.3g}"
@@ -135,6 +111,11 @@ class Projection:
         return _trajectory(self.vector, self.prompt, self.response)
 
     @property
+    def movement(self) -> Float[Tensor, " n_tokens"]:
+        """The trajectory in float64; from the second token on it is constant if it is still."""
+        return _constant(self.trajectory.double()) if self.is_still else self.trajectory.double()
+
+    @property
     def calibration(self) -> dict[str, Any] | None:
         """The positions of the vector's examples on the scale of the scores; `None` if not recorded."""
         record = recorded_calibration(self.vector.metadata, self.vector.method, self.vector.layer)
@@ -145,7 +126,7 @@ class Projection:
 
         The first token is left out. Null if there is no token, or the capture lacks one.
         """
-        values, begins = self.trajectory.double(), len(self.prompt)
+        values, begins = self.movement, len(self.prompt)
         parts = {"prompt": values[1:begins].mean(), "response": values[max(1, begins) :].mean()}
         found = {**parts, "deviation": values[1:].std(correction=0)}
         return {
@@ -249,15 +230,18 @@ def project(
     sublayers = prompt.kept.points if component == "residual" else ("attn_out",)
     layers = prompt.kept.layers if component == "residual" else prompt.output_layers
     scores = scores_of(prompt, response, vectors) if scores is None else scores
-    at_own_layer = _own_layers(prompt, response, component, vectors) if random or centre else {}
+    at_own_layer = _own_layers(prompt, response, component, vectors)
     held = held or Positions.of(None, prompt.n_tokens, prompt.n_tokens + response.n_tokens)
-    centred = [None] * len(vectors) if centre is None else _subtract(scores, vectors, at_own_layer, centre, held)
+    rows, own = torch.arange(len(vectors)), torch.tensor([each.layer for each in vectors])
+    still = still_trajectories(torch.cat([part[rows, :, own, -1] for part in scores], dim=1), vectors, at_own_layer)
+    centred = [None] * len(vectors) if centre is None else subtract_means(scores, vectors, at_own_layer, centre, held)
     if not held.is_all:
         whole = with_gaps(torch.cat(list(scores), dim=1).transpose(0, 1), held).transpose(0, 1)
         scores = list(whole.tensor_split([held.n_prompt], dim=1))
-    rows, own = torch.arange(len(vectors)), torch.tensor([each.layer for each in vectors])
-    trajectories = torch.cat([part[rows, :, own, -1] for part in scores], dim=1)
-    motion = Motion.of(trajectories.double(), held.n_prompt, held)
+    trajectories = torch.cat([part[rows, :, own, -1] for part in scores], dim=1).double()
+    for row in still:
+        trajectories[row] = _constant(trajectories[row])
+    motion = Motion.of(trajectories, held.n_prompt, held)
     chance = random.levels(at_own_layer, vectors, held, motion) if random else [None] * len(vectors)
     return [
         Projection(
@@ -271,6 +255,7 @@ def project(
             chance[row],
             centred[row],
             held=None if held.is_all else held,
+            is_still=row in still,
         )
         for row, ((vector, selection), found) in enumerate(zip(chosen, motion.dynamics(), strict=True))
     ]
@@ -329,8 +314,23 @@ def unit_directions(vectors: Sequence[TraitVector]) -> Vectors:
 
 def dynamics_of_file(content: ProjectionFile) -> Dynamics:
     """The dynamics of a projection file, recomputed from its scores."""
-    prompt, response = content.trajectory
-    return dynamics(torch.tensor([*prompt, *response], dtype=torch.float64), len(prompt), content.positions)
+    return dynamics(movement_of_file(content), len(content.trajectory[0]), content.positions)
+
+
+def movement_of_file(content: ProjectionFile) -> Float[Tensor, " n_tokens"]:
+    """The trajectory of a projection file, as `Projection.movement`."""
+    values = torch.tensor([*content.trajectory[0], *content.trajectory[1]], dtype=torch.float64)
+    means = content.metadata.means
+    return _constant(values) if means is not None and means.deviation == 0 else values
+
+
+def _constant(trajectory: Tensor) -> Tensor:
+    """The mean of all tokens but the first in place of each of them; missing ones (NaN) stay so.
+
+    It is one of float32, so that the mean of any number of them is equal to it.
+    """
+    rest = trajectory[1:]
+    return torch.cat([trajectory[:1], torch.where(rest.isnan(), rest, rest.nanmean().float().double())])
 
 
 def _trajectory(vector: TraitVector, prompt: PromptScores, response: ResponseScores) -> Trajectory:
@@ -344,24 +344,6 @@ def _own_layers(
     point = "residual_out" if component == "residual" else component
     layers = {vector.layer for vector in vectors}
     return {layer: torch.cat([part.at(layer, point) for part in (prompt, response)]) for layer in layers}
-
-
-def _subtract(
-    scores: Sequence[Tensor],
-    vectors: Sequence[TraitVector],
-    activations: dict[int, Tensor],
-    centre: Callable[[TraitVector], Vector],
-    held: Positions,
-) -> list[Centred | None]:
-    """Subtract the projection of each vector's mean activation from its scores."""
-    found: list[Centred | None] = []
-    for row, (vector, unit) in enumerate(zip(vectors, unit_directions(vectors), strict=True)):
-        offset = float(centre(vector).double() @ unit.double())
-        for part in scores:
-            part[row] -= offset
-        massive = massive_share(activations[vector.layer], unit) if held.is_all else (None, None)
-        found.append(Centred(offset, *massive))
-    return found
 
 
 def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[Tensor, "n_vectors ..."]:

@@ -106,10 +106,11 @@ class VectorSource(FileContent):
 
 
 class ReferenceRises(FileContent):
-    """Mean and deviation of a vector's rise over the reference prompts."""
+    """Mean and deviation of a vector's rise over `n` reference prompts; earlier files do not have their number."""
 
     mean: Number
     sd: Number = Field(gt=0)
+    n: int | None = Field(default=None, ge=2)
 
 
 class ChanceRecord(FileContent):
@@ -153,7 +154,8 @@ class Means(FileContent):
 class ProjectionMetadata(Labelled):
     """The vector, the capture, and doubts about projecting one onto the other.
 
-    `positions` are the tokens whose scores the file holds, and `means` were taken before others were dropped.
+    `positions` are the tokens whose scores the file holds, and `means` were taken before others were dropped. With a
+    deviation of 0 they are those of a trajectory that varies by no more than rounding.
     """
 
     vector_source: VectorSource

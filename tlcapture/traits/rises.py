@@ -16,7 +16,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tlcapture.traits.change_points import LEVEL, Values
+from tlcapture.traits.change_points import Values
+from tlcapture.traits.critical_values import LEVEL
 
 DEFINITIONS = 2  # the version of what a file's dynamics mean; files that name none have the first ones
 SMOOTHED = 5

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from tlcapture.prompts.spans import TokenSpan
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_significant
-from tlcapture.traits.change_points import LEVEL, SHORTEST, change_points
+from tlcapture.traits.change_points import SHORTEST, change_points
+from tlcapture.traits.critical_values import LEVEL
 
 Values = NDArray[np.float64]
 _RESPONSE = ("thinking", "answer")

@@ -8,11 +8,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import Field
 
 from tlcapture.storage.files import read_json
 from tlcapture.storage.validation import Count, FileContent, Layer, Number, Percent, Share, checked
-from tlcapture.traits.change_points import LEVEL
+from tlcapture.traits.critical_values import critical_score, critical_value
 
 
 class SteeringConfig(FileContent):
@@ -51,16 +52,23 @@ class SteeringRecord(FileContent):
 
 
 def largest_by_chance(runs: Iterable[SteeringRun]) -> float | None:
-    """The gain that random vectors reach by chance, at their best of all runs that have a null; `None` if none has.
+    """The gain that the best of all runs exceeds by chance in at most 5 % of cases; `None` if no run has a null.
 
-    Were the vector one like them, its gain would be larger in at most 5 % of cases: of twenty random vectors it is the
-    largest best gain, which one in 21 vectors exceeds. Entry i of every null is the gain of the same random vector.
+    It is what random vectors reach at their best of the runs that have a null: of twenty the largest best gain, which
+    one in 21 vectors exceeds. Entry i of every null is the gain of the same random vector.
+
+    Where other runs have none, the vector was the best of more runs than the random ones. The level is then at least
+    what the largest of as many gains exceeds in 5 % of cases, if each run's has the normal distribution of its null.
     """
+    runs = list(runs)
     nulls = [run.null for run in runs if run.null]
     if not nulls:
         return None
-    best = sorted((max(gains) for gains in zip_longest(*nulls, fillvalue=float("-inf"))), reverse=True)
-    return best[max(1, int(LEVEL * (len(best) + 1))) - 1]
+    best = float(critical_value([max(gains) for gains in zip_longest(*nulls, fillvalue=float("-inf"))]))
+    if len(nulls) == len(runs):
+        return best
+    several = [(np.mean(null), np.std(null, ddof=1), len(null)) for null in nulls if len(null) > 1]
+    return max([best, *(float(mean + critical_score(len(runs), n) * sd) for mean, sd, n in several)])
 
 
 def percentile_95(values: Sequence[float]) -> float:

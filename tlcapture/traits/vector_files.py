@@ -147,14 +147,26 @@ def traits_with_vectors(layout: Layout, named: Sequence[Trait] = ()) -> list[Tra
     return list(dict.fromkeys(named)) or available
 
 
-def check_available(layout: Layout, traits: Sequence[Trait], methods: Sequence[str], layers: Sequence[int]) -> None:
-    """Raise `InputError` for a method or layer that is asked for, but that none of the traits has a vector of."""
-    available = [VectorFiles(layout, trait).available(component) for trait in traits for component in _PREFIX]
+def check_available(
+    layout: Layout,
+    traits: Sequence[Trait],
+    methods: Sequence[str],
+    layers: Sequence[int],
+    components: Sequence[str] = (*_PREFIX,),
+    options: tuple[str, str] = ("--methods", "--layers"),
+) -> None:
+    """Raise `InputError` for a method or layer that is asked for, but that none of the traits has a vector of.
+
+    `options` are the names under which they are asked for. Where none has any vector of the components there is nothing
+    to compare with.
+    """
+    available = [VectorFiles(layout, trait).available(component) for trait in traits for component in components]
     known = list(dict.fromkeys(chain.from_iterable(available)))
-    for method in methods:
+    for method in methods if known else ():
         if method not in known:
-            raise InputError(f"--methods {method}: no trait has such vectors{beside(method, known, 'methods')}")
-    there = sorted({layer for found in available for layer in chain.from_iterable(found.values())})
-    for layer in layers:
+            raise InputError(f"{options[0]} {method}: no trait has such vectors{beside(method, known, 'methods')}")
+    by_method = [found[method] for found in available for method in methods or found if method in found]
+    there = sorted(set(chain.from_iterable(by_method)))
+    for layer in layers if there else ():
         if layer not in there:
-            raise InputError(f"--layers {layer}: there are vectors of layers {as_ranges(there)}")
+            raise InputError(f"{options[1]} {layer}: there are vectors of layers {as_ranges(there)}")

@@ -114,7 +114,7 @@ tl.views.overview = {
 
     function tell() {
       const score = found.against.startsWith("its own") ? `in standard deviations of ${found.against.replace("its own ", "its ")}` : `as a standard score against ${found.against}: at 0, a trait rises as much as it does there on average`;
-      const text = found.traits.length ? `Rise: the mean projection over the response less that over the prompt, ${score}. A trait stands out, in bold, if its rise exceeds the chance level of its prompt: the 95th percentile of the largest rise among as many random directions.` : null;
+      const text = found.traits.length ? `Rise: the mean projection over the response less that over the prompt, ${score}. A trait stands out, in bold, if its rise exceeds the chance level of its prompt: what the largest of as many rises stays below in 95 % of random directions and of ordinary prompts.` : null;
       notes.replaceChildren(...(text ? [tl.note(text)] : []), ...(found.missing ? [tl.emptyState(new tl.source.Missing(found.missing))] : []), ...(found.doubts ?? []).map((doubt) => tl.note(doubt)), ...[...found.problems, ...found.unread].map((problem) => tl.warning(problem)));
     }
 
