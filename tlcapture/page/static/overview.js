@@ -32,7 +32,7 @@ tl.views.overview = {
       prompt: ["prompt", "The prompt, and the number of its samples.", null],
       top: ["stands out", "The trait that rose most in the response, if it rose more than chance.", (row) => (row.trait ? `${row.stands_out || row.chance === null ? 0 : 1}${row.trait}` : null)],
       rise: ["rise", "How much that trait rose from the prompt to the response, as a standard score: less the mean rise, in standard deviations.", (row) => row.rise ?? null],
-      chance: ["chance", "The 95th percentile of the largest rise among as many random directions. A larger rise stands out.", (row) => row.chance ?? null],
+      chance: ["chance", "What the largest of as many rises stays below in 95 % of random directions and of ordinary prompts. A larger rise stands out.", (row) => row.chance ?? null],
       answer: ["answer", "The first words of the response.", (row) => row.answer || null],
     };
 
