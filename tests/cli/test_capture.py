@@ -340,7 +340,7 @@ def test_layer_and_method_choose_the_vector(capture: Run, extract: Run, projecte
     assert (source["layer"], source["method"], source["selected_by"]) == (2, "mean_diff", "override")
     result = capture("--layer", 7)
     assert result.exit_code == 2
-    assert "--layer 7: no trait has a vector of that layer; layers with vectors: 0 to 2" in result.stderr
+    assert "--layer 7: there are vectors of layers 0 to 2" in result.stderr
     evaluation = projected.parents[4] / "extraction" / "extraction_evaluation.json"
     row = {"trait": "tone/loud", "method": "gradient", "layer": 0, "component": "residual", "val_effect_size": 3.0}
     evaluation.write_text(json.dumps({"all_results": [row]}))

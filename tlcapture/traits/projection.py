@@ -51,7 +51,7 @@ class Projection:
 
         found = cap.project("behavioral/refusal")
         found.trajectory, found.calibration, found.rise, found.dynamics.commitment_point, found.chance.commit
-        found.coloured(), found.means(), found.source(), found.to_json()
+        found.coloured(), found.means(), found.movement, found.source(), found.to_json()
 
     `prompt` and `response` are `[n_tokens, n_layers, n_sublayers]`, in units of the activations;
     `sublayers` are the residual points that the capture keeps, or `attn_out` alone. `layers` are the layers
