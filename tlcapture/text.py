@@ -43,7 +43,7 @@ def _escaped(word: str) -> str:
 
 
 def _as_bytes(character: str) -> str:
-    """The bytes of a character that a terminal does not show; those of an argument that is not UTF-8 stay as they are."""
+    """The bytes of a character that a terminal does not show, or of an argument that is not UTF-8."""
     return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
 
 

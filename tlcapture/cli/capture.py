@@ -285,7 +285,8 @@ def _prompt_sets(location: Location, chosen: PromptSetOptions) -> tuple[list[Pro
 
     if chosen.prompt_set is None:
         return read_all_prompt_sets(location.datasets)
-    sets, refused = [], []
+    sets: list[PromptSet] = []
+    refused: list[tuple[str, str]] = []
     for name in chosen.prompt_set:
         found = None
         if name == ADHOC and name not in location.datasets.prompt_sets():
