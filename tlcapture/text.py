@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
@@ -25,6 +26,25 @@ _WRITTEN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)I?B?", re.ASCII | re.IG
 def printable(text: str) -> str:
     """The text with visible symbols in place of newlines and control characters, and folders by their names."""
     return "".join(c if c.isprintable() else {"\n": NEWLINE, "\t": " "}.get(c, REPLACEMENT) for c in named(text))
+
+
+def shell_join(words: Iterable[str]) -> str:
+    """Words as a command line that can be typed into bash or zsh; always a single line.
+
+    >>> shell_join(["capture", "--prompt", "How?\\nWhy?"])
+    "capture --prompt $'How?\\\\nWhy?'"
+    """
+    return " ".join(shlex.quote(word) if word.isprintable() else f"$'{_escaped(word)}'" for word in words)
+
+
+def _escaped(word: str) -> str:
+    known = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t"}
+    return "".join(known.get(c) or (c if c.isprintable() else _as_bytes(c)) for c in word)
+
+
+def _as_bytes(character: str) -> str:
+    """The bytes of a character that a terminal does not show, or of an argument that is not UTF-8."""
+    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
 def decoded(data: bytes, errors: str = "strict") -> str:

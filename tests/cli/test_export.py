@@ -340,8 +340,11 @@ def test_what_cannot_be_exported_is_said_in_one_line(
     assert not (data / "out").exists()
 
 
-def test_a_damaged_capture_fails_by_name_and_the_rest_is_exported(made: Path, export: Run, data: Path) -> None:
-    (made / "inference/tone/loud/residual_stream/short/2.json").write_text(json.dumps({"prompt": 1}))
+@pytest.mark.parametrize("kind", ["tone/loud/residual_stream/short/2.json", "raw/residual/short/2.pt"])
+def test_a_damaged_capture_fails_by_name_and_the_rest_is_exported(
+    made: Path, export: Run, data: Path, kind: str
+) -> None:
+    (made / "inference" / kind).write_text(json.dumps({"prompt": 1}))
     done = export("--format", "json")
     assert done.exit_code == 1
     assert "short/2" in done.output

@@ -20,8 +20,8 @@ from tlcapture.explore.experiment import Experiment
 from tlcapture.names import Trait
 from tlcapture.page.contents import Contents
 from tlcapture.page.server import page_app
-from tlcapture.prompts.prompt_sets import read_prompt_file
-from tlcapture.storage.layout import Layout
+from tlcapture.prompts.prompt_sets import read_prompt_file, read_prompt_set
+from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.token_scores import TokenScores
 
@@ -84,6 +84,7 @@ def test_a_number_as_id_samples_what_its_digits_sample(capture: Run, data: Path,
 
 def test_a_further_key_that_nearly_has_a_meaning_is_said_once(capture: Run, data: Path, raw: Path) -> None:
     prompts = [{"id": n, "text": "hi", "sytem_prompt": "Be brief.", "source": "a book", "tags": []} for n in (1, 2)]
+    prompts[1]["system"] = "Be brief."
     content = {"prompts": prompts, "System-Prompt": "x", "licence": "CC0", "version": 2}
     (data / "datasets" / "inference" / "odd.json").write_text(json.dumps(content))
     result = capture("--prompt-set", "odd", "--no-project", prompts=())
@@ -92,9 +93,22 @@ def test_a_further_key_that_nearly_has_a_meaning_is_said_once(capture: Run, data
     assert [line.split(": ", 1)[1] for line in said] == [
         "odd: 'System-Prompt' is kept as a key without a meaning here: is it 'system_prompt'?",
         "odd: 'sytem_prompt' is kept as a key without a meaning here: is it 'system_prompt'?",
+        "odd: 'system' is kept as a key without a meaning here: is it 'system_prompt'?",
     ]
     metadata = torch.load(raw.parent / "odd" / "1.pt", weights_only=True)["metadata"]
     assert metadata["prompt_fields"]["sytem_prompt"] == "Be brief."
+
+
+def test_a_prompt_set_in_another_form_is_told_from_a_missing_one(tmp_path: Path) -> None:
+    folder = tmp_path / "datasets" / "inference"
+    folder.mkdir(parents=True)
+    (folder / "mine.jsonl").write_text('{"id": 1, "text": "a"}\n')
+    (folder / "lines.json").write_text('{"id": 1, "text": "a"}\n{"id": 2, "text": "b"}\n')
+    for name in ("mine", "mine.jsonl"):
+        with pytest.raises(InputError, match=r"no prompt set 'mine.*mine\.jsonl is not one: a prompt set is a "):
+            read_prompt_set(Datasets(tmp_path), name)
+    with pytest.raises(InputError, match=r"line 2, column 1: not valid JSON: .*: JSON lines\? Put them into one list"):
+        read_prompt_set(Datasets(tmp_path), "lines")
 
 
 def test_null_is_as_good_as_no_key(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from click.testing import Result
 from tlcapture.errors import StorageError
 from tlcapture.storage import files, folders
 from tlcapture.storage.layout import Layout
+from tlcapture.text import shell_join
 
 Command = Callable[..., Result]
 STORED = Path(__file__).parents[1] / "stored" / "hooked-3.9.0"
@@ -100,6 +102,21 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_any_work(
     result = tlcapture(*words.split(), *more)
     assert (result.exit_code, result.stderr) == (1, f"error: {root / where}: cannot be written to\n")
     assert sorted(root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("word", ["two\nlines", "tab\tand 'quote' \\ and \x1b[2J", "plain", "a b", "\udcff", "\u2028"])
+def test_a_command_line_to_run_next_is_one_line_that_bash_reads_back(word: str) -> None:
+    line = shell_join(["printf", "%s", word])
+    assert line.isprintable()
+    said = subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout
+    assert said == word.encode("utf-8", "surrogateescape")
+
+
+def test_the_next_command_names_a_root_of_two_lines(tlcapture: Command, exp: Path, root: Path) -> None:
+    folder = root / "two\nlines"
+    (folder / "experiments").mkdir(parents=True)
+    exp.rename(folder / "experiments" / "exp")
+    assert tlcapture("list", "--root", folder).stdout.endswith(f"--root $'{root}/two\\nlines'\n")
 
 
 def test_a_list_names_an_experiment_that_cannot_be_read_and_shows_the_others(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from tlcapture.cli.grouping import collected
 from tlcapture.cli.option_types import ByteSize, LayersOrNone, Names, NewPath, StreamPoints
 from tlcapture.cli.options import Location, location_options
 from tlcapture.cli.work import working
+from tlcapture.text import shell_join
 
 if TYPE_CHECKING:
     from tlcapture.exchange.manifest import Format, Manifest
@@ -116,4 +116,4 @@ def _show(console: Console, settings: _Settings, manifest: Manifest) -> None:
         console.line(f"not exported: {each}")
     if manifest.format == "datasets":
         console.line(f"open it with datasets.load_dataset({str(settings.to)!r}, split='train')")
-    console.next = shlex.join(["tlcapture", "import", str(settings.to), "--experiment", "copy"])
+    console.next = shell_join(["tlcapture", "import", str(settings.to), "--experiment", "copy"])

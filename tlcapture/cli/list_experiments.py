@@ -42,7 +42,8 @@ def _list_all(root: Path) -> None:
         click.echo(printable(f"no experiments in {root / 'experiments'}"))
         click.echo(f"next: {Location(DEFAULT_EXPERIMENT, root).command('capture', '--prompt', 'How do tides work?')}")
         return
-    rows, refused = [], []
+    rows: list[tuple[str, ...]] = []
+    refused: list[TlcaptureError] = []
     for name in names:
         try:
             rows.append(_row(Layout(root, name)))
@@ -58,8 +59,8 @@ def _list_all(root: Path) -> None:
         ],
         rows,
     )
-    for each in refused:
-        Console().error(f"failed: {each}")
+    for reason in refused:
+        Console().error(f"failed: {reason}")
     if refused:
         sys.exit(1)
     click.echo(f"next: {Location(names[0], root).command('list')}")

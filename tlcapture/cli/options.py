@@ -55,13 +55,12 @@ class Location:
 
     def command(self, name: str, *options: str) -> str:
         """The command line of another command for this experiment, as it can be typed in the current folder."""
-        import shlex
-
         from tlcapture.storage.remote_roots import root_folder, shown
+        from tlcapture.text import shell_join
 
         default = root_folder(os.environ.get("TLCAPTURE_ROOT") or ".")
         root = [] if self.root.resolve() == default.resolve() else ["--root", shown(self.root)]
-        return shlex.join(["tlcapture", *name.split(), "--experiment", self.experiment, *root, *options])
+        return shell_join(["tlcapture", *name.split(), "--experiment", self.experiment, *root, *options])
 
     @property
     def datasets(self) -> Datasets:

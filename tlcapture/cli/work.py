@@ -28,6 +28,7 @@ from tlcapture.cli.option_types import NewPath
 from tlcapture.cli.stopping import Interrupted, StopSignals
 from tlcapture.errors import NoSpaceError, TlcaptureError, refused_path
 from tlcapture.folder_names import named
+from tlcapture.text import shell_join
 
 if TYPE_CHECKING:
     from tlcapture.runs.record import Invocation
@@ -144,10 +145,8 @@ def _outcome(ctx: click.Context, command: Callable[[], None], console: Console) 
 
 def _resuming(ctx: click.Context) -> str:
     """The command line that does the rest of the work."""
-    import shlex
-
     skips = [] if ctx.params.get("skip_existing", True) else ["--skip-existing"]
-    return shlex.join([*_command_line(), *skips])
+    return shell_join([*_command_line(), *skips])
 
 
 def _command_line() -> list[str]:
@@ -157,12 +156,10 @@ def _command_line() -> list[str]:
 
 
 def _invocation(ctx: click.Context) -> Invocation:
-    import shlex
-
     from tlcapture.runs.record import Invocation
 
     arguments = {name: _json_value(value) for name, value in sorted(ctx.params.items())}
-    return Invocation(str(ctx.command.name), shlex.join(_command_line()), arguments)
+    return Invocation(str(ctx.command.name), shell_join(_command_line()), arguments)
 
 
 def _json_value(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, StorageError
 from tlcapture.exchange.card import card
 from tlcapture.exchange.exported import (
     ExportedCapture,
@@ -147,7 +147,10 @@ def _look(layout: Layout, files: list[tuple[str, str]], wanted: Wanted) -> _Seen
         path = layout.residual(prompt_set, file)
         if not path.is_file():
             continue
-        capture = Capture.open(path)
+        try:
+            capture = Capture.open(path)
+        except StorageError:  # named when it is read as a whole
+            continue
         stream = capture.prompt.residual
         for layer, point in wanted.of(stream):
             seen.activations[activation_column(layer, point)] = (layer, point)

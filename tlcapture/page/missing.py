@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from tlcapture.errors import InputError
@@ -10,6 +9,7 @@ from tlcapture.names import base_set
 from tlcapture.storage.config import read_config
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import url_of
+from tlcapture.text import shell_join
 from tlcapture.traits.missing_vectors import extract_command
 from tlcapture.traits.packaged_vectors import takes_packaged
 
@@ -35,9 +35,9 @@ class MissingError(InputError):
 def root_option(root: Path) -> str:
     """The option by which a command finds a root from the current folder: empty, or ` --root FOLDER`."""
     if (url := url_of(root)) is not None:
-        return f" --root {shlex.quote(url)}"
+        return f" --root {shell_join([url])}"
     is_here = root.resolve() == Path.cwd()
-    return "" if is_here else f" --root {shlex.quote(str(root.absolute()))}"
+    return "" if is_here else f" --root {shell_join([str(root.absolute())])}"
 
 
 def _error(layout: Layout, what: str, command: str) -> MissingError:

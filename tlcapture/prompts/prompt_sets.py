@@ -182,7 +182,19 @@ class PromptSet(BaseModel):
 
 def read_prompt_set(datasets: Datasets, name: str) -> PromptSet:
     """Read a prompt set by name; raises `InputError`, with file and field, if it is missing or invalid."""
-    return read_prompt_file(datasets.prompt_set_file(name), name)
+    try:
+        path = datasets.prompt_set_file(name)
+    except InputError as error:
+        raise InputError(f"{error}{_in_another_form(datasets, name)}") from None
+    return read_prompt_file(path, name)
+
+
+def _in_another_form(datasets: Datasets, name: str) -> str:
+    """The end of an error about a missing prompt set, where there is a file such as `mine.jsonl` or `mine.csv`."""
+    stem = Path(str(name).rpartition("inference/")[2]).stem
+    folder = datasets.folders[0] / "inference"
+    found = [path for path in sorted(folder.glob("*.*")) if path.stem == stem and path.suffix != ".json"]
+    return f'; {found[0]} is not one: a prompt set is a .json file, {{"prompts": [{{"id", "text"}}]}}' if found else ""
 
 
 def read_prompt_file(path: Path, name: str | None = None) -> PromptSet:
@@ -227,6 +239,7 @@ def mistyped_keys(prompt_set: PromptSet) -> list[str]:
     for further, known in kinds:
         for key in further:
             meant = get_close_matches(key.lower().replace("-", "_"), known, n=1, cutoff=0.8) if len(key) > 3 else []
+            meant = ["system_prompt"] if key.lower() == "system" else meant
             if meant:
                 found[f"{prompt_set.name}: {key!r} is kept as a key without a meaning here: is it {meant[0]!r}?"] = None
     return list(found)

@@ -51,7 +51,10 @@ def _reason(data: bytes, error: orjson.JSONDecodeError) -> str:
             return f"not valid JSON: {reason}"
     if "not valid UTF-8" in error.msg:
         return "not valid JSON: it is not UTF-8: save it as UTF-8"
-    return f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+    lines = (
+        ": JSON lines? Put them into one list, [..., ...]" if error.lineno > 1 and "after document" in error.msg else ""
+    )
+    return f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}{lines}"
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
