@@ -25,7 +25,7 @@ TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py 
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: docs notebooks examples dist help setup chromium test test-tl4 test-fresh test-bounds test-cuda reliability models-page lint format packaged-vectors demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-many bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
+.PHONY: docs notebooks examples module-index dist help setup chromium test test-tl4 test-fresh test-bounds test-cuda reliability models-page lint format packaged-vectors demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-many bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
 
 help: ## Show this help
 	@echo "Targets:"
@@ -207,6 +207,9 @@ notebooks: $(READY) ## Run the notebooks of docs/ anew and store their outputs
 
 examples: $(READY) ## Run the examples of the tutorial and of one answer anew and store their outputs (three minutes)
 	$(BIN)/python -m docs.run_examples
+
+module-index: $(READY) ## The list of modules in CONTRIBUTING.md, from their docstrings
+	$(BIN)/python -m docs.module_index
 
 # Of copies, since building leaves folders beside the source.
 dist: $(DOCS_READY) ## An sdist and a wheel, in dist/, checked by twine

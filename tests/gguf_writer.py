@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +13,24 @@ from tests import tiny
 _ARCHITECTURES = {"gemma3_text": "gemma3"}  # by model type; otherwise they are called alike
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokens of a file, in their order, with the merges of a byte-level one, and their types."""
-
-    tokens: list[str]
-    merges: list[str]
-    types: list[int] = field(default_factory=list)
-    model: str = "gpt2"
-
-
 def write_gguf(
     path: Path,
     hf: Any,
     *,
     metadata: Mapping[str, Any] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
+    added: Sequence[str] = (),
     tensors: Mapping[str, np.ndarray] | None = None,
     without: Collection[str] = (),
-    vocabulary: Vocabulary | None = None,
 ) -> Path:
     """Write a model with a byte-level vocabulary.
 
     Args:
-        metadata: further values of its architecture, by their names; `split.count` and those of its tokenizer are the
-            file's own.
+        metadata: further values of its architecture, by their names; `split.count` is the file's own.
+        tokenizer: values of the tokenizer, by their names: its kind is `gpt2` where `model` does not say otherwise.
+        added: added tokens, which take the place of the last ones.
         tensors: further tensors.
         without: names of tensors to leave out.
-        vocabulary: its tokens, in place of those of the tiny tokenizer.
     """
     import gguf
 
@@ -59,19 +49,17 @@ def write_gguf(
     writer.add_rope_dimension_count(width)
     writer.add_vocab_size(config.vocab_size)
     for name, value in (metadata or {}).items():
-        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
-        add[type(value)](name if name.startswith(("split.", "tokenizer.")) else f"{architecture}.{name}", value)
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(name if name == "split.count" else f"{architecture}.{name}", value)
+    for name, value in {"model": "gpt2", **(tokenizer or {})}.items():
+        add_value = {str: writer.add_string, bool: writer.add_bool}[type(value)]
+        add_value(f"tokenizer.ggml.{name}", value)
     tokens = tiny.tokenizer().get_vocab()
-    # The oldest gguf that setup.cfg allows reads a list of one as its element.
-    own = vocabulary or Vocabulary([*sorted(tokens, key=tokens.__getitem__)[:-2], "ab", "ba"], ["a b", "b a"])
-    writer.add_tokenizer_model(own.model)
-    writer.add_token_list(own.tokens)
-    if own.merges:
-        writer.add_token_merges(own.merges)
-    else:
-        writer.add_token_scores([-float(number) for number in range(len(own.tokens))])
-    if own.types:
-        writer.add_token_types(own.types)
+    spelled = [*sorted(tokens, key=tokens.__getitem__)[: -2 - len(added)], "ab", "ba", *added]
+    writer.add_token_list(spelled)
+    if added:
+        writer.add_token_types([1] * (len(spelled) - len(added)) + [3] * len(added))
+    writer.add_token_merges(["a b", "b a"])  # the oldest gguf that setup.cfg allows reads a list of one as its element
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)

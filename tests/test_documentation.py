@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from docs.generated_pages import api_page, commands_page, every_command, fields_page
+from docs.module_index import modules, with_index
 from docs.run_examples import PAGES as WITH_OUTPUTS
 from docs.run_examples import examples, shown_now
 from docs.run_notebooks import code_cells, executed
@@ -242,6 +243,12 @@ def test_the_map_names_every_package_and_only_modules_that_exist() -> None:
     modules = {str(path.relative_to(package).with_suffix("")) for path in package.rglob("*.py")}
     assert shown == packages
     assert {name for name in named if name not in modules} == set()
+
+
+def test_the_map_lists_every_module_with_its_docstring() -> None:
+    page = (TOP / "CONTRIBUTING.md").read_text()
+    assert page == with_index(page), "run 'make module-index'"
+    assert [name for _, name, summary in modules() if not summary] == []
 
 
 def test_the_version_is_that_of_the_changelog_and_of_the_citation() -> None:

@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import pre_tokenizers
-from transformers.integrations.gguf import gguf_tokenizer_mapping  # noqa: F401  used by a condition
 
 from tests import tiny
-from tests.gguf_writer import Vocabulary, write_gguf
+from tests.gguf_writer import write_gguf
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints import quiet_loading
 from tlcapture.models.gguf_files import load_gguf
-from tlcapture.models.gguf_tokenizers import load_gguf_tokenizer
+from tlcapture.models.gguf_tokenizers import _PATTERNS, _splitting, gguf_tokenizer
 
 SMALL = {**tiny._GROUPED, "num_hidden_layers": 2}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -141,45 +139,87 @@ def test_what_would_be_left_out_is_refused(written: dict[str, Any], message: str
         load_gguf(path)
 
 
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-MERGES = ["Ġ Ġ", "1 2", "a b", "b c", "a bc"]
-ADDED = ["<｜User｜>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<think>"]
-BYTE_LEVEL = Vocabulary(
-    [*ADDED, *ALPHABET, *(merge.replace(" ", "") for merge in MERGES)], MERGES, [3, 3, 3, 4, *[1] * (256 + len(MERGES))]
-)
-PIECES = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab", "▁ab"]
-SENTENCEPIECE = Vocabulary(PIECES, [], [2, 3, 3, *[1] * 6], "llama")
+TEXTS = [
+    "a  1 2024 b   33\n\n  x'S don't I'LL  \t\n é½ ² Ⅻ 12345678 don’t(…)—foo!!\n\nbar<|x|>",
+    " 你好,世界。 １２３ `code` $3.50 a\r\nb\u00a0c HTTPServer camelCase  ",
+]
 
 
-@pytest.mark.parametrize(
-    ("vocabulary", "stated", "text", "tokens"),
-    [
-        (BYTE_LEVEL, {"pre": "default"}, "  12", ["Ġ", "Ġ", "12"]),
-        (BYTE_LEVEL, {"pre": "smollm"}, "  12", ["ĠĠ", "1", "2"]),
-        (BYTE_LEVEL, {"pre": "default"}, "abc", ["ab", "c"]),
-        (BYTE_LEVEL, {"pre": "llama-bpe"}, "abc", ["abc"]),
-        (BYTE_LEVEL, {}, "<｜User｜><think>a<｜end▁of▁sentence｜>", [*ADDED[::3], "a", ADDED[2]]),
-        (SENTENCEPIECE, {}, "ab", ["▁ab"]),
-        (SENTENCEPIECE, {"add_space_prefix": False}, "ab", ["ab"]),
-    ],
-)
-def test_a_text_is_cut_into_the_tokens_of_the_file_as_it_says(
-    vocabulary: Vocabulary, stated: dict[str, Any], text: str, tokens: list[str], tmp_path: Path
+def known_rules() -> dict[str, Any]:
+    """The rules of some names, as others have them: the original tokenizers, and transformers."""
+    from tokenizers import Regex, pre_tokenizers
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    from transformers.models.cohere import CohereTokenizer
+
+    as_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), as_gpt2])
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    of_transformers = {
+        name: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), in_bytes])
+        for name, pattern in GGUF_PRE_TOKENIZER_SPLITS.items()
+    }
+    cohere = CohereTokenizer(vocab={"a": 0}, merges=[]).backend_tokenizer.pre_tokenizer
+    return {**of_transformers, "gpt-2": as_gpt2, "smollm": digits, "starcoder": digits, "command-r": cohere}
+
+
+def test_text_is_split_into_words_as_a_file_says(tmp_path: Path) -> None:
+    model, known = model_of(transformers.LlamaConfig(**SMALL)), known_rules()
+    for rule in ("gpt-2", "smollm", "starcoder", "command-r", "llama-bpe", "qwen2", "tekken", "gpt-4o", "qwen35"):
+        path = write_gguf(tmp_path / f"{rule}.gguf", model, tokenizer={"pre": rule})
+        with quiet_loading():
+            found = gguf_tokenizer(path).backend_tokenizer
+        for text in TEXTS:
+            split, expected = (each.pre_tokenize_str(text) for each in (found.pre_tokenizer, known[rule]))
+            assert split == expected, rule
+        # As in the CohereTokenizer and Qwen2Tokenizer of transformers.
+        composed = found.normalizer is not None and found.normalizer.normalize_str("e\u0301") == "\u00e9"
+        assert composed == (rule in ("command-r", "qwen2", "qwen35"))
+        assert found.model.ignore_merges == (rule in ("llama-bpe", "tekken"))
+
+
+def test_every_rule_that_transformers_knows_is_known(tmp_path: Path) -> None:
+    for rule, expected in known_rules().items():
+        for text in TEXTS:
+            assert _splitting(_PATTERNS[rule]).pre_tokenize_str(text) == expected.pre_tokenize_str(text), rule
+
+
+def test_a_file_whose_rule_is_not_known_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "k.gguf", model_of(transformers.LlamaConfig(**SMALL)), tokenizer={"pre": "kimi-k2"})
+    with (
+        quiet_loading(),
+        pytest.raises(ModelError, match=r"split into words by the rule 'kimi-k2'"),
+    ):
+        gguf_tokenizer(path)
+
+
+@pytest.mark.parametrize(("prefix", "expected"), [({}, "▁a▁b"), ({"add_space_prefix": False}, "a▁b")])
+def test_a_sentencepiece_tokenizer_begins_with_a_space_unless_its_file_says_no(
+    prefix: dict[str, bool], expected: str, tmp_path: Path
 ) -> None:
-    metadata = {f"tokenizer.ggml.{name}": value for name, value in stated.items()}
-    path = write_gguf(tmp_path / "tiny.gguf", tiny.hf_model("llama"), metadata=metadata, vocabulary=vocabulary)
+    words = {"model": "llama", **prefix}
+    path = write_gguf(tmp_path / "s.gguf", model_of(transformers.LlamaConfig(**SMALL)), tokenizer=words)
     with quiet_loading():
-        load_gguf_tokenizer(path).save_pretrained(tmp_path)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert [vocabulary.tokens[number] for number in ids] == tokens
-    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
-    assert len(tokenizer) == len(vocabulary.tokens)
+        backend = gguf_tokenizer(path).backend_tokenizer
+    ((found, _),) = backend.pre_tokenizer.pre_tokenize_str("a b")
+    assert found == expected
+    assert backend.decoder.decode([expected]) == "a b"
+    assert backend.decoder.decode(["▁a"]) == ("a" if not prefix else " a")
 
 
-@pytest.mark.skipif("not hasattr(gguf_tokenizer_mapping, 'GGUF_PRE_TOKENIZER_SPLITS')", reason="an older transformers")
-def test_a_way_to_split_texts_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "x.gguf", tiny.hf_model("llama"), metadata={"tokenizer.ggml.pre": "deepseek-v3"})
-    with pytest.raises(ModelError, match=r"x\.gguf: it splits texts into pieces as 'deepseek-v3', which transformers"):
-        load_gguf_tokenizer(path)
+def test_added_tokens_of_any_characters_are_whole_and_have_the_number_of_the_file(tmp_path: Path) -> None:
+    added = ["<｜User｜>", "<｜end▁of▁sentence｜>"]
+    path = write_gguf(tmp_path / "a.gguf", model_of(transformers.LlamaConfig(**SMALL)), added=added)
+    with quiet_loading():
+        gguf_tokenizer(path).save_pretrained(tmp_path / "saved")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    ids = tokenizer("<｜User｜>ab<｜end▁of▁sentence｜>", add_special_tokens=False)["input_ids"]
+    n = tiny.VOCABULARY
+    assert ids == [n - 2, n - 4, n - 1]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "ab"
+    assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) == (n, 1, 2)
+
+
+def test_the_embedded_model_reads_digits_one_by_one_and_the_spaces_before_them_together(smollm2: Any) -> None:
+    """As SmolLM2's own tokenizer does, by digits and then as GPT-2."""
+    ids = smollm2.tokenizer.encode("a  1 2024", add_special_tokens=False)
+    assert smollm2.tokenizer.convert_ids_to_tokens(ids) == ["a", "ĠĠ", "1", "Ġ", "2", "0", "2", "4"]

@@ -18,15 +18,8 @@ import torch
 
 from tlcapture.errors import StorageError
 from tlcapture.storage import archives
-from tlcapture.storage.files import (
-    _temporary,
-    read_json,
-    read_tensors,
-    sweep_temporaries,
-    write_bytes,
-    write_json,
-    write_tensors,
-)
+from tlcapture.storage.files import read_json, read_tensors, write_bytes, write_json, write_tensors
+from tlcapture.storage.temporary_files import remove_temporaries, sweep_temporaries, temporary_path, writer
 
 
 class Harmful:
@@ -156,7 +149,7 @@ def test_a_killed_writer_leaves_complete_files_and_its_temporaries_are_removed(t
 
 
 def test_temporaries_of_running_processes_and_other_machines_are_kept(tmp_path: Path) -> None:
-    mine, elsewhere = _temporary(tmp_path / "x.pt"), tmp_path / ".x.pt.another-host.99999999.0a1b.tmp"
+    mine, elsewhere = temporary_path(tmp_path / "x.pt"), tmp_path / ".x.pt.another-host.99999999.0a1b.tmp"
     gone = tmp_path / mine.name.replace(str(os.getpid()), "99999999")
     for path in (mine, elsewhere, gone):
         path.touch()
@@ -164,11 +157,21 @@ def test_temporaries_of_running_processes_and_other_machines_are_kept(tmp_path: 
     assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere])
 
 
+def test_temporaries_of_a_writer_are_removed_everywhere_even_while_it_runs(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    kept, folder = tmp_path / ".x.pt.another-host.1.0a1b.tmp", temporary_path(tmp_path / "a" / "model")
+    folder.mkdir()
+    for path in (kept, folder / "part", temporary_path(tmp_path / "x.pt"), temporary_path(tmp_path / "a/b/y.json")):
+        path.touch()
+    remove_temporaries(tmp_path, [writer()])
+    assert [path for path in tmp_path.rglob("*") if path.is_file() or path == folder] == [kept]
+
+
 def test_a_temporary_of_a_process_that_has_ended_is_removed_before_anybody_waits_for_it(tmp_path: Path) -> None:
     """A container without an init process keeps such processes for good."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
-    own = _temporary(tmp_path / "x.pt")
+    own = temporary_path(tmp_path / "x.pt")
     (tmp_path / own.name.replace(f".{os.getpid()}.", f".{ended.pid}.")).touch()
     (tmp_path / own.name.replace(f".{os.getpid()}.", f".{10**30}.")).touch()  # no process has that number
     sweep_temporaries(tmp_path)

@@ -15,7 +15,7 @@ from tlcapture.cluster.executor import RayExecutor
 from tlcapture.errors import TlcaptureError
 from tlcapture.runs.executors import Work
 from tlcapture.runs.run import Run
-from tlcapture.storage.files import write_bytes
+from tlcapture.storage.files import check_changes, write_bytes
 from tlcapture.storage.layout import Layout
 
 DEADLY, SLOW, WRONG = 1000, 2000, 3000  # added to numbers that kill, that take half a second, that are a bug
@@ -37,7 +37,7 @@ class Writer:
                 with (self._run.layout.root / "begun").open("a") as log:
                     log.write(f"{number}\n")
                 if DEADLY <= number < SLOW:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    check_changes(lambda _: os.kill(os.getpid(), signal.SIGKILL))  # in the middle of writing
                 if number >= WRONG:
                     raise RuntimeError("a bug")
                 time.sleep(0.5 * (number >= SLOW))

@@ -68,6 +68,8 @@ def test_of_a_piece_that_kills_its_workers_only_the_prompt_at_fault_fails_by_nam
     failures = [(each["what"], each["reason"][:23]) for each in found["failures"]]
     assert failures == [(f"[{DEADLY}]", "its worker died 3 times")]
     assert written(root) == {*NUMBERS} - {DEADLY}
+    left = [path.name for path in (root / "experiments").rglob("*") if path.is_file() and not path.name.isdecimal()]
+    assert not left, "what a worker was writing when it died"
     assert found["prompts"] == 3
     assert begun(root)[DEADLY] == 2 + 3, "twice in the piece of two, three times alone"
     assert Counter(found["retried"]) == {str([0, DEADLY]): 2, str([DEADLY]): 2}

@@ -32,6 +32,7 @@ from tlcapture.runs.run import Run
 from tlcapture.storage.files import check_changes, read_bytes, write_bytes
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import is_held
+from tlcapture.storage.temporary_files import writer
 from tlcapture.text import first_line
 
 _REPORT_EVERY = 0.5  # seconds
@@ -218,7 +219,7 @@ class WorkerActor:
         if self._board is not None:
             import ray
 
-            ray.get(self._board.begin.remote(piece, label, self._name, self._process))
+            ray.get(self._board.begin.remote(piece, label, self._name, self._process, writer()))
 
     def _report_to_the_board(self) -> None:
         import ray

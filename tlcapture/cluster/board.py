@@ -63,10 +63,12 @@ class Board:
     _states: dict[int, State] = field(default_factory=dict)
     _heard: dict[int, float] = field(default_factory=dict)
     _units: int = 0
+    _writers: set[str] = field(default_factory=set)
     _is_stopping: bool = False
 
-    def begin(self, piece: int, label: str, worker: str, process: str) -> None:
+    def begin(self, piece: int, label: str, worker: str, process: str, writer: str) -> None:
         """Record that a worker's process begins a piece; a process that began it before has died."""
+        self._writers.add(writer)
         before = self._by_piece.setdefault(piece, {})
         if before and process not in before:
             self._again.append((list(before.values())[-1], label))
@@ -88,6 +90,10 @@ class Board:
     def begun(self, piece: int) -> int:
         """The number of processes that have begun a piece."""
         return len(self._by_piece.get(piece, ()))
+
+    def writers(self) -> frozenset[str]:
+        """All processes that have begun a piece, as the names of their temporary files name them."""
+        return frozenset(self._writers)
 
     def report(self, number: int, state: State) -> bool:
         """Note the state of a worker; returns whether it is to stop."""

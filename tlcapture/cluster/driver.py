@@ -22,6 +22,7 @@ from tlcapture.runs.executors import Work
 from tlcapture.runs.received_files import file_contents, store_outputs
 from tlcapture.runs.run import Run
 from tlcapture.storage.locks import presence
+from tlcapture.storage.temporary_files import remove_temporaries
 from tlcapture.text import first_line
 
 _log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Driver:
         self._model: dict[str, Any] = {}  # references of the model's files, once a worker lacks them
         self._n_pieces, self._n_done, self._deaths = len(tasks), 0, 0  # deaths in a row
         self._began: float | None = None
+        self._any_died = False
 
     def run(self, n_workers: int, resources: dict[str, float], *, collect: bool) -> None:
         """Do all pieces; records the workers and for how long they worked, without their start.
@@ -89,6 +91,7 @@ class Driver:
                 while self._waiting or any(piece for _, piece in self._calls.values()):
                     self._step()
                 self._read_board()
+                writers = ray.get(self._board.writers.remote()) if self._any_died else ()
             except (KeyboardInterrupt, TlcaptureError):
                 self._stop_workers()
                 raise
@@ -96,6 +99,9 @@ class Driver:
                 for each in [self._board, *(worker.actor for worker in self._workers)]:
                     with suppress(Exception):  # it may be dead, and the cluster gone
                         ray.kill(each)
+        # What workers were writing when they died; one that still runs, on a lost node, changes no file any more.
+        if writers:
+            remove_temporaries(run.layout.folder, writers)
         seconds = 0.0 if self._began is None else round(time.monotonic() - self._began, 3)
         facts = {"workers": n_workers, "gpus_per_worker": resources["GPU"], "pieces": self._n_pieces}
         run.display.uses(cluster={**facts, "seconds": seconds})
@@ -155,7 +161,7 @@ class Driver:
     def _died(self, worker: _Worker, piece: _Piece | None, error: Exception) -> None:
         """Put the piece of a worker that died back into the queue, in two halves if it killed its worker twice."""
         _log.warning("%s died: %s", worker.name, first_line(error))
-        worker.died, self._deaths = time.monotonic(), self._deaths + 1
+        self._any_died, worker.died, self._deaths = True, time.monotonic(), self._deaths + 1
         if isinstance(error, self._ray.exceptions.ActorDiedError):  # for good: it cannot start, or was given up
             self._workers.remove(worker)
         if not self._workers or self._deaths > _MOST_DEATHS + len(self._workers):
@@ -175,6 +181,7 @@ class Driver:
 
     def _read_board(self) -> None:
         news, now = self._ray.get(self._board.read.remote()), time.monotonic()
+        self._any_died = self._any_died or bool(news.again)
         for name, label in news.again:
             self._run.again(name, label)
         for worker in self._workers:

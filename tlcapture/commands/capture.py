@@ -36,8 +36,9 @@ from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config
 from tlcapture.storage.file_index import remember
-from tlcapture.storage.files import free_bytes, sweep_temporaries
+from tlcapture.storage.files import free_bytes
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.temporary_files import sweep_temporaries
 from tlcapture.text import as_ranges, format_bytes
 from tlcapture.traits.missing_vectors import no_vectors
 from tlcapture.traits.packaged_vectors import NOTHING_TO_PROJECT_ONTO, SAID
@@ -84,8 +85,7 @@ def run_capture(
     known = known_model() if any(task.has_work for task in tasks) else None
     if isinstance(known, Model):
         check_memory(tasks, layout, options, known)
-    folders = [layout.folder, *layout.written_folders(task.capture_set for task in tasks)]
-    for folder in folders:
+    for folder in [layout.folder, *layout.written_folders(task.capture_set for task in tasks)]:
         sweep_temporaries(folder)
     _tell_of_plan(run, tasks, options)
     busy = {task.capture_set for task in tasks if task.has_work or (task.saved and options.projects)}
@@ -107,8 +107,6 @@ def run_capture(
         planned = {task.capture_set: {"new": len(task.fresh), "kept": len(task.saved)} for task in tasks}
         display.uses(planned=planned)
         executor.run(_work(layout, options, load, tasks, busy, sizes), run)
-        for folder in folders if run.report.retried else ():  # what workers were writing when they died
-            sweep_temporaries(folder)
         if options.projects:
             merge_projections(run, sorted(busy), options.shard)
     return run.report

