@@ -254,6 +254,12 @@ def test_weights_in_shards_are_loaded(sound: Path, tmp_path: Path) -> None:
     assert load_model(str(folder)).fingerprint == load_model(str(sound)).fingerprint
 
 
+def test_an_implementation_of_attention_that_the_config_asks_for_is_not_needed(sound: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sound, tmp_path / "model")
+    states("config.json", _attn_implementation="flash_attention_2")(folder)
+    assert load_model(str(folder)).fingerprint == load_model(str(sound)).fingerprint
+
+
 def test_a_context_shorter_than_the_quick_check_s_prompt_is_checked_with_fewer_tokens(
     sound: Path, tmp_path: Path
 ) -> None:

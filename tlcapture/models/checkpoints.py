@@ -22,6 +22,7 @@ from tlcapture.models.untaken import listed, untaken
 from tlcapture.version import installed
 
 _TOKENIZER_FILES = ("*tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.gguf")
+_ATTENTION = "eager"  # the only implementation that returns attention patterns
 _UNQUANTISED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -110,7 +111,8 @@ def fetch_weights(
     if adapter is not None and adapter.base != source:
         base = _base_of(adapter, name, weights=True)
         return adapters.merged(fetch_weights(adapter.base, base, n_devices=n_devices, warn=warn), adapter, name)
-    config = fetch(name, "AutoConfig", source)
+    # Not whatever implementation the file asks for, which need not be installed.
+    config = fetch(name, "AutoConfig", source, attn_implementation=_ATTENTION)
     if fault := generation_config_fault(Path(source)):
         raise ModelError(f"model {name!r} cannot be loaded: {fault}")
     model, found = fetch(
@@ -118,7 +120,8 @@ def fetch_weights(
         auto_class_of(config),
         source,
         dtype="auto",
-        attn_implementation="eager",  # the only implementation that returns attention patterns
+        config=config,
+        attn_implementation=_ATTENTION,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are named below
         **quantised.loading_options(config, name),

