@@ -80,6 +80,12 @@ def test_every_route_with_arbitrary_names(client: TestClient, evidence: Evidence
         evidence.tried("server, paths of its API", f"status {status}", count)
 
 
+@pytest.mark.parametrize("resource", sorted(RESOURCES))
+def test_names_with_null_characters(client: TestClient, resource: str) -> None:
+    for name in VALID:
+        check(client, f"/api/{RESOURCES[resource].format(**{**VALID, name: '%00'})}")
+
+
 def test_arbitrary_paths(client: TestClient, evidence: Evidence) -> None:
     @settings(max_examples=at_most(150), deadline=None, database=None)
     @given(st.lists(SEGMENTS | st.sampled_from(["api", "static", "sets", "main.js"]), max_size=7), st.booleans())

@@ -34,7 +34,7 @@ def is_held(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # no file can have a name with a null character
         return False
     except OSError:
         return True

@@ -96,7 +96,7 @@ tl.views.vectors = {
         const shapes = key === "coherence_mean" ? [tl.levelAt(70, colours.css("--faint"), "dot", 2)] : [];
         return { element: made.element, job: made.draw(traces, { title: `steering: ${label}`, xaxis: { title: "coefficient" }, yaxis: key === "gain" ? {} : { range: [0, 102] }, shapes, showlegend: traces.length > 1 && key === "gain", legend: { font: { size: 10 } } }) };
       });
-      const beyond = chance === null ? "No random vectors were added, so these gains may be chance." : `Random vectors reach up to ${tl.number(chance)} at the best of the ${runs.filter((run) => run.null).length} cells, of ${runs.length}, where they were added; a larger gain selects a vector.`;
+      const beyond = chance === null ? "No random vectors were added, so these gains may be chance." : `Chance reaches ${tl.number(chance)} at the best of ${runs.length} cells, by random vectors at ${runs.filter((run) => run.null).length} of them; a larger gain selects a vector.`;
       const follows = monitoring.map((each) => `${each.method} at layer ${each.layer} ${tl.number(each.rank_correlation)} (random vectors up to ${tl.number(each.null)}, p = ${tl.number(each.p)})`).join("; ");
       const notes = [tl.note(`Gains over the unsteered model's ${tl.number(baseline.trait_mean)}, with standard errors over questions. ${beyond}`), follows ? tl.note(`Do projections of the responses, read without steering, follow the coefficient? Rank correlation: ${follows}.`) : null];
       curves.replaceChildren(...drawn.map((each) => each.element), element("div", {}, ...notes));
