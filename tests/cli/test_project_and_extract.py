@@ -348,6 +348,7 @@ def test_a_failed_extraction_leaves_earlier_vectors_as_they_were(
     result = extract("--seed", 5)
     assert result.exit_code == 1
     assert "failed: tone/loud: gradient gave a vector that is zero or contains NaN or inf" in result.stderr
+    assert "next:" not in result.output, "there is nothing new to go on with"
     assert {path: path.read_bytes() for path in vectors.iterdir()} == before
 
 

@@ -181,7 +181,8 @@ def _print_ending(console: Console, ending: _Ending, *, as_json: bool) -> None:
         console.line(report.summary())
     for failure in report.failures if report else ():
         console.error(f"failed: {failure}")
-    if console.next and not ending.error:
+    has_nothing = report is not None and report.failures and not (report.n_files or report.n_skipped)
+    if console.next and not ending.error and not has_nothing:
         console.line(f"next: {console.next}")
     if ending.error:
         console.error(ending.error)
