@@ -21,7 +21,8 @@ from tlcapture.names import Trait
 from tlcapture.page.contents import Contents
 from tlcapture.page.server import page_app
 from tlcapture.prompts.prompt_sets import read_prompt_file, read_prompt_set
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.token_scores import TokenScores
 
