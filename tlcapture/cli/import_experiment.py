@@ -28,8 +28,8 @@ def import_experiment(console: Console, folder: Path, location: Location) -> Non
     done = run_import_experiment(location.layout, folder, console)
     name = location.experiment
     console.line(
-        f"experiments/{name}: {counted(done.n_captures, 'capture')}, vectors of {counted(len(done.manifest.traits), 'trait')}, "
-        f"{counted(done.n_files, 'file')}"
+        f"experiments/{name}: {counted(done.n_captures, 'capture')}, "
+        f"vectors of {counted(len(done.manifest.traits), 'trait')}, {counted(done.n_files, 'file')}"
     )
     if done.n_without_activations:
         console.line(
