@@ -116,7 +116,7 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff format .
 
 packaged-vectors: $(READY) ## Extract and evaluate the vectors that come with the package anew (ten minutes)
-	rm -rf build/packaged
+	rm -rf build/packaged && mkdir -p build/packaged
 	$(BIN)/tlcapture extract --root build/packaged --experiment packaged --component residual
 	$(BIN)/tlcapture evaluate --root build/packaged --experiment packaged --component residual
 	$(BIN)/python scripts/packaged_vectors.py build/packaged packaged
