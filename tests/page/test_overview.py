@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,20 @@ def test_rises_are_standard_scores_over_the_set_next_to_their_chance(page_root: 
     assert rows["3"]["chance"] == pytest.approx(2**0.5 * sin(pi * (0.95**0.5 - 0.5)))
     assert not any(rows[str(n)]["stands_out"] for n in (1, 2, 3)), "three prompts are too few to show that"
     assert rows["3"]["answer"] == "".join(TOKENS[N_PROMPT:])
+
+
+def test_a_trait_whose_chance_is_unknown_is_listed_and_never_stands_out(page_root: Path) -> None:
+    for number in (1, 2, 3):
+        for trait in (TRAIT, OTHER):
+            projected(page_root, number, trait, float(number))
+        path = page_root / f"experiments/exp/inference/{OTHER}/residual_stream/odd/{number}.json"
+        content = json.loads(path.read_text())
+        content["metadata"]["chance"] |= {"rises": None}
+        path.write_text(json.dumps(content))
+    found = Contents(page_root).overview("exp", "odd", "residual")
+    assert found["traits"] == [TRAIT, OTHER]
+    for row in found["rows"]:
+        assert (row["trait"], row["unmeasured"], sorted(row["rises"])) == (TRAIT, [OTHER], sorted([TRAIT, OTHER]))
 
 
 def test_a_damaged_projection_is_named_and_the_rest_is_shown(page_root: Path) -> None:

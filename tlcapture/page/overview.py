@@ -22,9 +22,9 @@ def overview_of(
     """Each prompt of a set in `rows`, with the samples of a prompt in one; `captures` are those that the page lists.
 
     A row has the `id` of the prompt, its `captures`, and the first words of the `answer`. Where the prompt is
-    projected it also has its `rises` by trait and, for the trait that rose most, what `TopTrait` says of it. `traits`
-    are all traits of the rises, `doubts` the doubts about their vectors. `problems` name projections that cannot be
-    read, `unread` captures without projections that cannot.
+    projected it also has its `rises` by trait, the traits among them whose chance level is `unmeasured` and, for the
+    trait that rose most, what `TopTrait` says of it. `traits` are all traits of the rises, `doubts` the doubts about
+    their vectors. `problems` name projections that cannot be read, `unread` captures without projections that cannot.
     """
     unread: dict[str, None] = {}
     read = summary_read(layout, prompt_set, component)
@@ -37,7 +37,7 @@ def overview_of(
         row = {"id": prompt, "captures": names, "n_samples": len(names) if has_samples else 0}
         answer = top.response if top else _answer(layout, prompt_set, names[0], unread)
         rows.append({**row, "answer": answer[:_SHOWN], **({} if top is None else _findings(top))})
-    traits = sorted({trait for top in summary.tops for trait in top.rises})
+    traits = sorted({trait for top in summary.tops for trait in (*top.rises, *top.unmeasured)})
     found = None if summary.findings is None else asdict(summary.findings)
     shown = {"rows": rows, "traits": traits, "against": _against(summary), "findings": found}
     doubts = Doubts(layout.root).lines(summary.vectors)
@@ -54,9 +54,10 @@ def _by_prompt(captures: Sequence[Mapping[str, Any]]) -> dict[tuple[str, bool], 
 
 
 def _findings(top: TopTrait) -> dict[str, Any]:
-    names = ("trait", "rise", "chance", "stands_out", "commitment_point", "token", "calibrated", "rises")
+    names = ("trait", "rise", "chance", "stands_out", "commitment_point", "token", "calibrated")
     samples = None if top.samples is None else asdict(top.samples)
-    return {name: getattr(top, name) for name in names} | {"samples": samples}
+    rises = {"rises": {**top.rises, **top.unmeasured}, "unmeasured": sorted(top.unmeasured)}
+    return {name: getattr(top, name) for name in names} | rises | {"samples": samples}
 
 
 def _answer(layout: Layout, prompt_set: str, name: str, unread: dict[str, None]) -> str:

@@ -38,8 +38,11 @@ tl.views.overview = {
 
     const TIE = 0.005; // standard deviations, the rounding of random rises
 
+    /** Whether it is not known how much a trait of a row rises by chance. */
+    const isUnknown = (row, trait) => row.chance === null || row.unmeasured?.includes(trait);
+
     /** Whether a trait of a row rose more than chance. */
-    const standsOut = (row, trait) => row.chance !== null && row.rises[trait] > row.chance + TIE;
+    const standsOut = (row, trait) => !isUnknown(row, trait) && row.rises[trait] > row.chance + TIE;
 
     const valueOf = (row, key) => (COLUMNS[key] ? COLUMNS[key][2]?.(row) : row.rises?.[key]) ?? null;
 
@@ -75,7 +78,7 @@ tl.views.overview = {
       cells.push(element("td", { className: "answer", dir: "auto", title: row.answer ?? "" }, tl.visible(row.answer ?? "\u2026")));
       for (const trait of traits) {
         const value = row.rises?.[trait], out = row.rises && standsOut(row, trait);
-        cells.push(element("td", { className: out ? "number cell out" : "number cell", style: { backgroundColor: colours.diverging(value, most * 1.7) }, title: value === undefined ? `${trait}: not projected` : `${trait} rose by ${tl.rise(value)} standard deviations, ${row.chance === null ? "chance unknown" : out ? "more than chance" : "within chance"}`, onclick: () => value !== undefined && open(row, trait) }, tl.rise(value)));
+        cells.push(element("td", { className: out ? "number cell out" : "number cell", style: { backgroundColor: colours.diverging(value, most * 1.7) }, title: value === undefined ? `${trait}: not projected` : `${trait} rose by ${tl.rise(value)} standard deviations, ${isUnknown(row, trait) ? "chance unknown" : out ? "more than chance" : "within chance"}`, onclick: () => value !== undefined && open(row, trait) }, tl.rise(value)));
       }
       return cells;
     }
