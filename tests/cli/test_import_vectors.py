@@ -462,7 +462,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], str]] = {
     ),
     "a truncated .npy": (lambda f: cut(f / "x.npy", FILES / "repeng.gguf", 0.1), (), "cannot be read"),
     "text": (lambda f: cut(f / "x.txt", FILES / "write.py", 1), (), "not a file of vectors"),
-    "a folder": (lambda f: f, (), "expected a file, found a folder"),
+    "a folder": (lambda f: f, (), "expected a file of vectors, found a folder: pass a file in it\n"),
+    "a folder of files": (lambda f: saved(f / "x.pt", table(3)).parent, (), "pass a file in it, such as x.pt"),
 }  # fmt: skip
 
 

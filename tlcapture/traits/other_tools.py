@@ -21,13 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from tlcapture.errors import StorageError, VectorError
+from tlcapture.errors import InputError, StorageError, VectorError
 from tlcapture.storage.files import opening, read_tensors
+from tlcapture.storage.folders import names_in
 from tlcapture.storage.tensors import described, is_plain
 from tlcapture.text import printable
 
 PERSONA_VECTORS, REPENG, STEERING_VECTORS = "persona-vectors", "repeng", "steering-vectors"
 LENGTH = "tlcapture.length"  # the key of GGUF control vectors that `tlcapture export` writes
+_SUFFIXES = (".bin", ".gguf", ".npy", ".npz", ".pt", ".pth", ".safetensors")
 _STEERING_VECTOR = "steering_vectors.steering_vector.SteeringVector"
 _PARTS = {"decoder_block": "residual", "self_attn": "attn_out"}  # steering-vectors' layer types that have a place here
 # Parts of a name that say which activation it is, in the order in which they are looked for.
@@ -71,9 +73,14 @@ def read_tool_vectors(path: Path) -> ToolVectors:
     """Read a vector file of another tool; no code in it is run.
 
     Raises:
+        InputError: it is a folder.
         StorageError: the file cannot be read.
         VectorError: it does not hold vectors by layer, or holds vectors of an activation that cannot be imported.
     """
+    if path.is_dir():
+        names = sorted(name for name in names_in(path) if name.lower().endswith(_SUFFIXES))
+        such = f", such as {printable(names[0])}" if names else ""
+        raise InputError(f"{path}: expected a file of vectors, found a folder: pass a file in it{such}")
     with opening(path), path.open("rb") as file:
         start = file.read(4)
     if start == b"GGUF":
