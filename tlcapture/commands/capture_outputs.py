@@ -83,7 +83,12 @@ class Outputs:
     parts: ViewParts = ViewParts()
 
     def __bool__(self) -> bool:
-        return self.residual or self.needs_pass or self.logit_lens
+        return self.residual or self.has_add_ons
+
+    @property
+    def has_add_ons(self) -> bool:
+        """Whether anything is wanted apart from the residual stream."""
+        return self.needs_pass or self.logit_lens
 
     @property
     def needs_pass(self) -> bool:
@@ -190,26 +195,28 @@ def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
     return [*stale, *remove_sharded(layout, capture.capture_set, capture.name)]
 
 
-def add_ons(
-    layout: Layout,
-    capture: Capture,
-    wanted: Outputs,
-    model: Model,
-    cache: Cache,
-    save_dtype: str,
-    *,
-    fresh: bool,
-    lens: LogitLens | None = None,
-) -> Iterator[Write]:
-    """Compute the add-ons of a capture one after another; yields a function that writes each one's file.
+@dataclass(frozen=True, eq=False)
+class AddOns:
+    """The add-ons that are wanted of a capture, and what they are computed from.
 
-    Args:
+    Attributes:
         cache: the activations named by `Outputs.pass_hooks`.
         save_dtype: the dtype of internals in their files, or `auto`.
+        lens: the logit lens, if it was computed already.
         fresh: whether the cache also has the residual stream of all tokens, which the logit lens is computed from;
             otherwise it is computed from the capture's stream, rounded to the dtype in which it was saved.
-        lens: the logit lens, if it was computed already.
     """
+
+    wanted: Outputs
+    cache: Cache
+    save_dtype: str
+    lens: LogitLens | None = None
+    fresh: bool = False
+
+
+def computed_add_ons(layout: Layout, capture: Capture, model: Model, asked: AddOns) -> Iterator[Write]:
+    """Compute the add-ons of a capture one after another; yields a function that writes each one's file."""
+    wanted, cache, fresh = asked.wanted, asked.cache, asked.fresh
     names: dict[str, Any] = {
         "prompt_id": capture.prompt_id,
         **sample_record(capture.sample),
@@ -224,14 +231,15 @@ def add_ons(
         path, only = layout.attention(*where), parts.attention_layers
         yield partial(write_attention_file, layout, path, names, cache, model.n_layers, positions, only, parts.form)
     if wanted.logit_lens:
+        lens = asked.lens
         if lens is None and fresh:
             lens = lens_of(model, capture.token_ids, len(capture.prompt.tokens), cache, wanted)
-        found = lens or lens_of_saved(model, capture, wanted)
+        lens = lens or lens_of_saved(model, capture, wanted)
         texts = partial(token_texts, model.tokenizer)
-        yield partial(write_lens_file, layout, layout.logit_lens(*where), names, found, texts, parts.form)
+        yield partial(write_lens_file, layout, layout.logit_lens(*where), names, lens, texts, parts.form)
     for layer in wanted.internals:
         path, content = layout.internals(*where, layer), _internals_content(capture, cache, layer, positions)
-        yield partial(_write_internals, path, content, save_dtype)
+        yield partial(_write_internals, path, content, asked.save_dtype)
 
 
 def lens_of(model: Model, token_ids: Sequence[int], n_prompt: int, cache: Cache, wanted: Outputs) -> LogitLens:

@@ -22,7 +22,15 @@ from tlcapture.captures.from_generation import capture_of
 from tlcapture.captures.provenance import dropped_warning, no_answer_warning
 from tlcapture.commands.capture_interventions import with_norms
 from tlcapture.commands.capture_options import CaptureOptions
-from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, lens_of_saved, remove_stale, write_capture
+from tlcapture.commands.capture_outputs import (
+    AddOns,
+    Outputs,
+    computed_add_ons,
+    lens_of,
+    lens_of_saved,
+    remove_stale,
+    write_capture,
+)
 from tlcapture.commands.capture_projections import CaptureProjections
 from tlcapture.commands.capture_tasks import CaptureTask
 from tlcapture.commands.given_responses import generate_or_force, longest_forced
@@ -54,7 +62,6 @@ from tlcapture.traits.intervention_records import thinking_doubt
 from tlcapture.traits.resolved_interventions import ResolvedIntervention
 from tlcapture.traits.saved_projections import merged_files
 from tlcapture.views.cache import Cache
-from tlcapture.views.logit_lens import LogitLens
 
 
 @dataclass(frozen=True)
@@ -183,8 +190,8 @@ class CaptureWorker:
                     is_now = wanted.logit_lens and model.last_device.type == "cpu"
                     ids, n_prompt = outcome.token_ids, len(outcome.prompt.token_ids)
                     lens = lens_of(model, ids, n_prompt, outcome.cache, wanted) if is_now else None
-                    job = partial(self._write, name, outcome, fresh, lens)
-                    writer.submit(job, 2 * n_bytes_of(outcome.cache))
+                    asked = AddOns(wanted, outcome.cache, options.save_dtype, lens, fresh=True)
+                    writer.submit(partial(self._write, outcome, fresh, asked), 2 * n_bytes_of(outcome.cache))
                 n_new = len(outcome.response_ids)
                 progress.advance(fresh.max_new_tokens - n_new, done=f"{name}: {n_new} tokens, {outcome.stop_reason}")
 
@@ -194,10 +201,12 @@ class CaptureWorker:
         above = weights_in_memory(self.options.parts.form)
         return None if above is None else Spooling(self.layout.folder, above)
 
-    def _write(self, name: str, generation: Generation, fresh: _Fresh, lens: LogitLens | None, run: Run) -> None:
+    def _write(self, generation: Generation, fresh: _Fresh, asked: AddOns, run: Run) -> None:
         """Write all files of a prompt, in a thread of the writer."""
+        prompt = generation.prompt
+        name = f"{self.options.capture_set(prompt.prompt_set)}/{prompt.name}"
         with _attempt(run, name), own_stream(self.model.last_device):
-            self._write_files(name, generation, fresh, lens, run)
+            self._write_files(name, generation, fresh, asked, run)
 
     def _check_replaceable(self, capture_set: str, name: PromptId) -> None:
         """Raise `StorageError` for files that another tool may have put there since the run was planned."""
@@ -206,8 +215,8 @@ class CaptureWorker:
         for path in [*derived_files(self.layout, capture_set, name), *merged_files(self.layout, capture_set)]:
             check_replaceable(self.layout, path, overwrite=overwrite)
 
-    def _write_files(self, name: str, generation: Generation, fresh: _Fresh, lens: LogitLens | None, run: Run) -> None:
-        options, wanted = self.options, fresh.wanted
+    def _write_files(self, name: str, generation: Generation, fresh: _Fresh, asked: AddOns, run: Run) -> None:
+        options, wanted = self.options, asked.wanted
         self._check_replaceable(options.capture_set(generation.prompt.prompt_set), generation.prompt.name)
         capture = capture_of(
             generation,
@@ -235,8 +244,8 @@ class CaptureWorker:
         self._projections.make(run, whole, only=not wanted.raw, kept=capture.positions, device=self.model.last_device)
         del whole
         run.report.n_prompts += 1
-        n_failures, made_by = len(run.report.failures), (self.model, generation.cache, options.save_dtype)
-        for write in add_ons(self.layout, capture, wanted, *made_by, fresh=True, lens=lens):
+        n_failures = len(run.report.failures)
+        for write in computed_add_ons(self.layout, capture, self.model, asked):
             with run.attempt(name), within_memory("out of memory while its files were written"):
                 self._wrote(run, write())
         if len(run.report.failures) == n_failures:
@@ -250,7 +259,7 @@ class CaptureWorker:
     # -- saved captures --------------------------------------------------------------------------------
 
     def _complete(self, task: CaptureTask) -> None:
-        capture_set, names = task.capture_set, {}
+        capture_set = task.capture_set
         sequences: dict[Pass, list[TokenizedPrompt]] = {}
         files = KnownFiles(self.layout, capture_set, len(task.saved), self.run.report.learn)
         with (
@@ -259,7 +268,6 @@ class CaptureWorker:
         ):
             for prompt_id, wanted in task.saved.items():
                 name, of_prompt = f"{capture_set}/{prompt_id}", files.of(prompt_id)
-                raw = of_prompt.raw
                 if self.options.projections_only and not of_prompt.captured_ns:
                     self.run.report.n_skipped += 1
                     continue
@@ -269,60 +277,44 @@ class CaptureWorker:
                         self.run.report.n_skipped += len(self.run.report.failures) == n_failures
                         progress.advance(1, done=name)
                         continue
-                    capture = Capture.open(raw)
-                    if wanted.needs_pass or wanted.logit_lens:
+                    capture = Capture.open(of_prompt.raw)
+                    if wanted.has_add_ons:
                         check_replayable(capture, wanted, self.model)
                     if wanted.needs_pass:
                         key = Pass(tuple(wanted.pass_hooks(self.model)), self._again.of(capture))
                         sequences.setdefault(key, []).append(as_prompt(capture, prompt_id))
-                        names[prompt_id] = name, raw, wanted
                         continue
-                    self._submit_saved(writer, name, capture, wanted, {}, files)
+                    self._submit_saved(writer, capture, wanted, {}, files)
                 progress.advance(1, done=name)
             for outcome in (
                 replayed(self.model, sequences, self.options.batch_size, self._spooling) if sequences else ()
             ):
-                name, raw, wanted = names[outcome.prompt.id]
+                prompt_id = outcome.prompt.id
+                name = f"{capture_set}/{prompt_id}"
                 with _attempt(self.run, name):
                     if isinstance(outcome, Failure):
                         raise outcome.error(outcome.reason)
-                    self._submit_saved(writer, name, Capture.open(raw), wanted, outcome.cache, files)
+                    capture = Capture.open(files.of(prompt_id).raw)
+                    self._submit_saved(writer, capture, task.saved[prompt_id], outcome.cache, files)
                 progress.advance(1, done=name)
 
     def _submit_saved(
-        self,
-        writer: BackgroundWriter,
-        name: str,
-        capture: Capture,
-        wanted: Outputs,
-        cache: Cache,
-        files: KnownFiles,
+        self, writer: BackgroundWriter, capture: Capture, wanted: Outputs, cache: Cache, files: KnownFiles
     ) -> None:
-        lens = None
+        lens, save_dtype = None, self.options.save_dtype
         if wanted.logit_lens and self.model.last_device.type == "cpu":  # where it has all threads
             lens = lens_of_saved(self.model, capture, wanted)
-        job = partial(self._complete_saved, name, capture, wanted, cache, lens, files)
+        if save_dtype == "auto" and capture.prompt.residual.points.dtype == torch.float32:
+            save_dtype = "float32"  # as the capture was saved
+        job = partial(self._complete_saved, capture, AddOns(wanted, cache, save_dtype, lens), files)
         writer.submit(job, 2 * (n_bytes_of(cache) + capture.response.residual.points.nbytes))
 
-    def _complete_saved(
-        self,
-        name: str,
-        capture: Capture,
-        wanted: Outputs,
-        cache: Cache,
-        lens: LogitLens | None,
-        files: KnownFiles,
-        run: Run,
-    ) -> None:
+    def _complete_saved(self, capture: Capture, asked: AddOns, files: KnownFiles, run: Run) -> None:
         """Write what a saved capture lacks, in a thread of the writer."""
-        with _attempt(run, name):
-            if wanted.needs_pass or wanted.logit_lens:
-                save_dtype = self.options.save_dtype
-                if save_dtype == "auto" and capture.prompt.residual.points.dtype == torch.float32:
-                    save_dtype = "float32"  # as the capture was saved
+        with _attempt(run, f"{capture.capture_set}/{capture.name}"):
+            if asked.wanted.has_add_ons:
                 with own_stream(self.model.last_device):
-                    made_by = (self.model, cache, save_dtype)
-                    for write in add_ons(self.layout, capture, wanted, *made_by, fresh=False, lens=lens):
+                    for write in computed_add_ons(self.layout, capture, self.model, asked):
                         self._wrote(run, write())
             if not self.options.replay:
                 found = files.of(capture.name) if self.options.skip_existing else None

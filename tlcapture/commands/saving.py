@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.adhoc_prompts import numbered_on
-from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, write_capture
+from tlcapture.commands.capture_outputs import AddOns, Outputs, computed_add_ons, lens_of, write_capture
 from tlcapture.commands.known_views import with_facts
 from tlcapture.commands.projections import ChanceLevels, project_capture, vector_chooser
 from tlcapture.errors import warn_user
@@ -21,27 +19,15 @@ from tlcapture.storage.file_index import remember
 from tlcapture.storage.files import remove, write_bytes
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.traits.choice import VectorChoice
-from tlcapture.views.cache import Cache
-from tlcapture.views.logit_lens import LogitLens
-
-
-@dataclass(frozen=True, eq=False)
-class AddOns:
-    """What was captured in addition to the residual stream: the add-ons, their activations, and the logit lens."""
-
-    wanted: Outputs
-    cache: Cache
-    lens: LogitLens | None
-    save_dtype: str
 
 
 def add_ons_of(outcome: Generation, model: Model, wanted: Outputs, save_dtype: str) -> AddOns | None:
     """The add-ons of a generation that are wanted, if any; its residual stream is not kept for them."""
-    if not (wanted.needs_pass or wanted.logit_lens):
+    if not wanted.has_add_ons:
         return None
     ids, n_prompt = outcome.token_ids, len(outcome.prompt.token_ids)
     lens = lens_of(model, ids, n_prompt, outcome.cache, wanted) if wanted.logit_lens else None
-    return AddOns(wanted, {name: outcome.cache[name] for name in wanted.pass_hooks(model)}, lens, save_dtype)
+    return AddOns(wanted, {name: outcome.cache[name] for name in wanted.pass_hooks(model)}, save_dtype, lens)
 
 
 def save_into(
@@ -103,8 +89,7 @@ def _write(run: Run, capture: Capture, model: Model, more: AddOns | None, choice
         if vectors:
             project_capture(run, capture, vectors, ChanceLevels(run))
     if more is not None:
-        made_by = (model, more.cache, more.save_dtype)
-        for write in add_ons(layout, capture, more.wanted, *made_by, fresh=False, lens=more.lens):
+        for write in computed_add_ons(layout, capture, model, more):
             run.wrote(with_facts(layout, write()))
     remove([marker])
     remember(layout, run.report.learned)

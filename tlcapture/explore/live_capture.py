@@ -24,7 +24,8 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.captures.provenance import no_answer_warning
 from tlcapture.commands.capture_options import ALL_LAYERS, CaptureOptions
-from tlcapture.commands.saving import AddOns, add_ons_of, save_into
+from tlcapture.commands.capture_outputs import AddOns
+from tlcapture.commands.saving import add_ons_of, save_into
 from tlcapture.errors import InputError
 from tlcapture.explore.applied_interventions import NO_INTERVENTIONS, AppliedInterventions
 from tlcapture.explore.experiment import Experiment

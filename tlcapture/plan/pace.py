@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from tlcapture.captures.from_generation import capture_of
-from tlcapture.commands.capture_outputs import Outputs, add_ons, write_capture
+from tlcapture.commands.capture_outputs import AddOns, Outputs, computed_add_ons, write_capture
 from tlcapture.commands.projections import ChanceLevels, project_capture
 from tlcapture.generation.checkpoint_sampling import sampling_for
 from tlcapture.generation.loop import generate
@@ -117,7 +117,8 @@ def _capture(
         if wanted.raw:
             write_capture(layout, capture)
         project_capture(run, capture, chosen, levels)
-        for write in add_ons(layout, capture, wanted, model, outcome.cache, options.save_dtype, fresh=True):
+        asked = AddOns(wanted, outcome.cache, options.save_dtype, fresh=True)
+        for write in computed_add_ons(layout, capture, model, asked):
             write()
         n_new += len(outcome.response_ids)
     return n_new
