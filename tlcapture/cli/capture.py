@@ -219,12 +219,11 @@ def capture(
         _check_vectors(location, vectors.vector_experiment)
     executor = cluster.make_executor(settings.batch_size, can_collect=not settings.projections_only)
     from tlcapture.commands.adhoc_prompts import numbered_on
-    from tlcapture.commands.capture import with_packaged
-    from tlcapture.commands.capture_interventions import with_interventions
+    from tlcapture.commands.capture import run_capture
+    from tlcapture.commands.capture_interventions import with_vectors
 
     asked = settings.capture_options(kept, vectors, chosen, changes, of_model.adapter_path, source)
-    asked = with_packaged(asked, layout, load)
-    options = with_interventions(asked, layout, load.name, lambda: load.outline)
+    options = with_vectors(asked, layout, load)
     if source is not None:
         check_target(source, layout, sets, options.variant)
     if given is not None:
@@ -233,7 +232,6 @@ def capture(
         _show_estimate(console, layout, sets, refused, options, load, elsewhere=cluster.executor != "local")
         console.next = "the same without --dry-run"
         return
-    from tlcapture.commands.capture import run_capture
 
     def renumber(layout: Layout, prompt_set: PromptSet) -> PromptSet:
         sets[0] = numbered_on(layout, prompt_set)

@@ -14,11 +14,10 @@ import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 
 from tlcapture.commands.affected_files import AffectedFiles
-from tlcapture.commands.capture_interventions import with_interventions
+from tlcapture.commands.capture_interventions import with_vectors
 from tlcapture.commands.capture_options import NO_CHOICE, CaptureOptions
 from tlcapture.commands.capture_size import CaptureSize, n_projections
 from tlcapture.commands.capture_tasks import CaptureTask, TaskPlanner
@@ -71,8 +70,7 @@ def run_capture(
         InputError: the request is wrong; nothing was written.
         NoSpaceError: the files would need more space than is free, or the device became full during the run.
     """
-    options = with_packaged(options, layout, load)
-    options = with_interventions(options, layout, load.name, lambda: load.outline)
+    options = with_vectors(options, layout, load)
     _check(layout, options)
     run = Run.begin(layout, display)
     for what, reason in refused:
@@ -175,8 +173,7 @@ def estimate_capture(
     The model's weights are not loaded. With `elsewhere`, the memory of this machine does not matter.
     """
     outline = load.outline
-    options = with_packaged(options, layout, load)
-    options = with_interventions(options, layout, load.name, lambda: outline)
+    options = with_vectors(options, layout, load)
     _check(layout, options)
     planner = TaskPlanner(layout, options, read_config(layout), load.name, lambda: outline)
     tasks = planner.tasks(prompt_sets)
@@ -190,13 +187,6 @@ def estimate_capture(
     except InputError as error:
         size.failures.append(Failed("memory", str(error)))
     return size, affected
-
-
-def with_packaged(options: CaptureOptions, layout: Layout, load: ModelLoader) -> CaptureOptions:
-    """The options, with the packaged vectors where the experiment has none and they are of the model."""
-    if not options.projects:
-        return options
-    return replace(options, vectors=options.vectors.or_packaged(layout, load.name))
 
 
 def _check(layout: Layout, options: CaptureOptions) -> None:

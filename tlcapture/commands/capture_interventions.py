@@ -8,17 +8,17 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.known_files import KnownFiles
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.typical_norms import NORMS_MEASURED, norms_over_prompts
 from tlcapture.models.loading import Model
-from tlcapture.models.sizes import Measures
 from tlcapture.names import check_name, variant_of
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.existing_files import OVERWRITE
+from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.intervention_records import described, identity, variant_name
 from tlcapture.traits.resolved_interventions import ResolvedIntervention, resolve
@@ -26,21 +26,11 @@ from tlcapture.traits.resolved_interventions import ResolvedIntervention, resolv
 _LONGEST_VARIANT = 64
 
 
-class HasMeasures(Protocol):
-    """A model's sizes, against which vectors are checked."""
+def with_vectors(options: CaptureOptions, layout: Layout, load: ModelLoader) -> CaptureOptions:
+    """The options with the experiment and vectors that they stand for, and with the name of the variant.
 
-    @property
-    def measures(self) -> Measures:
-        """The dimensions of the model."""
-        ...
-
-
-def with_interventions(
-    options: CaptureOptions, layout: Layout, model_name: str, model: Callable[[], HasMeasures]
-) -> CaptureOptions:
-    """The options with the vectors of the interventions, and with the name of the variant.
-
-    `model` is called only where there are interventions. Options that have them already are not changed.
+    The packaged vectors are taken if the experiment has none and they fit the model. Vectors of interventions are read.
+    Options that are complete already are not changed.
 
     Raises:
         InputError: a trait, a layer or the variant's name is wrong, or a replay is given interventions.
@@ -50,6 +40,8 @@ def with_interventions(
     if options.variant is not None and len(check_name(options.variant, "variant")) > _LONGEST_VARIANT:
         raise InputError(f"--variant {options.variant}: at most {_LONGEST_VARIANT} characters")
     options = replace(options, variant=named or own)
+    if options.projects:
+        options = replace(options, vectors=options.vectors.or_packaged(layout, load.name))
     if not options.interventions or options.resolved:
         return options
     if options.replay:
@@ -57,13 +49,13 @@ def with_interventions(
             "--replay applies the interventions that captures were made with: leave out --steer, --ablate and --cap, "
             "and name the captures with --variant"
         )
-    measures, choice = model().measures, options.vectors
+    measures, choice = load.outline.measures, options.vectors
     resolved = resolve(
         options.interventions,
         choice.layout(layout),
         n_layers=measures.n_layers,
         d_model=measures.d_model,
-        model=model_name,
+        model=load.name,
         method=choice.method,
     )
     parts = (own, variant_name([each.record for each in resolved]))

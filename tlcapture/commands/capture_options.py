@@ -45,7 +45,7 @@ class CaptureOptions:
         template_args: other values for the chat template.
         interventions: changes to activations while the model generates.
         variant: the name of the captures beside those of the prompt set alone: `{prompt_set}@{variant}`.
-        resolved: the interventions with their vectors; see `with_interventions`.
+        resolved: the interventions with their vectors; see `with_vectors`.
         adapter: the folder of an adapter that is merged into the model.
         responses_from: captures whose tokens are run in place of generated ones.
     """
