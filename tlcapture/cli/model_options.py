@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import click
@@ -49,20 +49,11 @@ class ModelOptions(EngineOptions):
         Raises:
             InputError: the experiment has used another model in this role, and the change is not allowed.
         """
-        from tlcapture.runs.model_loader import ModelLoader
+        from tlcapture.models.embedded import NAME
+        from tlcapture.storage.config import settle_model
 
-        return ModelLoader.settle(
-            layout,
-            role,
-            display,
-            model=self._named(),
-            allow_model_change=self.allow_model_change,
-            engine=self.engine,
-            device=self.device,
-            dtype=self.dtype,
-            n_devices=self.n_devices,
-            check=not self.no_check,
-        )
+        name = settle_model(layout, role, self._named(), NAME, allow_change=self.allow_model_change)
+        return replace(self.loader(name, display), check=not self.no_check)
 
     def _named(self) -> str | None:
         """The model with its revision, such as `org/model@main`."""

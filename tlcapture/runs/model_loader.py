@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tlcapture.models.adapters import adapter_folder
 from tlcapture.models.embedded import NAME, is_converted
 from tlcapture.runs.display import Display
-from tlcapture.storage.config import settle_model
-from tlcapture.storage.layout import Layout
 from tlcapture.text import dtype_name
 
 if TYPE_CHECKING:
@@ -36,29 +34,6 @@ class ModelLoader:
     source: Path | None = None
     check: bool = True
     adapter: str | None = None
-
-    @classmethod
-    def settle(
-        cls,
-        layout: Layout,
-        role: str,
-        display: Display,
-        *,
-        model: str | None,
-        allow_model_change: bool,
-        engine: str,
-        device: str,
-        dtype: str,
-        n_devices: int,
-        check: bool = True,
-    ) -> ModelLoader:
-        """The loader of an experiment's model in a role.
-
-        Raises:
-            InputError: the model asked for is not the one that the experiment uses in this role.
-        """
-        name = settle_model(layout, role, model, NAME, allow_change=allow_model_change)
-        return cls(name, display, engine, device, dtype, n_devices, check=check)
 
     def require(self) -> None:
         """Raise `ModelError` if the model cannot be there, within a few seconds and without importing torch."""
@@ -102,11 +77,18 @@ class ModelLoader:
 
         first_time = self.name == NAME and self.source is None and not is_converted()
         self.display.line(f"loading {self.name}{', converting it once first' if first_time else ''} ...")
-        where: dict[str, Any] = {"device": self.device, "n_devices": self.n_devices, "source": self.source}
-        if self.adapter is not None:
-            where |= {"adapter": self.adapter, "adapter_source": adapter_folder(self.adapter, self.source)}
-        checks: dict[str, Any] = {"check": self.check, "warn": self.display.warn}
-        model = load_model(self.name, engine=self.engine, dtype=self.dtype, **where, **checks)
+        model = load_model(
+            self.name,
+            engine=self.engine,
+            device=self.device,
+            dtype=self.dtype,
+            adapter=self.adapter,
+            source=self.source,
+            adapter_source=None if self.adapter is None else adapter_folder(self.adapter, self.source),
+            n_devices=self.n_devices,
+            check=self.check,
+            warn=self.display.warn,
+        )
         dtype = dtype_name(model.dtype)
         adapter = {} if model.adapter is None else {"adapter": model.adapter}
         facts = {"name": model.name, **adapter, "engine": model.engine, "device": str(model.device), "dtype": dtype}
