@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.captures.provenance import model_record, now, template_record
-from tlcapture.commands.existing_vectors import has_vectors
-from tlcapture.errors import InputError, NumericalError
+from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.extraction.calibrating import calibrations
 from tlcapture.extraction.changed_examples import RECORDED, digest_of
 from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
@@ -78,7 +78,12 @@ def run_extract(
         if method not in FITS:
             raise InputError(f"no method {method!r}: choose among {', '.join(FITS)}")
     examples = [read_examples(datasets, trait, seed=options.seed, examples_as=options.examples_as) for trait in traits]
-    missing = [each for each in examples if not (options.skip_existing and _is_extracted(layout, each, options, load))]
+    missing = [
+        each
+        for each in examples
+        if not options.skip_existing
+        or not all(_has_vectors(layout, each, component, options, load) for component in options.components)
+    ]
     if not missing:
         run = Run.begin(layout, display)
         _skip(run, examples)
@@ -96,21 +101,43 @@ def run_extract(
     return run.report
 
 
-def _is_extracted(layout: Layout, examples: Examples, options: ExtractOptions, load: ModelLoader) -> bool:
-    return all(
-        has_vectors(
-            layout,
-            examples,
-            component,
-            options.methods,
-            options.layers,
-            model=load.name,
-            outline=load.outline,
-            position=options.position,
-            seed=options.seed,
-        )
-        for component in options.components
+def _has_vectors(
+    layout: Layout, examples: Examples, component: str, options: ExtractOptions, load: ModelLoader
+) -> bool:
+    """Whether all vectors of a component exist that would be extracted, from these examples and a model of this name.
+
+    Decided without the model's weights. A file that cannot be read counts as missing here: extracting the trait again
+    reports it.
+    """
+    files = VectorFiles(layout, examples.trait)
+    try:
+        made = files.metadata(component)
+        kept = KeptActivations.read(layout.example_activations(examples.trait, component)) if made else None
+    except StorageError:
+        return False
+    position = _usual_position(examples) if options.position == "auto" else options.position
+    if kept is None or kept.position != position:
+        return False
+    measures = load.outline.measures
+    with_attention = measures.n_layers if measures.n_attention_layers is None else measures.n_attention_layers
+    count = measures.n_layers if component == "residual" else with_attention
+    methods, layers, available = options.methods, options.layers, files.available(component)
+    return (
+        made.get("extraction_model") == kept.model == load.name
+        and (made.get("examples"), made.get("model_fingerprint")) == (kept.examples, kept.fingerprint)
+        and kept.source == source_digest(examples, read_config(layout), kept.position)
+        and made.get("split") == examples.split_record(options.seed)
+        and made.get("examples_as") == examples.lines_as
+        and all({*layers} <= {*available.get(each, ())} & {*made.get("layers", ())} for each in methods)
+        and {*methods} <= {*made.get("methods", ())}
+        and (bool(layers) or all(len(available[each]) == count for each in methods))
     )
+
+
+def _usual_position(examples: Examples) -> str:
+    """The position that `auto` stands for in most of the examples (see `extraction/readout`)."""
+    positions = ["response_mean" if item.example.text is None else "all_mean" for item in examples.items]
+    return Counter(positions).most_common(1)[0][0]
 
 
 def _skip(run: Run, examples: Sequence[Examples]) -> None:
