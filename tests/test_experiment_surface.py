@@ -21,7 +21,7 @@ from tests.conftest import quick_evaluations, unrendered_figures
 from tests.docstring_examples import docstring, documented, examples, without_example
 from tests.samples import projected
 from tlcapture import Experiment
-from tlcapture.cli.console import _doubts
+from tlcapture.cli.top_traits import _doubts
 from tlcapture.commands.top_traits import summary_of
 from tlcapture.errors import InputError, VectorError
 from tlcapture.explore import doubts

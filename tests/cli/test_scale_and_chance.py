@@ -15,7 +15,8 @@ from click.testing import Result
 from tests.cli.conftest import Run
 from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
-from tlcapture.cli.console import Console, show_top_traits
+from tlcapture.cli.console import Console
+from tlcapture.cli.top_traits import show_top_traits
 from tlcapture.commands import top_traits
 from tlcapture.commands.top_traits import summary_of
 from tlcapture.explore.experiment_tables import rises_frame

@@ -9,11 +9,11 @@ from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from tlcapture.cli.console import Console
 from tlcapture.names import split_name
 from tlcapture.text import printable
 
 if TYPE_CHECKING:
-    from tlcapture.cli.console import Console
     from tlcapture.commands.top_traits import TopTrait
     from tlcapture.names import PromptId
     from tlcapture.storage.layout import Layout

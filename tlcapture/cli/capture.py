@@ -11,7 +11,7 @@ import click
 
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.command import command
-from tlcapture.cli.console import Console, show_top_traits
+from tlcapture.cli.console import Console
 from tlcapture.cli.given_prompts import given_prompt_options, given_prompts
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.interventions import InOrder, InterventionOptions, intervention_options
@@ -33,6 +33,7 @@ from tlcapture.cli.options import (
 )
 from tlcapture.cli.sampling import SamplingOptions, sampling_options
 from tlcapture.cli.tables import Column
+from tlcapture.cli.top_traits import show_top_traits
 from tlcapture.cli.variants import VariantOptions, check_target, variant_options, without_effect_on_replay
 from tlcapture.cli.work import working
 from tlcapture.names import base_set, variant_of

@@ -14,24 +14,20 @@ import click
 from tlcapture.cli.stopping import StopSignals
 from tlcapture.cli.tables import Cell, Column, table_lines, terminal_width
 from tlcapture.errors import TlcaptureError, refused_path
-from tlcapture.names import split_name
 from tlcapture.runs.display import Display, Progress
-from tlcapture.text import counted, printable
+from tlcapture.text import printable
 
 if TYPE_CHECKING:
     import logging
 
     from tqdm import tqdm
 
-    from tlcapture.commands.top_traits import Summary, TopTrait
-    from tlcapture.names import PromptId
     from tlcapture.runs.record import Invocation, RecordedReport
     from tlcapture.runs.report import RunReport
     from tlcapture.storage.layout import Layout
 
 _MOST_LINES = 20  # of progress, where it is not shown as a bar
 _COUNTED = ("prompt", "capture", "picture", "run")  # units that are counted in lines, even if nothing is said of each
-_MOST_SHOWN = 200  # largest number of prompts whose projections are read at the end of a run
 
 
 class Console(Display):
@@ -193,127 +189,6 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(130)
 
     return wrapped
-
-
-def show_top_traits(
-    console: Console,
-    layout: Layout,
-    prompt_set: str,
-    component: str,
-    report: RunReport,
-    given: Sequence[PromptId] = (),
-) -> None:
-    """Print, for each prompt, the trait that rose more than chance, where it committed, and the response.
-
-    Below, how many projections commit and persist, beside random directions. For a large set, print only how to view
-    it; of one that is not projected, print the responses. The `report` of the run says what it wrote and looked at,
-    which is not read again. Where prompts were `given` as text, only they are shown, each with its whole answer.
-    """
-    from dataclasses import replace
-
-    from tlcapture.cli.answers import show_answers, show_unprojected
-    from tlcapture.commands.saved_summaries import summary_of_run
-
-    names = layout.prompt_ids(prompt_set)
-    n_prompts = len({split_name(name)[0] for name in names})
-    if len(names) > _MOST_SHOWN:
-        look = f"view them with 'tlcapture view --experiment {layout.experiment}'"
-        console.line(f"{prompt_set}: {n_prompts} prompts are too many to list; {look}")
-        if given:
-            show_answers(console, layout, prompt_set, given, [])
-        return
-    summary = summary_of_run(layout, prompt_set, component, report.projected, report.seen)
-    tops = [top for top in summary.tops if not given or top.prompt_id in set(map(str, given))]
-    if tops:
-        _show_tops(console, layout, prompt_set, replace(summary, tops=tops), with_responses=not given)
-    elif given:
-        console.line()
-    if given:
-        show_answers(console, layout, prompt_set, given, tops)
-    elif not tops:
-        show_unprojected(console, layout, prompt_set, names)
-
-
-def _show_tops(console: Console, layout: Layout, prompt_set: str, summary: Summary, *, with_responses: bool) -> None:
-    console.line()
-    has_chance = any(top.chance is not None for top in summary.tops)
-    alone = "the reference prompts" if has_chance else "its own spread along the tokens"
-    against = "the other prompts of the set" if summary.is_against_set else alone
-    layers = {each.layer for each in summary.vectors}
-    at = f" at layer {min(layers)}" if len(layers) == 1 else ""
-    console.line(f"{prompt_set}: the trait that rose most{at}, against {against}")
-    console.line()
-    columns = [Column("prompt", right=True), Column("trait"), Column("rise", right=True), Column("chance", right=True)]
-    columns += [Column("calibrated", right=True), Column("response" if with_responses else "")]
-    console.table(columns, [_row(top, with_response=with_responses) for top in summary.tops])
-    console.line()
-    for line in [*_notes(layout, summary, has_chance=has_chance), *_doubts(layout, summary), ""]:
-        console.line(line)
-
-
-def _row(top: TopTrait, *, with_response: bool) -> tuple[Cell, ...]:
-    trait = top.trait if top.stands_out else "none stands out" if top.chance is not None else f"{top.trait} (?)"
-    chance = "unknown" if top.chance is None else f"{top.chance:.1f} sd"
-    shown = top.stands_out or top.chance is None
-    calibrated = "" if top.calibrated is None or not shown else f"{top.calibrated:.2f}"
-    commits = "" if top.token is None or not shown else f"commits at token {top.commitment_point}: {top.token!r}"
-    rise, prompt, over = f"{top.rise:+.1f}", top.prompt_id, top.samples
-    if over is not None:
-        prompt = f"{prompt}, {over.n} sample{'s' * (over.n > 1)}"
-        rise += "" if over.rise is None else f" +- {over.rise:.1f}"
-        calibrated += "" if not calibrated or over.calibrated is None else f" +- {over.calibrated:.2f}"
-        commits = f"{over.n_commit} of {over.n} commit" if over.n_commit and shown else ""
-    response = tuple(filter(None, (commits, top.response if with_response else ""))) or ("",)
-    return prompt, trait, f"{rise} sd", chance, calibrated, response
-
-
-def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[str]:
-    of = f"--experiment {layout.experiment}"
-    again = f"'tlcapture evaluate {of}', then 'tlcapture project {of} --all-prompt-sets'"
-    if any(top.samples is not None for top in summary.tops):
-        yield "+-: the standard deviation over the samples of a prompt, of which the mean is shown"
-    if has_chance or summary.is_against_set:
-        mean = "the set" if summary.is_against_set else "the reference prompts"
-        yield f"rise: from prompt to response, less the mean rise of {mean}, in standard deviations (sd)"
-    if has_chance:
-        yield (
-            "chance: what the largest of as many rises stays below in 95 % of random directions and of ordinary prompts"
-            + _scale(summary)
-        )
-        if (n_known := sum(top.chance is not None for top in summary.tops)) > 1:
-            n_out = sum(top.stands_out for top in summary.tops)
-            yield f"a trait stands out in {n_out} of {n_known} prompts; up to {0.05 * n_known:.2g} expected by chance"
-    else:
-        yield f"whether these rises are within chance is unknown: run {again}" + _scale(summary)
-    layers = {vector.layer for vector in summary.vectors}
-    if len(layers) == 1 < len(summary.vectors):
-        yield f"all vectors are of layer {layers.pop()}"
-    found = summary.findings
-    if found is not None:
-        commit, persist = (100 * each / found.n_projections for each in (found.commit, found.persist))
-        yield (
-            f"of {counted(found.n_projections, 'projection')}, {commit:.0f} % commit and {persist:.0f} % persist; "
-            f"of random directions, {100 * found.random_commit:.0f} % and {100 * found.random_persist:.0f} %"
-        )
-        yield (
-            f"more clearly than 95 % of random directions: {found.clearly_commit} commit, {found.clearly_persist} "
-            f"persist; {0.05 * found.n_projections:.2g} of each expected by chance"
-        )
-        if found.is_isotropic:
-            yield f"without a reference, random directions are isotropic: run {again}, for the activations' covariance"
-
-
-def _doubts(layout: Layout, summary: Summary) -> Iterator[str]:
-    """The doubts about the traits that the table names."""
-    from tlcapture.traits.verdicts import Doubts
-
-    shown = {top.trait for top in summary.tops if top.stands_out or top.chance is None}
-    yield from Doubts(layout.root).lines(each for each in summary.vectors if each.trait in shown)
-
-
-def _scale(summary: Summary) -> str:
-    is_shown = any(top.calibrated is not None and (top.stands_out or top.chance is None) for top in summary.tops)
-    return "; calibrated: 0 the negative examples, 1 the positive ones" if is_shown else ""
 
 
 def _log() -> logging.Logger:

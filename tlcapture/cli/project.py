@@ -10,7 +10,7 @@ import click
 
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.command import command
-from tlcapture.cli.console import Console, show_top_traits
+from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.option_types import NewPath, Traits
 from tlcapture.cli.options import (
@@ -23,6 +23,7 @@ from tlcapture.cli.options import (
     shard_option,
     vector_options,
 )
+from tlcapture.cli.top_traits import show_top_traits
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
 from tlcapture.text import counted

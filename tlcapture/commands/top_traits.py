@@ -134,6 +134,14 @@ class Summary:
     is_against_set: bool = False
     vectors: Sequence[UsedVector] = ()
 
+    @property
+    def against(self) -> str:
+        """What rises are measured against, in words."""
+        if self.is_against_set:
+            return "the other prompts of the set"
+        has_chance = any(top.chance is not None for top in self.tops)
+        return "the reference prompts" if has_chance else "its own spread along the tokens"
+
 
 def essentials(content: Mapping[str, Any]) -> bytes:
     """The part of a projection file that a summary needs, as the JSON of a file with the vector's own layer alone."""

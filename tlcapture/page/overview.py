@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tlcapture.commands.top_traits import Summary, TopTrait
+from tlcapture.commands.top_traits import TopTrait
 from tlcapture.errors import TlcaptureError
 from tlcapture.page.captured import captured_tokens
 from tlcapture.page.long_reading import OTHERS, summary_read
@@ -39,7 +39,7 @@ def overview_of(
         rows.append({**row, "answer": answer[:_SHOWN], **({} if top is None else _findings(top))})
     traits = sorted({trait for top in summary.tops for trait in (*top.rises, *top.unmeasured)})
     found = None if summary.findings is None else asdict(summary.findings)
-    shown = {"rows": rows, "traits": traits, "against": _against(summary), "findings": found}
+    shown = {"rows": rows, "traits": traits, "against": summary.against, "findings": found}
     doubts = Doubts(layout.root).lines(summary.vectors)
     return {**shown, "doubts": doubts, "problems": list(read.problems), "unread": list(unread)}
 
@@ -67,11 +67,3 @@ def _answer(layout: Layout, prompt_set: str, name: str, unread: dict[str, None])
     except TlcaptureError as error:
         unread.setdefault(str(error))
         return ""
-
-
-def _against(summary: Summary) -> str:
-    """The reference that rises are measured against."""
-    if summary.is_against_set:
-        return "the other prompts of the set"
-    has_chance = any(top.chance is not None for top in summary.tops)
-    return "the reference prompts" if has_chance else "its own spread along the tokens"
