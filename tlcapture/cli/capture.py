@@ -52,8 +52,13 @@ _MOST_PATHS = 20  # that a dry run lists
 
 @dataclass(frozen=True)
 class _Settings:
-    """The options of `capture` alone, and of how it generates and stores."""
+    """What to capture and how: the options of `capture` alone, and the groups that it shares with other commands."""
 
+    kept: KeptOptions
+    vectors: VectorOptions
+    sampling: SamplingOptions
+    interventions: InterventionOptions
+    variants: VariantOptions
     prompt: tuple[str, ...]
     prompt_file: tuple[Path, ...]
     attention: bool
@@ -77,16 +82,8 @@ class _Settings:
     batch_size: int | None
     seed: int
 
-    def capture_options(
-        self,
-        kept: KeptOptions,
-        vectors: VectorOptions,
-        chosen: SamplingOptions,
-        changes: InterventionOptions,
-        adapter: str | None,
-        responses_from: GivenResponses | None,
-    ) -> CaptureOptions:
-        """What to capture and how."""
+    def capture_options(self, responses_from: GivenResponses | None) -> CaptureOptions:
+        """The options of the command, with the captures whose tokens are run, if any."""
         from tlcapture.commands.capture_options import ALL_LAYERS, CaptureOptions
 
         layers = tuple(layer for layer in self.layer_internals if isinstance(layer, int))
@@ -95,20 +92,20 @@ class _Settings:
             logit_lens=self.logit_lens,
             internals=ALL_LAYERS if ALL_LAYERS in self.layer_internals else layers,
             capture_attn=self.capture_attn,
-            layers=kept.layers,
-            points=kept.points,
-            tokens=kept.tokens,
-            parts=kept.parts,
+            layers=self.kept.layers,
+            points=self.kept.points,
+            tokens=self.kept.tokens,
+            parts=self.kept.parts,
             project=not self.no_project,
             projections_only=self.projections_only,
             replay=self.replay,
             skip_existing=self.skip_existing,
             overwrite=self.overwrite,
-            vectors=vectors.choice("auto"),
+            vectors=self.vectors.choice("auto"),
             max_new_tokens=NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens,
             longer_where_thinking=self.max_new_tokens is None,
-            sampling=chosen.asked(self.seed),
-            samples=chosen.samples,
+            sampling=self.sampling.asked(self.seed),
+            samples=self.sampling.samples,
             save_dtype=self.save_dtype,
             batch_size=self.batch_size,
             limit=self.limit,
@@ -117,9 +114,9 @@ class _Settings:
             system_prompt=self.system_prompt,
             thinking=self.thinking,
             template_args=dict(self.template_arg),
-            interventions=changes.in_order(),
-            variant=changes.variant,
-            adapter=adapter,
+            interventions=self.interventions.in_order(),
+            variant=self.interventions.variant,
+            adapter=self.variants.adapter_path,
             responses_from=responses_from,
         )
 
@@ -190,11 +187,6 @@ def capture(
     location: Location,
     prompt_sets: PromptSetOptions,
     settings: _Settings,
-    kept: KeptOptions,
-    vectors: VectorOptions,
-    chosen: SamplingOptions,
-    changes: InterventionOptions,
-    of_model: VariantOptions,
     model: ModelOptions,
     cluster: ClusterOptions,
 ) -> None:
@@ -204,29 +196,28 @@ def capture(
     onto the experiment's trait vectors, or those that come with the package for the embedded model.
     """
     layout = location.layout
-    prompt_sets, changes = _named_variant(prompt_sets, changes)
+    prompt_sets, settings = _named_variant(prompt_sets, settings)
     if settings.replay and (note := without_effect_on_replay()) is not None:
         console.warn(note)
-    source = of_model.given(location.root)
-    given = None if source is not None else _given(prompt_sets, settings)
-    if source is not None:
-        sets, refused = source.prompt_sets(prompt_sets.prompt_set or ())
+    responses = settings.variants.responses(location.root)
+    given = None if responses is not None else _given(prompt_sets, settings)
+    if responses is not None:
+        sets, refused = responses.prompt_sets(prompt_sets.prompt_set or ())
     else:
         sets, refused = ([given], []) if given is not None else _prompt_sets(location, prompt_sets)
-    load = of_model.adapted(model.loader_for(layout, "inference_model", console))
+    load = settings.variants.adapted(model.loader_for(layout, "inference_model", console))
     if not settings.skip_existing:  # with it, there may be nothing to do that needs the model
         load.require()
-    if vectors.vector_experiment is not None and not settings.no_project:
-        _check_vectors(location, vectors.vector_experiment)
+    if settings.vectors.vector_experiment is not None and not settings.no_project:
+        _check_vectors(location, settings.vectors.vector_experiment)
     executor = cluster.make_executor(settings.batch_size, can_collect=not settings.projections_only)
     from tlcapture.commands.adhoc_prompts import numbered_on
     from tlcapture.commands.capture import run_capture
     from tlcapture.commands.capture_interventions import with_vectors
 
-    asked = settings.capture_options(kept, vectors, chosen, changes, of_model.adapter_path, source)
-    options = with_vectors(asked, layout, load)
-    if source is not None:
-        check_target(source, layout, sets, options.variant)
+    options = with_vectors(settings.capture_options(responses), layout, load)
+    if responses is not None:
+        check_target(responses, layout, sets, options.variant)
     if given is not None:
         sets = [numbered_on(layout, given)]
     if settings.dry_run:
@@ -265,17 +256,16 @@ def _given(chosen: PromptSetOptions, settings: _Settings) -> PromptSet | None:
     return given_prompts(settings.prompt, settings.prompt_file) if is_given else None
 
 
-def _named_variant(
-    chosen: PromptSetOptions, changes: InterventionOptions
-) -> tuple[PromptSetOptions, InterventionOptions]:
-    """Prompt sets and their variant, which `--prompt-set SET@VARIANT` names as `--variant` does."""
+def _named_variant(chosen: PromptSetOptions, settings: _Settings) -> tuple[PromptSetOptions, _Settings]:
+    """The prompt sets without their variant, which `--prompt-set SET@VARIANT` names as `--variant` does."""
     named = {variant_of(name) for name in chosen.prompt_set or ()}
     if named <= {None}:
-        return chosen, changes
-    if len(named | {changes.variant} - {None}) > 1 or None in named:
+        return chosen, settings
+    if len(named | {settings.interventions.variant} - {None}) > 1 or None in named:
         raise click.UsageError("--prompt-set SET@VARIANT: expected the same variant for all sets, as --variant NAME")
     sets = tuple(base_set(name) for name in chosen.prompt_set or ())
-    return replace(chosen, prompt_set=sets), replace(changes, variant=named.pop())
+    interventions = replace(settings.interventions, variant=named.pop())
+    return replace(chosen, prompt_set=sets), replace(settings, interventions=interventions)
 
 
 def _prompt_sets(location: Location, chosen: PromptSetOptions) -> tuple[list[PromptSet], list[tuple[str, str]]]:

@@ -34,7 +34,10 @@ def together(*decorators: Decorator) -> Decorator:
 
 
 def collected(group: type[Any], argument: str) -> Decorator:
-    """Pass the options that are named like the fields of a dataclass as one `argument` of that class."""
+    """Pass the options that are named like the fields of a dataclass as one `argument` of that class.
+
+    A field may also be the argument of another group, whose decorator stands above this one.
+    """
     names = [field.name for field in fields(group)]
 
     def apply(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -68,5 +68,5 @@ intervention_options = together(
         help="Keep these captures as a variant of their prompt set, SET@NAME.  [default: a name made from the "
         "interventions, if there are any]",
     ),
-    collected(InterventionOptions, "changes"),
+    collected(InterventionOptions, "interventions"),
 )

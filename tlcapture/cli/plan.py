@@ -31,6 +31,7 @@ _MOST_TRAITS = 1_000_000
 class _WorkloadOptions:
     """The prompts, and what to capture from them."""
 
+    kept: KeptOptions
     prompts: int
     prompt_tokens: int
     new_tokens: int
@@ -40,15 +41,15 @@ class _WorkloadOptions:
     save_dtype: str
     batch_size: int | None
 
-    def workload(self, kept: KeptOptions) -> Workload:
+    def workload(self) -> Workload:
         """The workload to plan for."""
         from tlcapture.plan.cost import Workload
 
-        options = self._capture_options(kept)
+        options = self._capture_options()
         vectors = self.traits * len(options.components) if "projections" in self.views else 0
         return Workload(self.prompts, self.prompt_tokens, options, vectors)
 
-    def _capture_options(self, kept: KeptOptions) -> CaptureOptions:
+    def _capture_options(self) -> CaptureOptions:
         from tlcapture.commands.capture_options import ALL_LAYERS, CaptureOptions
 
         layers = tuple(int(view.partition(":")[2]) for view in self.views if view.startswith("internals:"))
@@ -58,10 +59,10 @@ class _WorkloadOptions:
             attention="attention" in self.views,
             logit_lens="logit_lens" in self.views,
             internals=ALL_LAYERS if "internals" in self.views else layers,
-            layers=kept.layers,
-            points=kept.points,
-            tokens=kept.tokens,
-            parts=kept.parts,
+            layers=self.kept.layers,
+            points=self.kept.points,
+            tokens=self.kept.tokens,
+            parts=self.kept.parts,
             save_dtype=self.save_dtype,
             batch_size=self.batch_size,
             max_new_tokens=self.new_tokens,
@@ -169,7 +170,6 @@ class _PaceOptions:
 def plan(
     model: str,
     wanted: _WorkloadOptions,
-    kept: KeptOptions,
     speed: _PaceOptions,
     workers: int,
     budget: int | None,
@@ -195,7 +195,7 @@ def plan(
     with quiet_loading():
         config = fetch_config(model, source_of(model, weights=False))
     measures = Measures.of(config)
-    workload = wanted.workload(kept)
+    workload = wanted.workload()
     cost = cost_of(workload, measures)
     pace = speed.pace(model, config, workload)
     found = [] if budget is None else reductions(workload, measures, budget)

@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Settings:
-    """The options of `project` alone."""
+    """What to project and how, with the choice of vectors."""
 
+    vectors: VectorOptions
     traits: tuple[Trait, ...]
     component: str
     dynamics_only: bool
@@ -48,12 +49,12 @@ class _Settings:
     format: str | None
     plot: Path | None
 
-    def project_options(self, vectors: VectorOptions) -> ProjectOptions:
+    def project_options(self) -> ProjectOptions:
         """What to project, and onto which vectors."""
         from tlcapture.commands.project import ProjectOptions
 
         return ProjectOptions(
-            vectors=vectors.choice("auto", self.traits),
+            vectors=self.vectors.choice("auto", self.traits),
             component=self.component,
             dynamics_only=self.dynamics_only,
             centered=self.centered,
@@ -99,7 +100,6 @@ def project(
     location: Location,
     prompt_sets: PromptSetOptions,
     settings: _Settings,
-    vectors: VectorOptions,
     cluster: ClusterOptions,
 ) -> None:
     """Project saved captures onto trait vectors."""
@@ -108,11 +108,11 @@ def project(
     check_local(settings.plot, "--plot")
     layout = location.layout
     names = _captured_prompt_sets(layout, prompt_sets, dynamics_only=settings.dynamics_only)
-    _check_request(location, names, vectors.vector_experiment, settings)
+    _check_request(location, names, settings)
     from tlcapture.commands.project import run_project
 
     executor = cluster.make_executor()
-    report = run_project(layout, names, settings.project_options(vectors), console, executor)
+    report = run_project(layout, names, settings.project_options(), console, executor)
     for name in names:
         # Projections of an earlier run would look like this run's, had this one written nothing.
         if report.n_files or not report.failures:
@@ -129,9 +129,7 @@ def project(
         console.next = location.command("view")
 
 
-def _check_request(
-    location: Location, names: tuple[str, ...], vector_experiment: str | None, settings: _Settings
-) -> None:
+def _check_request(location: Location, names: tuple[str, ...], settings: _Settings) -> None:
     """Raise `InputError` if captures or vectors are missing."""
     from tlcapture.commands.saved_prompts import saved_prompts
     from tlcapture.storage.config import read_config
@@ -143,6 +141,7 @@ def _check_request(
     for name in names:
         saved_prompts(layout, name, dynamics_only=settings.dynamics_only)
     if not settings.dynamics_only:
+        vector_experiment = settings.vectors.vector_experiment
         is_packaged = vector_experiment is None and takes_packaged(layout, read_config(layout).inference_model)
         source = PACKAGED if is_packaged else vector_experiment or location.experiment
         traits_with_vectors(vectors_layout(location.root, source), settings.traits)

@@ -104,5 +104,5 @@ sampling_options = together(
         metavar="N",
         help="N responses to each prompt, captured as ID.s1, ID.s2, ... The prompt is read once.",
     ),
-    collected(SamplingOptions, "chosen"),
+    collected(SamplingOptions, "sampling"),
 )

@@ -59,7 +59,7 @@ class VariantOptions:
         """The folder of the adapter, as an absolute path if it is a local one."""
         return None if self.adapter is None else str(Path(self.adapter).expanduser().resolve())
 
-    def given(self, root: Path) -> GivenResponses | None:
+    def responses(self, root: Path) -> GivenResponses | None:
         """The captures whose tokens are run.
 
         Raises:
@@ -117,5 +117,5 @@ variant_options = together(
         metavar="EXPERIMENT[/SET[@VARIANT]]",
         help="Generate nothing: run the stored tokens of these captures through this model.",
     ),
-    collected(VariantOptions, "of_model"),
+    collected(VariantOptions, "variants"),
 )
