@@ -15,7 +15,6 @@ from tlcapture.captures.from_generation import is_alike
 from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.captures.provenance import sample_record
 from tlcapture.commands.capture_records import CaptureRecord
-from tlcapture.commands.kept_positions import lacks_positions, wanted_positions
 from tlcapture.commands.known_files import PromptFiles
 from tlcapture.commands.known_views import PresentFile
 from tlcapture.commands.view_files import write_attention_file, write_lens_file
@@ -135,7 +134,7 @@ class Outputs:
             if found.view is None:  # which is reported by whoever replaces it
                 return overwrite
             lacks_layers = parts is not None and parts.are_lacked_by(found.view)
-            return lacks_layers or lacks_positions(found.view, self.tokens)
+            return lacks_layers or found.view.lacks(self.tokens)
 
         return replace(
             self,
@@ -240,6 +239,16 @@ def computed_add_ons(layout: Layout, capture: Capture, model: Model, asked: AddO
     for layer in wanted.internals:
         path, content = layout.internals(*where, layer), _internals_content(capture, cache, layer, positions)
         yield partial(_write_internals, path, content, asked.save_dtype)
+
+
+def wanted_positions(tokens: KeptTokens | None, capture: Capture, *, fresh: bool) -> Positions:
+    """The tokens that outputs of a capture should hold: the chosen ones, or without a choice those of the capture.
+
+    Without a choice, a `fresh` capture should hold all.
+    """
+    if tokens is None and not fresh:
+        return capture.positions
+    return kept_of(tokens, len(capture.prompt.tokens), len(capture.tokens))
 
 
 def lens_of(model: Model, token_ids: Sequence[int], n_prompt: int, cache: Cache, wanted: Outputs) -> LogitLens:

@@ -15,9 +15,8 @@ from typing import Any
 
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_options import CaptureOptions
-from tlcapture.commands.capture_outputs import Outputs
+from tlcapture.commands.capture_outputs import Outputs, wanted_positions
 from tlcapture.commands.capture_tasks import CaptureTask
-from tlcapture.commands.kept_positions import wanted_positions
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.sizes import Measures
 from tlcapture.prompts.tokenization import TokenizedPrompt

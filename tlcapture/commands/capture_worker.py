@@ -29,12 +29,12 @@ from tlcapture.commands.capture_outputs import (
     lens_of,
     lens_of_saved,
     remove_stale,
+    wanted_positions,
     write_capture,
 )
 from tlcapture.commands.capture_projections import CaptureProjections
 from tlcapture.commands.capture_tasks import CaptureTask
 from tlcapture.commands.given_responses import generate_or_force, longest_forced
-from tlcapture.commands.kept_positions import wanted_positions
 from tlcapture.commands.known_files import KnownFiles
 from tlcapture.commands.known_views import with_facts
 from tlcapture.commands.memory_need import PromptSize, check_sizes

@@ -13,7 +13,7 @@ from tlcapture.storage.file_index import Facts, as_facts
 from tlcapture.storage.files import Written, read_tensors
 from tlcapture.storage.layout import Layout
 from tlcapture.views.json_files import LensHead, head_of
-from tlcapture.views.kept_tokens import Positions
+from tlcapture.views.kept_tokens import KeptTokens, Positions
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class KnownView:
     n_layers: int
     top_k: int
     positions: Positions
+
+    def lacks(self, tokens: KeptTokens | None) -> bool:
+        """Whether the file lacks a token that is wanted. Without a choice, what an existing file holds is enough."""
+        held = self.positions
+        return tokens is not None and not held.includes(tokens.of(held.n_prompt, held.n_tokens))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tlcapture.captures.capture import Capture
-from tlcapture.commands.capture_outputs import Outputs
-from tlcapture.commands.kept_positions import wanted_positions
+from tlcapture.commands.capture_outputs import Outputs, wanted_positions
 from tlcapture.errors import InputError
 from tlcapture.generation.interventions import Intervention
 from tlcapture.generation.loop import generate
