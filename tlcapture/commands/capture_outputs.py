@@ -24,11 +24,10 @@ from tlcapture.models.finite_weights import remedy
 from tlcapture.models.loading import Model
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import token_texts
-from tlcapture.runs.existing_files import saved_capture
+from tlcapture.runs.existing_files import remove_derived, saved_capture
 from tlcapture.shapes import Residual
 from tlcapture.storage.files import Written, remove, write_tensors
-from tlcapture.storage.layout import Layout, derived_files
-from tlcapture.traits.saved_projections import remove_sharded
+from tlcapture.storage.layout import Layout
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
@@ -167,16 +166,14 @@ def write_capture(
     They are removed after the new file was written completely and before it is renamed to its path, so that a derived
     file never exists next to a capture other than its source. `on_removed` is called with their paths.
     """
-    capture_set, name = capture.capture_set, capture.name
-    path = layout.residual(capture_set, name)
-    derived = None if is_alike(path, capture) else derived_files(layout, capture_set, name)
+    where = (capture.capture_set, capture.name)
+    path = layout.residual(*where)
 
-    def remove_derived(new: Path) -> None:
-        if derived is not None:
-            remove(derived)
-            on_removed([*derived, *remove_sharded(layout, capture_set, name)])
+    def before_replacing(new: Path) -> None:
+        if not is_alike(path, capture):
+            on_removed(remove_derived(layout, *where))
 
-    return capture.save(path, before_replacing=remove_derived).knowing(KnownCapture.of(capture).facts())
+    return capture.save(path, before_replacing=before_replacing).knowing(KnownCapture.of(capture).facts())
 
 
 def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
@@ -184,14 +181,14 @@ def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
 
     A raw file of the prompt that cannot be read is removed too. Returns the paths of the removed files.
     """
-    raw = layout.residual(capture.capture_set, capture.name)
+    where = (capture.capture_set, capture.name)
+    raw = layout.residual(*where)
     unreadable = [raw] if raw.is_file() and saved_capture(raw, overwrite=True) is None else []
-    before = CaptureRecord.find(layout, capture.capture_set, capture.name)
+    before = CaptureRecord.find(layout, *where)
     if not unreadable and before is not None and before.is_like(capture):
         return ()
-    stale = [*derived_files(layout, capture.capture_set, capture.name), *unreadable]
-    remove(stale)
-    return [*stale, *remove_sharded(layout, capture.capture_set, capture.name)]
+    remove(unreadable)
+    return [*unreadable, *remove_derived(layout, *where)]
 
 
 @dataclass(frozen=True, eq=False)

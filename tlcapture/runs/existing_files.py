@@ -12,12 +12,14 @@ from pathlib import Path
 from tlcapture.captures.capture import Capture
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import StorageError
+from tlcapture.names import PromptId
 from tlcapture.storage.compact_files import is_compact
-from tlcapture.storage.files import read_json, read_tensors
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.files import read_json, read_tensors, remove
+from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.storage.projection_shards import Shard
 from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.validation import not_valid
+from tlcapture.traits.saved_projections import remove_sharded
 from tlcapture.views.json_files import AttentionHead, LensHead
 from tlcapture.views.saved_attention import read_attention
 from tlcapture.views.saved_lens import read_lens
@@ -67,6 +69,13 @@ def check_readable(layout: Layout, path: Path) -> None:
         content = read_json(path)
         if not isinstance(content, dict) or "projections" not in content:
             raise not_valid(path, "projection", "it has no projections")
+
+
+def remove_derived(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:
+    """Remove all files made from a capture, and its projections from shards; returns the files that are gone."""
+    derived = derived_files(layout, prompt_set, prompt_id)
+    remove(derived)
+    return [*derived, *remove_sharded(layout, prompt_set, prompt_id)]
 
 
 def saved_capture(raw: Path, *, overwrite: bool, advice: str = REPLACE) -> Capture | None:

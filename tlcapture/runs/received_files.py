@@ -10,14 +10,13 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import is_alike
 from tlcapture.errors import StorageError
 from tlcapture.names import COMPACT, Trait
-from tlcapture.runs.existing_files import check_replaceable
+from tlcapture.runs.existing_files import check_replaceable, remove_derived
 from tlcapture.runs.report import Done, Failed
 from tlcapture.storage.config import update_config
 from tlcapture.storage.files import Written, read_bytes, remove, write_bytes
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
 from tlcapture.storage.shard_writing import adopt, take_out
-from tlcapture.traits.saved_projections import remove_sharded
 
 _INPUTS = (
     "config.json",
@@ -104,11 +103,10 @@ def _store(layout: Layout, path: Path, content: bytes) -> Written:
 def _store_capture(layout: Layout, path: Path, content: bytes) -> Written:
     """Write a raw residual file, after removing files derived from another capture of the prompt."""
 
-    def remove_derived(new: Path) -> None:
+    def before_replacing(new: Path) -> None:
         capture = Capture.open(new)
         update_config(layout, inference_model=str(capture.metadata["inference_model"]))
         if not is_alike(path, capture):
-            remove(derived_files(layout, *layout.of_residual(path)))
-            remove_sharded(layout, *layout.of_residual(path))
+            remove_derived(layout, *layout.of_residual(path))
 
-    return write_bytes(path, content, before_replacing=remove_derived)
+    return write_bytes(path, content, before_replacing=before_replacing)
