@@ -5,9 +5,9 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from threading import Lock
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_options import CaptureOptions
@@ -81,8 +81,26 @@ class CaptureProjections:
             vectors = self._vectors(run, capture, component)
             if files is not None:
                 vectors = without_projection(files, vectors, self.options.existing)
-            if vectors:
-                self._project_onto(run, capture, vectors, only, device, kept)
+            if not vectors:
+                continue
+            prompt, response = capture.prompt.residual, capture.response.residual
+            scores = scores_of(prompt, response, [each.vector for each in vectors], device)
+            has_whole_file = kept is None or kept.is_all  # which another process reads
+            if device is not None and has_whole_file and not only:
+                self._project_elsewhere(run, capture, vectors, scores)
+                continue
+            overwrite, form = self.options.overwrite, self.options.parts.form
+            project_capture(
+                run,
+                capture,
+                vectors,
+                self._levels.reporting_to(run),
+                only=only,
+                overwrite=overwrite,
+                kept=kept,
+                scores=scores,
+                form=form,
+            )
 
     def _vectors(self, run: Run, subject: Subject, component: str) -> Sequence[ChosenVector]:
         """The vectors for a capture; a new choice is reported on `run`."""
@@ -100,24 +118,11 @@ class CaptureProjections:
             self._last_pickled = chosen, pickled
         return pickled
 
-    def _project_onto(
-        self,
-        run: Run,
-        capture: Capture,
-        chosen: Sequence[ChosenVector],
-        only: bool,
-        device: torch.device | None,
-        kept: Positions | None,
+    def _project_elsewhere(
+        self, run: Run, capture: Capture, chosen: Sequence[ChosenVector], scores: Sequence[Tensor]
     ) -> None:
-        overwrite, streams = self.options.overwrite, (capture.prompt.residual, capture.response.residual)
-        scores = scores_of(*streams, [each.vector for each in chosen], device)
-        has_whole_file = kept is None or kept.is_all  # which another process reads
-        form = self.options.parts.form
-        if only or device is None or not has_whole_file:
-            levels = self._levels.reporting_to(run)
-            how: dict[str, Any] = {"overwrite": overwrite, "kept": kept, "scores": scores, "form": form}
-            project_capture(run, capture, chosen, levels, only=only, **how)
-            return
+        """Let another process write the projections of a capture, of which it reads the file."""
+        overwrite, form = self.options.overwrite, self.options.parts.form
         raw = run.layout.residual(capture.capture_set, capture.name)
         values = [each.numpy(force=True) for each in scores]
         task = ProjectionTask(run.layout, raw, self._pickled(chosen), values, overwrite, run.report.remembers, form)
