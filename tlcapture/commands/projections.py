@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChoice, V
 from tlcapture.traits.mean_activations import mean_activation
 from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.projection import Projection, project, projections_to_json
-from tlcapture.traits.reference import Reference, read_reference
+from tlcapture.traits.reference import read_reference
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.span_dynamics import by_span
 from tlcapture.traits.vectors import TraitVector
@@ -107,16 +107,22 @@ class ChanceLevels:
         shape = stream.n_layers, stream.points.shape[-1]
         key = (vector.experiment, vector.component, shape)
         if key not in self._made:
-            self._made[key] = RandomDirections(self._reference(vector, shape), *shape)
+            source = vectors_layout(self.run.layout.root, vector.experiment)
+            self._made[key] = random_directions(source, vector.component, *shape, self.run.warn)
         return self._made[key]
 
-    def _reference(self, vector: TraitVector, shape: tuple[int, int]) -> Reference | None:
-        try:
-            reference = read_reference(vectors_layout(self.run.layout.root, vector.experiment), vector.component)
-        except StorageError as error:
-            self.run.warn(str(error))
-            return None
-        return reference if reference is not None and reference.fits(*shape) else None
+
+def random_directions(
+    source: Layout, component: str, n_layers: int, d_model: int, warn: Callable[[str], object]
+) -> RandomDirections:
+    """The random directions to compare vectors of an experiment with; warns of a reference that cannot be read."""
+    try:
+        reference = read_reference(source, component)
+    except StorageError as error:
+        warn(str(error))
+        reference = None
+    fits = reference is not None and reference.fits(n_layers, d_model)
+    return RandomDirections(reference if fits else None, n_layers, d_model)
 
 
 def project_capture(

@@ -14,7 +14,8 @@ from typing import Any, SupportsIndex
 import torch
 
 from tlcapture.captures.capture import Capture
-from tlcapture.errors import InputError, StorageError, warn_user
+from tlcapture.commands.projections import random_directions
+from tlcapture.errors import InputError, warn_user
 from tlcapture.explore.doubts import tell
 from tlcapture.names import Trait
 from tlcapture.storage.files import FileState
@@ -25,7 +26,6 @@ from tlcapture.traits.choice import ChosenVector, VectorChoice, choose_vectors
 from tlcapture.traits.missing_vectors import no_component_vectors
 from tlcapture.traits.own_direction import project_direction
 from tlcapture.traits.projection import Projection, project
-from tlcapture.traits.reference import read_reference
 from tlcapture.traits.token_scores import TokenScores
 from tlcapture.traits.verdicts import Doubts, UsedVector
 from tlcapture.views.hooks import check_component
@@ -120,10 +120,4 @@ def _random_directions(source: Layout, component: str, capture: Capture) -> Rand
 
 @lru_cache(maxsize=4)
 def _drawn(source: Layout, component: str, state: FileState | None, n_layers: int, d_model: int) -> RandomDirections:
-    try:
-        reference = read_reference(source, component)
-    except StorageError as error:
-        warn_user(str(error))
-        reference = None
-    fits = reference is not None and reference.fits(n_layers, d_model)
-    return RandomDirections(reference if fits else None, n_layers, d_model)
+    return random_directions(source, component, n_layers, d_model, warn_user)
