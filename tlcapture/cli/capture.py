@@ -142,7 +142,9 @@ class _Settings:
 @kept_options
 @click.option("--no-project", is_flag=True, help="Do not project onto trait vectors.")
 @click.option("--projections-only", is_flag=True, help="Keep only projections, no raw activations.")
-@click.option("--replay", is_flag=True, help="Generate nothing; compute add-ons from saved captures.")
+@click.option(
+    "--replay", is_flag=True, help="Generate nothing; add attention, logit lens or internals to saved captures."
+)
 @vector_options(default_layer="auto, or 16 where nothing was evaluated")
 @intervention_options
 @variant_options
@@ -157,13 +159,13 @@ class _Settings:
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
 @click.option("--overwrite", is_flag=True, help="Also replace files that cannot be read, and those derived from them.")
 @click.option("--dry-run", is_flag=True, help="Only report how many prompts, files and bytes would be written.")
-@click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Only the first prompts of each set.")
+@click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Only the first N prompts of each set.")
 @shard_option
 @save_dtype_option
 @click.option(
     "--chat-template/--no-chat-template",
     default=None,
-    help="Apply the chat template to prompts, or not.  [default: apply it if the model has one]",
+    help="Whether to apply the chat template.  [default: apply it if the model has one]",
 )
 @click.option(
     "--system-prompt", type=Text(), metavar="TEXT", help="System prompt for all prompts, instead of their own."
@@ -171,7 +173,7 @@ class _Settings:
 @click.option(
     "--thinking",
     type=click.Choice(["on", "off"]),
-    help="Turn thinking on or off, where the chat template has such a switch.  [default: the template's]",
+    help="Turn thinking on or off, if the chat template has a switch for it.  [default: the template's]",
 )
 @click.option(
     "--template-arg", type=TemplateArg(), multiple=True, help="Any other value for the chat template; repeatable."
@@ -192,8 +194,8 @@ def capture(
 ) -> None:
     """Generate from prompts and capture what the model computes, token by token.
 
-    Writes raw residuals to experiments/NAME/inference/raw/residual, add-ons next to them, and projections
-    onto the experiment's trait vectors, or those that come with the package for the embedded model.
+    Writes the residual stream to experiments/NAME/inference/raw/residual, the other views that you ask for next to it,
+    and projections onto the experiment's trait vectors, or onto the packaged ones for the embedded model.
     """
     layout = location.layout
     prompt_sets, settings = _named_variant(prompt_sets, settings)

@@ -92,7 +92,7 @@ cluster_options = together(
         help="CPUs, and threads, per Ray worker.",
     ),
     click.option(
-        "--collect", is_flag=True, help="Have Ray workers send their files back, where they cannot see --root."
+        "--collect", is_flag=True, help="Have Ray workers send their files back; needed if they cannot see --root."
     ),
     collected(ClusterOptions, "cluster"),
 )

@@ -53,12 +53,15 @@ class _Settings:
     "--vectors",
     "vectors_of",
     type=click.Choice(["a", "b", "own"]),
-    help="Whose vectors both are projected onto; own: each onto its own.  [default: of A, else of B, else packaged]",
+    help="Whose vectors to project both onto; own: each onto its own.  [default: A's, or B's, or the packaged ones]",
 )
 @vector_options(default_layer="auto")
 @click.option("--no-kl", is_flag=True, help="Leave out the next-token distributions; no model is loaded.")
 @click.option(
-    "--device", default="auto", show_default=True, help="cuda, mps or cpu for these; auto: the first available."
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Device for those distributions: cuda, mps or cpu; auto: the first available.",
 )
 @click.option("--skip-existing", is_flag=True, help="Write only missing and outdated files.")
 @click.option("--overwrite", is_flag=True, help="Also replace files that cannot be read.")
@@ -68,11 +71,11 @@ class _Settings:
 def compare(console: Console, settings: _Settings, vectors: VectorOptions, cluster: ClusterOptions) -> None:
     """Compare captures B with captures A of the same prompts, token by token.
 
-    Prompts are matched by id, and refused where their texts differ.
+    Prompts are matched by id, and refused if their texts differ.
 
-    A and B are EXPERIMENT, EXPERIMENT/SET or EXPERIMENT/SET@VARIANT. Differences are those of B less A: of
-    projections, of residuals (cosine and norm ratio by layer), and of next-token distributions (KL of A from B, in
-    nats). Writes experiments/A/analysis/compare.
+    A and B are EXPERIMENT, EXPERIMENT/SET or EXPERIMENT/SET@VARIANT. Compares projections (B minus A), residuals
+    (cosine and norm ratio by layer), and next-token distributions (KL of A from B, in nats). Writes
+    experiments/A/analysis/compare.
     """
     from tlcapture.commands.compared_sets import CaptureSet, compared_sets
 

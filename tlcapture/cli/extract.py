@@ -31,13 +31,13 @@ from tlcapture.cli.work import working
     type=click.Choice(["auto", "response_mean", "last_prompt_token", "all_mean"]),
     default="auto",
     show_default=True,
-    help="Which activations are read; auto: the mean over the response, or over a text without one.",
+    help="Which activations to read; auto: the mean over the response, or over the whole text if there is no response.",
 )
 @examples_as_option
 @click.option(
     "--skip-existing",
     is_flag=True,
-    help="Leave out traits whose vectors exist, from the same examples and the model of this name.",
+    help="Skip traits whose vectors exist already, made from the same examples and a model of the same name.",
 )
 @model_options
 @cluster_options

@@ -23,7 +23,7 @@ given_prompt_options = together(
         type=Text(),
         metavar="TEXT",
         multiple=True,
-        help="A prompt, captured as the next one of the prompt set adhoc; repeatable. -: standard input.",
+        help="A prompt, added to the prompt set adhoc; repeatable. -: read it from standard input.",
     ),
     click.option(
         "--prompt-file",

@@ -106,7 +106,7 @@ model_options = together(
     click.option(
         "--no-check",
         is_flag=True,
-        help="Skip comparing a short prompt with Hugging Face, done once per checkpoint and versions.",
+        help="Skip the comparison of a short prompt with Hugging Face, made once per checkpoint and set of versions.",
     ),
     collected(ModelOptions, "model"),
 )

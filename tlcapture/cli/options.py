@@ -113,7 +113,9 @@ prompt_set_options = together(
 )
 
 shard_option = click.option(
-    "--shard", type=ShardOf(), help="Only every n-th prompt of each set, starting with the i-th: run i of n runs."
+    "--shard",
+    type=ShardOf(),
+    help="Only every n-th prompt of each set, starting with the i-th, to share it among n runs.",
 )
 
 # -- trait vectors --------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ def vector_options(default_layer: str) -> Decorator:
         click.option(
             "--vector-experiment",
             metavar="NAME",
-            help="Use vectors of experiment NAME, even from another model; packaged: those of the package.",
+            help="Use vectors of experiment NAME, even from another model; packaged: those that come with the package.",
         ),
         collected(VectorOptions, "vectors"),
     )
@@ -211,7 +213,7 @@ examples_as_option = click.option(
     type=click.Choice(["texts", "scenarios", "auto"]),
     default="auto",
     show_default=True,
-    help="How to read lines of .txt examples: texts, or scenarios that the model completes; auto: a guess, texts.",
+    help="What lines of .txt examples are: texts, or scenarios for the model to complete; auto: texts, with a warning.",
 )
 
 # -- stored activations ---------------------------------------------------------------------------
@@ -297,7 +299,7 @@ batch_size_option = click.option(
     type=BatchSize(),
     default="auto",
     show_default=True,
-    help="Prompts that run together. In 16 bits it affects rounding, so tokens; the same batches give the same bits.",
+    help="Prompts that run together. In 16 bits it affects rounding, hence tokens; equal batches give equal bits.",
 )
 
 # The range that JSON and torch's generators can hold.

@@ -71,19 +71,19 @@ sampling_options = together(
         "--top-p",
         type=click.FloatRange(0, 1),
         metavar="P",
-        help="Sample from the fewest likeliest tokens whose probabilities reach P.",
+        help="Sample from the smallest set of most likely tokens whose probabilities add up to at least P.",
     ),
     click.option(
         "--top-k",
         type=click.IntRange(0, 2**31 - 1),
         metavar="K",
-        help="Sample from the K likeliest tokens; 0: from all.",
+        help="Sample from the K most likely tokens; 0: from all.",
     ),
     click.option(
         "--min-p",
         type=click.FloatRange(0, 1),
         metavar="P",
-        help="Sample from tokens with at least P times the probability of the likeliest one.",
+        help="Sample from tokens with at least P times the probability of the most likely one.",
     ),
     click.option(
         "--repetition-penalty",
@@ -96,7 +96,7 @@ sampling_options = together(
         type=Text(),
         metavar="TEXT",
         multiple=True,
-        help="End a response with the token that completes TEXT, for a newline in bash $'\\n'; repeatable.",
+        help="End a response with the token that completes TEXT; repeatable. In bash, $'\\n' is a newline.",
     ),
     click.option(
         "--samples",

@@ -75,9 +75,9 @@ def steer(
 ) -> None:
     """Add trait vectors while the model generates, and score the effect.
 
-    At the three cells with the largest gains 20 random vectors are added as well, and the steered responses are read
-    back without steering. Decoding is always greedy, so --seed has no effect. Runs that are already in results.json
-    are not repeated.
+    For the three settings with the largest gains, 20 random vectors are added for comparison, and the steered responses
+    are projected again without steering. Decoding is always greedy, so --seed has no effect. Runs that are already in
+    results.json are not repeated.
     """
     from tlcapture.traits.vector_files import traits_with_vectors
 
