@@ -17,7 +17,7 @@ from click.testing import Result
 from safetensors import safe_open
 
 from tlcapture.captures.capture import Capture
-from tlcapture.exchange.manifest import NAME, read_manifest
+from tlcapture.exchange.manifest import MANIFEST, read_manifest
 from tlcapture.storage.files import read_json, read_tensors
 
 Run = Callable[..., Result]
@@ -266,7 +266,9 @@ def test_any_changed_byte_of_an_export_is_found_and_named(
     assert export("--format", form, *EVERYTHING).exit_code == 0
     card = data / "out" / "README.md"
     card.write_text("my own words")
-    paths = [path for path in (data / "out").rglob("*") if path.is_file() and path not in (card, data / "out" / NAME)]
+    paths = [
+        path for path in (data / "out").rglob("*") if path.is_file() and path not in (card, data / "out" / MANIFEST)
+    ]
     assert {path.relative_to(data / "out").as_posix() for path in paths} == set(read_manifest(data / "out").sha256)
     for path in (max(paths, key=lambda each: each.stat().st_size), data / "out" / "config.json"):
         whole = path.read_bytes()

@@ -29,7 +29,7 @@ from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import read_vector
 
 COMMAND = ["capture", "--prompt", "How do tides work?", "--max-new-tokens", "12", "--temperature", "0"]
-SAID = "default: no trait vectors of its own: projected onto those that come with the package"
+PROJECTED_ONTO_PACKAGED = "default: no trait vectors of its own: projected onto those that come with the package"
 Command = Callable[..., Result]
 
 pytestmark = pytest.mark.skipif(tiny.ENGINES[0] != "hooked", reason="they were extracted with TransformerLens 3")
@@ -63,7 +63,7 @@ def test_the_page_shows_them_with_their_evaluation(captured: tuple[Path, Result]
 def test_the_first_capture_is_projected_onto_all_shipped_traits(captured: tuple[Path, Result]) -> None:
     root, result = captured
     assert result.exit_code == 0
-    assert result.output.count(SAID) == 1
+    assert result.output.count(PROJECTED_ONTO_PACKAGED) == 1
     found = _projections(root)
     sources = [each.metadata.vector_source for each in found]
     assert len(found) == len(Datasets(root).traits()) == 10
@@ -95,7 +95,7 @@ def test_other_commands_take_them_too(captured: tuple[Path, Result], tmp_path: P
     root, _ = captured
     before = [each.trajectory for each in _projections(root)]
     result = CliRunner().invoke(main, ["project", "--root", str(root), "--prompt-set", "adhoc"])
-    assert (result.exit_code, result.output.count(SAID)) == (0, 1)
+    assert (result.exit_code, result.output.count(PROJECTED_ONTO_PACKAGED)) == (0, 1)
     assert [each.trajectory for each in _projections(root)] == before
     result = CliRunner().invoke(main, ["traits", "list", "--root", str(root)])
     assert (result.exit_code, result.output.count("effect_size")) == (0, 10)
@@ -155,7 +155,7 @@ def test_without_projection_none_are_unpacked(root: Path, tlcapture: Command, mo
     monkeypatch.setattr("tlcapture.traits.packaged_vectors.packaged_layout", refuse)
     result = tlcapture(*COMMAND, "--no-project")
     assert result.exit_code == 0
-    assert SAID not in result.output
+    assert PROJECTED_ONTO_PACKAGED not in result.output
     assert not _projections(root)
 
 
@@ -195,7 +195,7 @@ def test_captures_of_an_experiment_without_vectors_are_compared_on_the_packaged_
     words = ["compare", "default", "default", "--root", str(root), "--no-kl"]
     result = tlcapture(*words)
     assert result.exit_code == 0
-    assert SAID in result.output
+    assert PROJECTED_ONTO_PACKAGED in result.output
     path = root / "experiments/default/analysis/compare/default/adhoc/1.json"
     traits = read_json(path)["traits"]
     assert len(traits) == 10
@@ -204,7 +204,7 @@ def test_captures_of_an_experiment_without_vectors_are_compared_on_the_packaged_
     assert "1 prompt skipped" in tlcapture(*words, "--skip-existing").output
     asked = tlcapture(*words, "--vector-experiment", "packaged", "--traits", "style/formality")
     assert asked.exit_code == 0
-    assert SAID not in asked.output
+    assert PROJECTED_ONTO_PACKAGED not in asked.output
     frame = Experiment("default", root).compare("default", "adhoc", kl=False)
     assert set(frame["trait"]) == set(traits)
 
@@ -231,7 +231,7 @@ def test_a_comparison_takes_them_too_and_says_so(captured: tuple[Path, Result], 
     assert tlcapture("capture", *steered, "--root", root, "--vector-experiment", "packaged").exit_code == 0
     compared = tlcapture("compare", "default/adhoc", "default/adhoc@formal", "--no-kl", "--root", root)
     assert compared.exit_code == 0, compared.output
-    assert SAID in compared.stdout
+    assert PROJECTED_ONTO_PACKAGED in compared.stdout
     traits = [line.split()[0] for line in compared.stdout.splitlines() if re.match(r"\w+/\w+ +[+-]", line)]
     assert traits == list(map(str, Datasets(root).traits()))
     assert compared.stdout.splitlines()[-1].startswith("next: tlcapture view")

@@ -180,7 +180,7 @@ def test_reading_a_set_waits_for_shorter_requests(
     monkeypatch.setattr(long_reading, "_LONGEST_PAUSE", 60)
     projected(page_root, 3, TRAIT, 5.0)
     with ThreadPoolExecutor(1) as threads:
-        with long_reading.OTHERS.answering():
+        with long_reading.SHORT_REQUESTS.answering():
             reading = threads.submit(read, Contents(page_root))
             with pytest.raises(TimeoutError):
                 reading.result(timeout=0.2)

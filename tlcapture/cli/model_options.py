@@ -49,10 +49,10 @@ class ModelOptions(EngineOptions):
         Raises:
             InputError: the experiment has used another model in this role, and the change is not allowed.
         """
-        from tlcapture.models.embedded import NAME
+        from tlcapture.models.embedded import NAME as EMBEDDED
         from tlcapture.storage.config import settle_model
 
-        name = settle_model(layout, role, self._named(), NAME, allow_change=self.allow_model_change)
+        name = settle_model(layout, role, self._named(), EMBEDDED, allow_change=self.allow_model_change)
         return replace(self.loader(name, display), check=not self.no_check)
 
     def _named(self) -> str | None:

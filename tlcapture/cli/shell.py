@@ -29,14 +29,14 @@ def shell(location: Location) -> None:
     """
     from tlcapture.errors import TlcaptureError
     from tlcapture.explore.experiment import Experiment
-    from tlcapture.models.embedded import NAME
+    from tlcapture.models.embedded import NAME as EMBEDDED
     from tlcapture.models.lazy_model import LazyModel
 
     exp = Experiment(location.experiment, location.root)
     if importlib.util.find_spec("IPython") is None:
         raise TlcaptureError('the shell needs IPython: run pip install "tlcapture[ipython]"')
     own = exp.config.inference_model or exp.config.extraction_model
-    model = LazyModel(lambda: _load(own, exp), own or NAME)
+    model = LazyModel(lambda: _load(own, exp), own or EMBEDDED)
     _start({"exp": exp, "captures": exp.captures, "model": model}, _banner(exp))
 
 
@@ -63,11 +63,11 @@ def _banner(exp: Experiment) -> str:
 
 def _load(own: str | None, exp: Experiment) -> Model:
     """The experiment's model, or the one that a first capture would use."""
-    from tlcapture.models.embedded import NAME
+    from tlcapture.models.embedded import NAME as EMBEDDED
     from tlcapture.models.loading import load_model
 
-    click.echo(f"loading {own or NAME} ...", err=True)
-    return exp.model if own else load_model(NAME)
+    click.echo(f"loading {own or EMBEDDED} ...", err=True)
+    return exp.model if own else load_model(EMBEDDED)
 
 
 def _start(namespace: dict[str, Any], banner: str) -> None:

@@ -40,7 +40,7 @@ from tlcapture.storage.layout import Layout
 from tlcapture.storage.temporary_files import sweep_temporaries
 from tlcapture.text import format_bytes
 from tlcapture.traits.missing_vectors import no_vectors
-from tlcapture.traits.packaged_vectors import NOTHING_TO_PROJECT_ONTO, SAID
+from tlcapture.traits.packaged_vectors import NOTHING_TO_PROJECT_ONTO, PROJECTED_ONTO_PACKAGED
 from tlcapture.traits.vector_files import traits_with_vectors
 
 __all__ = ["CaptureOptions", "estimate_capture", "run_capture"]
@@ -122,7 +122,7 @@ def _tell_of_plan(run: Run, tasks: Sequence[CaptureTask], options: CaptureOption
         if task.other_sampling:
             run.warn(_other_sampling_warning(task))
     if options.projects and options.vectors.is_fallback:
-        run.line(f"{run.layout.experiment}: {SAID}")
+        run.line(f"{run.layout.experiment}: {PROJECTED_ONTO_PACKAGED}")
     elif options.projects and not options.vectors.layout(run.layout).traits():
         run.line(f"{run.layout.experiment}: {NOTHING_TO_PROJECT_ONTO}")
 

@@ -32,7 +32,7 @@ from tlcapture.storage.files import write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import ChosenVector, VectorChoice, VectorChooser
 from tlcapture.traits.missing_vectors import extract_command, is_in_package, no_vectors
-from tlcapture.traits.packaged_vectors import SAID, packaged_layout, takes_packaged, vectors_layout
+from tlcapture.traits.packaged_vectors import PROJECTED_ONTO_PACKAGED, packaged_layout, takes_packaged, vectors_layout
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.version import __version__
@@ -101,7 +101,7 @@ def run_compare(
     if not sources:
         run.warn(f"no trait vectors, so no projections are compared: run '{extract_command(layout)}' first")
     elif is_in_package(sources[0]) and options.choice.experiment is None:
-        run.line(f"{layout.experiment}: {SAID}")
+        run.line(f"{layout.experiment}: {PROJECTED_ONTO_PACKAGED}")
     tasks = [CompareTask(each, each.pairs()) for each in sets]
     with ExitStack() as stack:
         for each in sorted(sets, key=lambda found: str(found.a)):

@@ -19,7 +19,7 @@ from tlcapture.exchange.exported import (
     column_of,
     read_exported,
 )
-from tlcapture.exchange.manifest import CARD, FORMAT_VERSION, NAME, Format, Manifest, digests
+from tlcapture.exchange.manifest import CARD, FORMAT_VERSION, MANIFEST, Format, Manifest, digests
 from tlcapture.exchange.parquet import Columns, ParquetFolder
 from tlcapture.exchange.single_files import SingleFiles
 from tlcapture.exchange.vectors import ExportedVectors, export_vectors
@@ -125,7 +125,7 @@ def _check_free(options: ExportOptions) -> None:
     to = options.to
     if not to.exists():
         return
-    if not to.is_dir() or (any(to.iterdir()) and not (to / NAME).is_file()):
+    if not to.is_dir() or (any(to.iterdir()) and not (to / MANIFEST).is_file()):
         raise InputError(
             f"--to {to}: something else is there, which is not replaced: name a folder that does not exist"
         )

@@ -38,7 +38,7 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.centring import Centred
 from tlcapture.traits.choice import ChosenVector, VectorChoice
 from tlcapture.traits.mean_activations import check_means
-from tlcapture.traits.packaged_vectors import SAID
+from tlcapture.traits.packaged_vectors import PROJECTED_ONTO_PACKAGED
 from tlcapture.traits.projection import dynamics_of_file, movement_of_file
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS
@@ -94,7 +94,7 @@ def run_project(
     traits = traits_with_vectors(options.vectors.layout(layout), options.vectors.traits)
     options.vectors.check(options.vectors.layout(layout), options.component)
     if options.vectors.is_fallback:
-        run.line(f"{layout.experiment}: {SAID}")
+        run.line(f"{layout.experiment}: {PROJECTED_ONTO_PACKAGED}")
     if options.centered:
         check_means(options.vectors.layout(layout), traits, options.component)
     with ExitStack() as stack:

@@ -12,7 +12,7 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.validation import Count, FileContent, checked
 
-NAME = "tlcapture-export.json"
+MANIFEST = "tlcapture-export.json"
 CARD = "README.md"
 Format = Literal["datasets", "parquet", "safetensors", "json"]
 FORMAT_VERSION = 1
@@ -48,7 +48,7 @@ class Manifest(FileContent):
 
     def write(self, folder: Path) -> None:
         """Write the manifest to the folder of an export."""
-        write_json(folder / NAME, self.model_dump(), indent=True)
+        write_json(folder / MANIFEST, self.model_dump(), indent=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -58,9 +58,9 @@ def read_manifest(folder: Path) -> Manifest:
         InputError: `tlcapture export` did not write the folder.
         StorageError: the export is damaged, incomplete, or of a later version.
     """
-    path = folder / NAME
+    path = folder / MANIFEST
     if not path.is_file():
-        raise InputError(f"{folder}: not an export of tlcapture: it has no {NAME}")
+        raise InputError(f"{folder}: not an export of tlcapture: it has no {MANIFEST}")
     value = read_json(path)
     version = value.get("format_version") if isinstance(value, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -77,7 +77,7 @@ def digests(folder: Path) -> dict[str, str]:
     """The SHA-256 digest of each file of an export, by its name, without the manifest and the card."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: _digest(path) for name, path in names.items() if name not in (NAME, CARD)}
+    return {name: _digest(path) for name, path in names.items() if name not in (MANIFEST, CARD)}
 
 
 def check_digests(folder: Path, manifest: Manifest) -> None:
@@ -85,7 +85,7 @@ def check_digests(folder: Path, manifest: Manifest) -> None:
     for name, digest in manifest.sha256.items():
         if _digest(folder / name) != digest:
             raise StorageError(
-                f"{folder / name}: damaged or changed since it was exported (sha256 in {NAME}): restore it"
+                f"{folder / name}: damaged or changed since it was exported (sha256 in {MANIFEST}): restore it"
             )
 
 

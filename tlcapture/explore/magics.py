@@ -25,7 +25,7 @@ from IPython.display import display
 from tlcapture.errors import TlcaptureError
 from tlcapture.explore.completion import complete_in
 from tlcapture.explore.experiment import Experiment
-from tlcapture.models.embedded import NAME
+from tlcapture.models.embedded import NAME as EMBEDDED
 from tlcapture.models.lazy_model import LazyModel
 from tlcapture.names import Trait
 from tlcapture.prompts.template_args import parse_template_arg
@@ -72,7 +72,7 @@ class CaptureMagics(Magics):
 
     def __init__(self, shell: InteractiveShell):
         super().__init__(shell)
-        self._embedded = LazyModel(lambda: _load(NAME), NAME)
+        self._embedded = LazyModel(lambda: _load(EMBEDDED), EMBEDDED)
 
     @property
     def _namespace(self) -> dict[str, Any]:

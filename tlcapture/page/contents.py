@@ -19,7 +19,7 @@ from tlcapture.names import Trait, base_set, split_name
 from tlcapture.page import missing, readable
 from tlcapture.page.average import average_trajectory
 from tlcapture.page.captured import captured_tokens
-from tlcapture.page.long_reading import OTHERS
+from tlcapture.page.long_reading import SHORT_REQUESTS
 from tlcapture.page.note_contents import NoteContents
 from tlcapture.page.overview import overview_of
 from tlcapture.page.projections import projection_of
@@ -230,7 +230,7 @@ class Contents(NoteContents):
         """Mean and deviation of the trajectories of captures, and the trajectories of their responses."""
         trajectories, scales, problems = [], [], []
         for each in names:
-            OTHERS.give_way()
+            SHORT_REQUESTS.give_way()
             try:
                 saved = saved_projection(layout, Trait.parse(trait), check_component(component), prompt_set, each)
                 content = None if saved is None else saved.read()

@@ -19,7 +19,7 @@ _LONGEST_PAUSE = 1.0  # seconds between two prompts, however many other requests
 _States = dict[str, tuple[int, ...]]
 
 
-class _Others:
+class _ShortRequests:
     """The short requests that are being answered."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class _Others:
                 self._changed.wait_for(lambda: not self._n, _LONGEST_PAUSE)
 
 
-OTHERS = _Others()
+SHORT_REQUESTS = _ShortRequests()
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def summary_read(layout: Layout, prompt_set: str, component: str) -> Read:
             prompt_set,
             component,
             on_problem=lambda error: problems.setdefault(str(error)),
-            before_each=OTHERS.give_way,
+            before_each=SHORT_REQUESTS.give_way,
         )
         found = Read(summary, tuple(problems))
         _last = layout.folder, prompt_set, component, states, found

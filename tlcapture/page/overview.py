@@ -9,7 +9,7 @@ from typing import Any
 from tlcapture.commands.top_traits import TopTrait
 from tlcapture.errors import TlcaptureError
 from tlcapture.page.captured import captured_tokens
-from tlcapture.page.long_reading import OTHERS, summary_read
+from tlcapture.page.long_reading import SHORT_REQUESTS, summary_read
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.verdicts import Doubts
 
@@ -32,7 +32,7 @@ def overview_of(
     tops = {(top.prompt_id, top.samples is not None): top for top in summary.tops}
     rows = []
     for (prompt, has_samples), names in _by_prompt(captures).items():
-        OTHERS.give_way()
+        SHORT_REQUESTS.give_way()
         top = tops.get((prompt, has_samples))
         row = {"id": prompt, "captures": names, "n_samples": len(names) if has_samples else 0}
         answer = top.response if top else _answer(layout, prompt_set, names[0], unread)

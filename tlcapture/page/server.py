@@ -24,7 +24,7 @@ from tlcapture.captures.notes import NoteChangedError
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.page.assets import POLICY, plotly_script, served_page, static_file
 from tlcapture.page.contents import RESOURCES, Contents, from_address
-from tlcapture.page.long_reading import OTHERS
+from tlcapture.page.long_reading import SHORT_REQUESTS
 from tlcapture.page.missing import MissingError
 from tlcapture.page.note_contents import READ_ONLY, ClosedError
 from tlcapture.storage.remote_roots import FRESH, refresh
@@ -148,7 +148,7 @@ def _resource(root: Path, read: Callable[..., Any]) -> Callable[[Request], Any]:
     is_long = read.__name__ in _LONG
 
     async def endpoint(request: Request) -> Response:
-        with nullcontext() if is_long else OTHERS.answering():
+        with nullcontext() if is_long else SHORT_REQUESTS.answering():
             return await run_in_threadpool(answered, **from_address(request.path_params))
 
     return endpoint

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tlcapture.models.adapters import adapter_folder
-from tlcapture.models.embedded import NAME, is_converted
+from tlcapture.models.embedded import NAME as EMBEDDED
+from tlcapture.models.embedded import is_converted
 from tlcapture.runs.display import Display
 from tlcapture.text import dtype_name
 
@@ -75,7 +76,7 @@ class ModelLoader:
     def _model(self) -> Model:
         from tlcapture.models.loading import load_model
 
-        first_time = self.name == NAME and self.source is None and not is_converted()
+        first_time = self.name == EMBEDDED and self.source is None and not is_converted()
         self.display.line(f"loading {self.name}{', converting it once first' if first_time else ''} ...")
         model = load_model(
             self.name,

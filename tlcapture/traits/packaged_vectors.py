@@ -24,7 +24,7 @@ from tlcapture.text import counted
 from tlcapture.traits.missing_vectors import PACKAGED
 
 NOTHING_TO_PROJECT_ONTO = f"no trait vectors to project onto: those that come with the package are of {NAME} alone"
-SAID = "no trait vectors of its own: projected onto those that come with the package"
+PROJECTED_ONTO_PACKAGED = "no trait vectors of its own: projected onto those that come with the package"
 
 
 def vectors_layout(root: Path, experiment: str) -> Layout:
