@@ -224,8 +224,8 @@ def computed_add_ons(layout: Layout, capture: Capture, model: Model, asked: AddO
     positions = wanted_positions(wanted.tokens, capture, fresh=fresh)
     parts = wanted.parts
     if wanted.attention:
-        path, only = layout.attention(*where), parts.attention_layers
-        yield partial(write_attention_file, layout, path, names, cache, model.n_layers, positions, only, parts.form)
+        path = layout.attention(*where)
+        yield partial(write_attention_file, layout, path, names, cache, model.n_layers, positions, parts)
     if wanted.logit_lens:
         lens = asked.lens
         if lens is None and fresh:

@@ -50,7 +50,7 @@ class CaptureProjections:
             raise InputError("--projections-only: no trait has a vector that fits, so nothing would be kept")
 
     def are_finished(self, files: PromptFiles) -> bool:
-        """Whether a saved capture, of which only missing files are made, lacks no projection."""
+        """Whether a saved capture already has all its projections; `False` unless only missing files are written."""
         if not self.options.skip_existing:
             return False
         if not self.options.projects:
@@ -67,7 +67,7 @@ class CaptureProjections:
         capture: Capture,
         *,
         files: PromptFiles | None = None,
-        only: bool = False,
+        with_metadata: bool = False,
         kept: Positions | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -86,7 +86,7 @@ class CaptureProjections:
             prompt, response = capture.prompt.residual, capture.response.residual
             scores = scores_of(prompt, response, [each.vector for each in vectors], device)
             has_whole_file = kept is None or kept.is_all  # which another process reads
-            if device is not None and has_whole_file and not only:
+            if device is not None and has_whole_file and not with_metadata:
                 self._project_elsewhere(run, capture, vectors, scores)
                 continue
             overwrite, form = self.options.overwrite, self.options.parts.form
@@ -95,7 +95,7 @@ class CaptureProjections:
                 capture,
                 vectors,
                 self._levels.reporting_to(run),
-                only=only,
+                with_metadata=with_metadata,
                 overwrite=overwrite,
                 kept=kept,
                 scores=scores,
@@ -121,7 +121,7 @@ class CaptureProjections:
     def _project_elsewhere(
         self, run: Run, capture: Capture, chosen: Sequence[ChosenVector], scores: Sequence[Tensor]
     ) -> None:
-        """Let another process write the projections of a capture, of which it reads the file."""
+        """Let another process write the projections of a capture, whose file it reads."""
         overwrite, form = self.options.overwrite, self.options.parts.form
         raw = run.layout.residual(capture.capture_set, capture.name)
         values = [each.numpy(force=True) for each in scores]

@@ -241,7 +241,8 @@ class CaptureWorker:
             run.wrote(write_capture(self.layout, capture, self._removed.extend))
         else:
             self._removed += remove_stale(self.layout, capture)
-        self._projections.make(run, whole, only=not wanted.raw, kept=capture.positions, device=self.model.last_device)
+        device, kept = self.model.last_device, capture.positions
+        self._projections.make(run, whole, with_metadata=not wanted.raw, kept=kept, device=device)
         del whole
         run.report.n_prompts += 1
         n_failures = len(run.report.failures)

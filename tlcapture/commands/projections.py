@@ -131,7 +131,7 @@ def project_capture(
     chosen: Sequence[ChosenVector],
     levels: ChanceLevels,
     *,
-    only: bool = False,
+    with_metadata: bool = False,
     centred: bool = False,
     overwrite: bool = False,
     kept: Positions | None = None,
@@ -140,10 +140,13 @@ def project_capture(
 ) -> list[Projection]:
     """Project a capture onto vectors and write a file for each, or a shard for all; returns the projections.
 
-    Where `only` projections are kept, the files hold the capture's metadata too. If `centred`, the mean activation of
-    each vector's training examples is subtracted first. The files hold the scores of the tokens in `kept`, by default
-    all that the capture holds; those are projected in any case. `scores` is the result of `scores_of`, if known.
-    `form` is the form of the files, as in `ViewParts`.
+    Args:
+        with_metadata: store the capture's metadata in the files, because no raw file has it.
+        centred: subtract the mean activation of each vector's training examples first.
+        overwrite: replace files that cannot be read.
+        kept: the tokens whose scores are stored, by default all that the capture holds; all of these are projected.
+        scores: the result of `scores_of`, if known.
+        form: the form of the files, as in `ViewParts`.
 
     Raises:
         StorageError: a file to be replaced cannot be read, and `overwrite` is not set; none was written.
@@ -166,7 +169,7 @@ def project_capture(
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
     in_spans = span_dynamics(projections, capture)
-    shared, folder = _OfCapture.of(layout, capture, with_metadata=only), layout.folder.as_posix()
+    shared, folder = _OfCapture.of(layout, capture, with_metadata=with_metadata), layout.folder.as_posix()
     in_json = projections_to_json(projections, kept or held)
     for path, projection, found, of_spans, values in zip(paths, projections, notes, in_spans, in_json, strict=True):
         content = shared.content(projection, values, found, of_spans, kept or held)

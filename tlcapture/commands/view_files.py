@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tlcapture.commands.view_parts import ViewParts
 from tlcapture.storage.compact_files import MOST_JSON, PER_PREDICTION, PER_WEIGHT, is_compact, is_written_compact
 from tlcapture.storage.files import Written, remove, write_json
 from tlcapture.storage.layout import Layout
@@ -28,12 +29,12 @@ WENT_COMPACT = (
 )
 
 
-def weights_in_memory(asked: str | None) -> int | None:
+def weights_in_memory(form: str | None) -> int | None:
     """The most attention weights of a prompt that are kept in memory while it runs; `None` for any number.
 
     Up to this number the file may be JSON, which is made in memory; requested JSON always is.
     """
-    return None if asked == "json" else int(MOST_JSON / PER_WEIGHT)
+    return None if form == "json" else int(MOST_JSON / PER_WEIGHT)
 
 
 def write_attention_file(
@@ -43,17 +44,17 @@ def write_attention_file(
     cache: Cache,
     n_layers: int,
     positions: Positions,
-    only: Sequence[int],
-    asked: str | None,
+    parts: ViewParts,
 ) -> Written:
-    """Write a prompt's attention patterns, of all layers or `only` of some, whose JSON path is `path`.
+    """Write a prompt's attention patterns, whose JSON path is `path`.
 
-    `names` are the keyword arguments of `attention_head`; `asked` is the form, `None` for the default.
+    `names` are the keyword arguments of `attention_head`; `parts` says which layers are kept, and in which form.
     """
+    only = parts.attention_layers
     layers = [layer for layer in attention_layers(n_layers, cache.keys()) if not only or layer in only]
     n_heads = next(triangle(cache, hook("pattern", layers[0]))).shape[1]
     n_weights = len(layers) * n_heads * sum(query + 1 for query in positions.kept)
-    compact = is_written_compact(asked, n_weights * PER_WEIGHT)
+    compact = is_written_compact(parts.form, n_weights * PER_WEIGHT)
     with _alone(layout, path, compact=compact) as target:
         if not compact:
             return write_json(target, attention_view(cache, n_layers, only).only(positions).to_json(**names))
@@ -67,10 +68,10 @@ def write_lens_file(
     names: dict[str, Any],
     lens: LogitLens,
     token_texts: Callable[[Sequence[int]], list[str]],
-    asked: str | None,
+    form: str | None,
 ) -> Written:
-    """Write a prompt's logit lens, whose JSON path is `path`; otherwise as `write_attention_file`."""
-    compact = is_written_compact(asked, lens.top_ids.numel() * PER_PREDICTION)
+    """Write a prompt's logit lens, whose JSON path is `path`, in a form of `ViewParts`."""
+    compact = is_written_compact(form, lens.top_ids.numel() * PER_PREDICTION)
     with _alone(layout, path, compact=compact) as target:
         if not compact:
             return write_json(target, lens.to_json(**names, token_texts=token_texts))
@@ -86,6 +87,6 @@ def _alone(layout: Layout, path: Path, *, compact: bool) -> Iterator[Path]:
     remove([json if compact else other])
 
 
-def went_compact(written: Written, asked: str | None) -> bool:
+def went_compact(written: Written, form: str | None) -> bool:
     """Whether a file was written in the compact form without having been asked for."""
-    return asked is None and is_compact(written.path)
+    return form is None and is_compact(written.path)

@@ -27,9 +27,9 @@ def is_compact(path: Path) -> bool:
     return path.suffix == COMPACT
 
 
-def is_written_compact(asked: str | None, n_bytes: float) -> bool:
-    """Whether a file is written in the compact form: as asked, or by default if its JSON would be too large."""
-    return asked == "compact" or (asked is None and n_bytes > MOST_JSON)
+def is_written_compact(form: str | None, n_bytes: float) -> bool:
+    """Whether a file is written in the compact form: `json` or `compact`, or by default if JSON would be too large."""
+    return form == "compact" or (form is None and n_bytes > MOST_JSON)
 
 
 def compact_metadata(kind: str, content: Any, numbers: str) -> dict[str, str]:
