@@ -54,6 +54,6 @@ def doctor(model: str, engine: EngineOptions) -> None:
 
 
 def _experiment_for(model: str) -> str:
-    """A name for an experiment with a model, since `default` is that of the embedded one until told otherwise."""
+    """A name for an experiment with a model: `default` usually belongs to the embedded model."""
     name = Path(model.rpartition("@")[0] or model).name.removesuffix(".gguf")
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "mine"

@@ -27,7 +27,7 @@ class InOrder(Command):
 
 @dataclass(frozen=True)
 class InterventionOptions:
-    """What is changed while the model generates, and the name of the captures."""
+    """The interventions while the model generates, and the name of the variant."""
 
     steer: tuple[Steer, ...]
     ablate: tuple[Ablate, ...]

@@ -25,7 +25,7 @@ class EngineOptions:
     dtype: str
 
     def loader(self, name: str, display: Display) -> ModelLoader:
-        """The loader of a model by name."""
+        """The loader of the model with this name."""
         from tlcapture.runs.model_loader import ModelLoader
 
         return ModelLoader(name, display, self.engine, self.device, self.dtype, self.n_devices)

@@ -31,9 +31,9 @@ def show_top_traits(
 ) -> None:
     """Print, for each prompt, the trait that rose more than chance, where it committed, and the response.
 
-    Below, how many projections commit and persist, beside random directions. For a large set, print only how to view
-    it; of one that is not projected, print the responses. The `report` of the run says what it wrote and looked at,
-    which is not read again. Where prompts were `given` as text, only they are shown, each with its whole answer.
+    Below the table, print how many projections commit and persist, compared with random directions. For a large set,
+    print only how to view it; for one that is not projected, print the responses. Files that the `report` of the run
+    knows are not read again. If prompts were `given` as text, only they are shown, each with its whole answer.
     """
     from tlcapture.commands.saved_summaries import summary_of_run
 

@@ -1,4 +1,4 @@
-"""Prompts given on the command line: numbers that continue those of the set `adhoc`, and the set as it was captured."""
+"""Prompts given on the command line: numbering them after those in the set `adhoc`, and reading that set again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tlcapture.text import first_line
 
 
 def numbered_on(layout: Layout, given: PromptSet) -> PromptSet:
-    """The prompts, numbered after those of `adhoc` and its variants; a prompt that exists there keeps its id."""
+    """The prompts, numbered after those in `adhoc` and its variants; a prompt that is already there keeps its id."""
     sets = _sets(layout)
     ids: dict[str, str] = {}
     held = []
@@ -42,9 +42,9 @@ def numbered_on(layout: Layout, given: PromptSet) -> PromptSet:
 
 
 def captured_adhoc(layout: Layout) -> tuple[PromptSet | None, list[tuple[str, str]]]:
-    """The prompts of the set `adhoc` that an experiment has captures or projections of, with their ids.
+    """The prompts of the set `adhoc` that have captures or projections in an experiment, with their ids.
 
-    And the names of those whose prompt cannot be read, with the reasons. The set is `None` where there are no prompts.
+    Returns the set, `None` if there are no prompts, and the captures whose prompt cannot be read, with the reasons.
     """
     prompts: dict[str, Prompt] = {}
     refused = []

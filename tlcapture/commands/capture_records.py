@@ -60,7 +60,7 @@ class CaptureRecord(CaptureNames):
 
     @classmethod
     def of_model(cls, model: Model, kept: KeptPoints, *, attn_out: bool) -> CaptureRecord:
-        """The record of future captures, as far as it is known before any prompt has run."""
+        """The part of the record of future captures that is known before any prompt has run."""
         measures = {"n_layers": model.n_layers, "d_model": model.d_model}
         hooks = point_hooks(model, attn_out=attn_out, points=kept.points)
         recorded = {"inference_model": model.name, "hooks": hooks, "layers": kept.layers, "points": kept.points}
@@ -70,7 +70,7 @@ class CaptureRecord(CaptureNames):
     def find(cls, layout: Layout, prompt_set: str, name: PromptId) -> CaptureRecord | None:
         """The capture that projections under a name were made from.
 
-        `None` for projections that do not record it, are of different runs, or are damaged.
+        `None` for projections that do not record it, come from different runs, or are damaged.
         """
         try:
             found = [cls.of_projection(saved.labels()) for saved in all_saved(layout, prompt_set, str(name))]

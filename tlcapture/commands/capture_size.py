@@ -54,7 +54,7 @@ class CaptureSize:
         n_completed: saved captures to which files are added.
         by_kind: number of files and bytes, by kind of file.
         failures: prompts that would fail, with the reasons.
-        memory: bytes that the largest prompt takes while it runs alone, beside the weights.
+        memory: bytes that the largest prompt takes while it runs alone, in addition to the weights.
         replaces: paths of raw residual files that will be written, whether they exist or not.
     """
 
@@ -131,7 +131,7 @@ def sizes(
     n_projections: int,
     labels: int = _N_SPANS * _PER_SPAN,
 ) -> Iterator[tuple[str, float]]:
-    """Kind and size in bytes of each file of a prompt and its response, of which `tokens` are kept.
+    """Kind and size in bytes of each file of a prompt and its response, for the `tokens` that are kept.
 
     `labels` is the size of spans and messages.
     """

@@ -58,9 +58,9 @@ class CaptureTask:
     """The work on the prompts of one set.
 
     Attributes:
-        batched: prompts, and samples of prompts, that are put into batches: those of `fresh` and, with
-            `--skip-existing`, those that share their batches in an uninterrupted run, so that the results are the same
-            to the last bit.
+        batched: prompts, and samples of prompts, that are put into batches: those in `fresh` and, with
+            `--skip-existing`, the ones that would share their batches in an uninterrupted run, so that the results are
+            the same to the last bit.
         fresh: names of captures to generate: ids of prompts, or of their samples.
         saved: names of captures that exist, with the outputs that they lack.
         refused: names of prompts that cannot be captured as asked, with the reasons.
@@ -330,7 +330,7 @@ class TaskPlanner:
         )
 
     def _note_sampling(self, saved: KnownCapture) -> None:
-        """Note a prompt whose capture is kept although its sampling settings differ, as far as they are recorded."""
+        """Note a prompt whose capture is kept although its recorded sampling settings differ."""
         if self._options.responses_from is not None:
             return
         asked = {"temperature": self._options.sampling.temperature, "max_new_tokens": self._most_tokens_asked(saved)}

@@ -58,7 +58,7 @@ class KnownFiles:
 
     Args:
         n_prompts: how many prompts' files will be asked for.
-        learn: takes what is learned of files that the index does not know, and of others no facts but their states.
+        learn: called with the facts about files that the index does not know, and with the states of the others.
     """
 
     def __init__(

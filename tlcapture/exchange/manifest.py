@@ -81,7 +81,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def check_digests(folder: Path, manifest: Manifest) -> None:
-    """Raise `StorageError` for a file of an export that is not as it was exported."""
+    """Raise `StorageError` for a file that has changed since it was exported."""
     for name, digest in manifest.sha256.items():
         if _digest(folder / name) != digest:
             raise StorageError(

@@ -76,7 +76,7 @@ class SavedCapture(ExplorableCapture):
 
             cap.add_note("refuses here", 52, 55)
 
-        Raises `InputError` for tokens that the capture does not have, and where the capture was removed meanwhile.
+        Raises `InputError` for tokens that the capture does not have, and if the capture has since been removed.
         """
         from tlcapture.captures.notes import Marked, add_note
 

@@ -6,7 +6,7 @@
 
 The index of a set, `.locks/files-of-{set}.index`, holds size and times of each file and the facts found in it. It is
 only a cache: a file that changed, was replaced or removed is not known, and neither is any file if the index is missing
-or damaged. Facts are parts, values of JSON, of which files share many. A line with a digest of the rest comes first:
+or damaged. Facts are JSON values (parts), many of them shared by several files. The first line is a digest of the rest:
 
     {"version", "parts": [...], "folders": {folder: {name: [size, mtime_ns, ctime_ns, number of a part, ...]}}}
 """

@@ -119,7 +119,7 @@ def as_json(value: Any) -> Any:
 def read_json(path: Path, *, exact: bool = False) -> Any:
     """Read a JSON file; raises `StorageError` with file, line and reason if it cannot be read or is not JSON.
 
-    With `exact`, JSON of which reading would lose something is refused too; see `json_text.lost`.
+    With `exact`, JSON that cannot be read without losing something is refused too; see `json_text.lost`.
     """
     return parsed(read_bytes(path), path, exact=exact)
 

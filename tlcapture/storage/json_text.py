@@ -22,7 +22,7 @@ _LEAST, _MOST = -(2**63), 2**64 - 1  # the integers that are written as they wer
 def parsed(data: bytes, path: Path, *, exact: bool = False) -> Any:
     """The value of JSON text; raises `StorageError` with file, line and reason for anything else.
 
-    With `exact`, also for text of which reading would lose something.
+    With `exact`, also for text that cannot be read without losing something.
     """
     try:
         text = data.removeprefix(BYTE_ORDER_MARK.encode())

@@ -235,7 +235,7 @@ class Layout:
         return self.own(self.folder / "extraction" / "extraction_evaluation.json")
 
     def reference(self, component: str) -> Path:
-        """The mean activations on the packaged prompts, of a component, beside the vectors."""
+        """The file with a component's mean activations on the packaged prompts, next to the vectors."""
         name = "reference.pt" if component == "residual" else f"{component}_reference.pt"
         return self.own(self.folder / "extraction" / name)
 
