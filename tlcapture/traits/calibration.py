@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from tlcapture.storage.validation import FileContent, Number
-
-Score = TypeVar("Score")
 
 CALIBRATION, HELD_OUT = "calibration", "held_out_calibration"  # fields of a vector's metadata
 
