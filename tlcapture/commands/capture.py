@@ -33,7 +33,6 @@ from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.report import Failed, RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.storage.config import read_config
 from tlcapture.storage.file_index import remember
 from tlcapture.storage.files import free_bytes
 from tlcapture.storage.layout import Layout
@@ -77,7 +76,7 @@ def run_capture(
         run.failed(what, reason)
     _warn_of_request(run, prompt_sets, options)
     known_model = partial(executor.known_model, load)
-    planner = TaskPlanner(layout, options, read_config(layout), load.name, known_model, run.report.learn)
+    planner = TaskPlanner(layout, options, load.name, known_model, run.report.learn)
     tasks = planner.tasks(prompt_sets)
     _check_space(CaptureSize.of(tasks, layout, options, lambda: known_model().measures), layout)
     known = known_model() if any(task.has_work for task in tasks) else None
@@ -143,7 +142,6 @@ def _work(
         [task for task in tasks if task.capture_set in busy],
         size=lambda task: len(task.fresh) * task.max_new_tokens,
         unit="token",
-        label=CaptureTask.label,
         split=CaptureTask.split,
         reads=[options.vectors.layout(layout)],
         inputs=lambda task: [layout.residual(task.capture_set, prompt_id) for prompt_id in task.saved],
@@ -175,8 +173,7 @@ def estimate_capture(
     outline = load.outline
     options = with_vectors(options, layout, load)
     _check(layout, options)
-    planner = TaskPlanner(layout, options, read_config(layout), load.name, lambda: outline)
-    tasks = planner.tasks(prompt_sets)
+    tasks = TaskPlanner(layout, options, load.name, lambda: outline).tasks(prompt_sets)
     affected = AffectedFiles.of(tasks, layout, options, outline.n_layers)
     size = CaptureSize.of(tasks, layout, options, lambda: outline.measures)
     model = Sized.of(outline.measures, load.device, load.dtype)

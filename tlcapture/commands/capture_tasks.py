@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 from tlcapture.captures.known_capture import KnownCapture, conversation_of
 from tlcapture.commands.capture_interventions import check_same_interventions
@@ -24,6 +24,7 @@ from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.checkpoint_sampling import is_recorded
 from tlcapture.generation.samples import check_names
+from tlcapture.models.loading import Model, ModelOutline
 from tlcapture.names import PromptId, of_variant, split_name
 from tlcapture.prompts.chat_template import NO_ARGS
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
@@ -31,26 +32,12 @@ from tlcapture.prompts.response_lengths import THINKING_TOKENS
 from tlcapture.prompts.template_args import template_args
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize_prompt
 from tlcapture.runs.existing_files import OVERWRITE, REPLACE, check_replaceable
-from tlcapture.storage.config import ExperimentConfig
+from tlcapture.storage.config import read_config
 from tlcapture.storage.file_index import Learn
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.traits.choice import VectorChooser
 from tlcapture.traits.intervention_records import identity
 from tlcapture.traits.saved_projections import merged_files
-
-
-class HasTokenizer(Protocol):
-    """The parts of a model that planning needs: the number of its layers, and its tokenizer."""
-
-    @property
-    def n_layers(self) -> int:
-        """The number of layers of the model."""
-        ...
-
-    @property
-    def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer of the model."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -99,8 +86,7 @@ class CaptureTask:
         """Whether any output has to be made, apart from projections."""
         return bool(self.fresh) or any(self.saved.values())
 
-    def label(self) -> str:
-        """The name of the task in messages."""
+    def __str__(self) -> str:
         ids = [*sorted(self.fresh, key=str), *self.saved]
         return f"{self.capture_set}/{ids[0]}" if len(ids) == 1 else f"{len(ids)} prompts of {self.capture_set}"
 
@@ -128,14 +114,13 @@ class TaskPlanner:
         self,
         layout: Layout,
         options: CaptureOptions,
-        config: ExperimentConfig,
         model_name: str,
-        model: Callable[[], HasTokenizer],
+        model: Callable[[], Model | ModelOutline],
         learn: Learn = lambda path, learned: None,
     ):
         self._layout = layout
         self._options = options
-        self._config = config
+        self._config = read_config(layout)
         self._model_name = model_name
         self._model = model
         self._learn = learn

@@ -108,7 +108,6 @@ def run_project(
                 [SavedPrompts(name, ids[name]) for name in prompt_sets],
                 size=lambda task: len(task.ids),
                 unit="prompt",
-                label=SavedPrompts.label,
                 split=SavedPrompts.split,
                 reads=[options.vectors.layout(layout)],
                 inputs=lambda task: [layout.residual(task.prompt_set, each) for each in task.ids],
@@ -131,8 +130,7 @@ class SavedPrompts:
         """Parts of at most `most` prompts."""
         return [SavedPrompts(self.prompt_set, ids) for ids in chunks(self.ids, most)]
 
-    def label(self) -> str:
-        """A name for messages."""
+    def __str__(self) -> str:
         return f"{len(self.ids)} prompts of {self.prompt_set}"
 
 

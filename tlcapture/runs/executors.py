@@ -53,7 +53,7 @@ class Work:
     tasks: Sequence[Any]
     size: Callable[[Any], int]
     unit: str
-    label: Callable[[Any], str]
+    label: Callable[[Any], str] = str
     split: Callable[[Any, int], Sequence[Any]] = lambda task, most: [task]
     reads: Sequence[Layout] = ()
     inputs: Callable[[Any], Sequence[Path]] = lambda task: ()

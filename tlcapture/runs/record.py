@@ -51,8 +51,8 @@ class Invocation:
         """The fields of the record that describe the command."""
         return {
             "command": self.command,
-            "command_line": _text(self.command_line),
-            "arguments": {name: _text(value) for name, value in self.arguments.items()},
+            "command_line": self.command_line,
+            "arguments": dict(self.arguments),
             "started": self.began.isoformat(timespec="seconds"),
         }
 
@@ -96,32 +96,18 @@ class RecordedReport(RunReport):
             now = time.monotonic()
             self._next_write = now + max(_EVERY, _TIMES * (now - before))
 
-    def end(self, status: str, exit_code: int, error: str | None) -> dict[str, Any]:
-        """Write the record of a run that has ended, and return its content.
+    def end(self, status: str, exit_code: int, error: str | None) -> None:
+        """Write the record of a run that has ended, unless it wrote nothing and there is no experiment."""
+        if self._layout.folder.is_dir():
+            ended = datetime.now(UTC).isoformat(timespec="seconds")
+            self._write({"status": status, "exit_code": exit_code, "error": error, "ended": ended})
 
-        No record is written if the experiment does not exist, because the run wrote nothing.
-        """
-        ended = {
-            "status": status,
-            "exit_code": exit_code,
-            "error": error,
-            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        if not self._layout.folder.is_dir():
-            return self._content(ended)
-        return self._write(ended)
-
-    def _write(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        content = self._content(state)
+    def _write(self, state: Mapping[str, Any]) -> None:
+        content = {**self._invocation.to_json(), **state, **_surroundings(), **self._facts, **self.to_json()}
         try:
-            write_json(self.path, content, indent=True)
+            write_json(self.path, _text(content), indent=True)
         except StorageError as error:  # the results are not affected
             self.warnings.append(f"the record of this run was not written: {error}")
-        return content
-
-    def _content(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        content = {**self._invocation.to_json(), **state, **_surroundings(), **self._facts, **self.to_json()}
-        return {name: _text(value) for name, value in content.items()}
 
 
 def status_of(record: Mapping[str, Any]) -> str:
