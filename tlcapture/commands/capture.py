@@ -25,7 +25,7 @@ from tlcapture.commands.capture_worker import CaptureWorker
 from tlcapture.commands.memory_need import PromptSize, Sized, check_memory, most_memory, prompt_sizes
 from tlcapture.commands.projection_writing import merge_projections
 from tlcapture.errors import InputError, NoSpaceError, StorageError
-from tlcapture.models.loading import Model
+from tlcapture.models.loading import Model, ModelOutline
 from tlcapture.prompts.prompt_sets import PromptSet, mistyped_keys
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
@@ -99,8 +99,7 @@ def run_capture(
         for what, reason in (each for task in tasks for each in task.failing):
             run.failed(what, reason)
         # Where other processes load the model, each of them compares these with the memory of its machine.
-        checks = known is not None and not isinstance(known, Model)
-        sizes = prompt_sizes(tasks, layout, options, known_model().n_layers) if checks else ()
+        sizes = prompt_sizes(tasks, layout, options, known.n_layers) if isinstance(known, ModelOutline) else ()
         planned = {task.capture_set: {"new": len(task.fresh), "kept": len(task.saved)} for task in tasks}
         display.uses(planned=planned)
         executor.run(_work(layout, options, load, tasks, busy, sizes), run)

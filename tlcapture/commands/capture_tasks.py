@@ -175,13 +175,13 @@ class TaskPlanner:
             batched,
             frozenset(fresh),
             saved,
-            [*refused, *not_tokenized],
-            unreadable,
-            self._other_sampling,
-            self._most_tokens(batched),
-            max((len(prompt.token_ids) for prompt in batched), default=0),
-            self._options.variant,
-            self._norm_prompts(prompt_set, limited) if fresh else (),
+            refused=[*refused, *not_tokenized],
+            unreadable=unreadable,
+            other_sampling=self._other_sampling,
+            max_new_tokens=self._most_tokens(batched),
+            longest=max((len(prompt.token_ids) for prompt in batched), default=0),
+            variant=self._options.variant,
+            norm_prompts=self._norm_prompts(prompt_set, limited) if fresh else (),
         )
 
     def _batched(
