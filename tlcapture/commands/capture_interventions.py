@@ -115,8 +115,8 @@ def check_same_interventions(files: KnownFiles, options: CaptureOptions) -> None
 
 def _source(metadata: Mapping[str, Any]) -> str | None:
     """The experiment that a capture's tokens come from; `None` if they were generated."""
-    found = metadata.get("tokens_from")
-    return None if found is None else str(found.get("inference_experiment", "other captures"))
+    source = metadata.get("tokens_from")
+    return None if source is None else str(source.get("inference_experiment", "other captures"))
 
 
 def _metadata_of(files: KnownFiles) -> Iterator[Mapping[str, Any]]:
@@ -125,8 +125,8 @@ def _metadata_of(files: KnownFiles) -> Iterator[Mapping[str, Any]]:
     captured = dict.fromkeys(layout.captured(capture_set))
     for prompt_id in captured:
         with suppress(StorageError):  # reported by whoever would replace it
-            if (found := files.of(prompt_id, again=True).capture()) is not None:
-                yield found.metadata
+            if (capture := files.of(prompt_id, again=True).capture()) is not None:
+                yield capture.metadata
     projected = (each for each in layout.prompt_ids(capture_set) if each not in captured)
     records = (files.of(prompt_id).made_from() for prompt_id in projected)
     yield from (record.metadata for record in islice(filter(None, records), 1))

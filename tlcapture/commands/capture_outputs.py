@@ -110,12 +110,12 @@ class Outputs:
 
     def existing_add_ons(self, files: PromptFiles) -> list[PresentFile]:
         """The files of the requested add-ons that exist."""
-        found = [
+        present = [
             files.attention() if self.attention else None,
             files.logit_lens() if self.logit_lens else None,
             *(files.internals(layer) for layer in self.internals),
         ]
-        return [each for each in found if each is not None]
+        return [each for each in present if each is not None]
 
     def missing(self, files: PromptFiles, saved: KnownCapture, *, overwrite: bool = False) -> Outputs:
         """The requested outputs that do not exist or are older than the saved capture.
@@ -127,13 +127,13 @@ class Outputs:
     def lacking(self, files: PromptFiles, *, since: int = 0, overwrite: bool = False) -> Outputs:
         """The requested add-ons that do not exist or were modified before `since`, in nanoseconds since the epoch."""
 
-        def lacks(found: PresentFile | None, parts: ViewParts | None = self.parts) -> bool:
-            if found is None or found.mtime_ns < since:
+        def lacks(file: PresentFile | None, parts: ViewParts | None = self.parts) -> bool:
+            if file is None or file.mtime_ns < since:
                 return True
-            if found.view is None:  # which is reported by whoever replaces it
+            if file.view is None:  # which is reported by whoever replaces it
                 return overwrite
-            lacks_layers = parts is not None and parts.are_lacked_by(found.view)
-            return lacks_layers or found.view.lacks(self.tokens)
+            lacks_layers = parts is not None and parts.are_lacked_by(file.view)
+            return lacks_layers or file.view.lacks(self.tokens)
 
         return replace(
             self,

@@ -49,10 +49,10 @@ def chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:
 
 def batches(prompts: Sequence[TokenizedPrompt], most: int) -> list[Sequence[TokenizedPrompt]]:
     """Batches of at most `most` prompts, which keep samples of a prompt together if possible."""
-    found: list[Sequence[TokenizedPrompt]] = []
+    parts: list[Sequence[TokenizedPrompt]] = []
     start = 0
     while start < len(prompts):
         count = n_together(prompts, most, start)
-        found.append(prompts[start : start + count])
+        parts.append(prompts[start : start + count])
         start += count
-    return found
+    return parts

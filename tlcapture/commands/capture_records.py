@@ -73,12 +73,12 @@ class CaptureRecord(CaptureNames):
         `None` for projections that do not record it, come from different runs, or are damaged.
         """
         try:
-            found = [cls.of_projection(saved.labels()) for saved in all_saved(layout, prompt_set, str(name))]
-            known = [each for each in found if each is not None]
+            records = [cls.of_projection(saved.labels()) for saved in all_saved(layout, prompt_set, str(name))]
+            known = [each for each in records if each is not None]
             are_of_prompt = all((each.capture_set, str(each.name)) == (prompt_set, str(name)) for each in known)
         except (StorageError, KeyError, TypeError, ValueError):  # StorageError: also of a shard
             return None
-        if not known or len(known) < len(found) or not are_of_prompt:
+        if not known or len(known) < len(records) or not are_of_prompt:
             return None
         return known[0] if all(each._is_of_the_run_of(known[0]) for each in known) else None
 
@@ -88,8 +88,8 @@ class CaptureRecord(CaptureNames):
         try:
             prompt, response = content["prompt"]["tokens"], content["response"]["tokens"]
             positions = stated_positions(content["metadata"], len(prompt), len(prompt + response))
-            found = cls(content["metadata"]["capture"], prompt + response, positions)
-            return found if found.n_layers >= 1 and found.d_model >= 1 and found.kept.layers else None
+            record = cls(content["metadata"]["capture"], prompt + response, positions)
+            return record if record.n_layers >= 1 and record.d_model >= 1 and record.kept.layers else None
         except (StorageError, InputError, KeyError, TypeError, ValueError):
             return None
 

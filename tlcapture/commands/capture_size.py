@@ -70,25 +70,25 @@ class CaptureSize:
         cls, tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, measures: Callable[[], Measures]
     ) -> CaptureSize:
         """The size of the files that tasks will write; `measures` is called only where there is something to do."""
-        found = cls()
+        total = cls()
         n_vectors = n_projections(layout, options)
         for task in tasks:
             name = task.capture_set
-            found.failures += [Failed(*each) for each in task.failing]
+            total.failures += [Failed(*each) for each in task.failing]
             for prompt in task.batched:
                 if prompt.name in task.fresh:
                     n_prompt = len(prompt.token_ids)
                     kept = kept_of(options.tokens, n_prompt, n_prompt + task.max_new_tokens)
                     wanted = options.outputs(measures().n_layers)
-                    found.n_prompts += 1
-                    found.replaces.append(layout.residual(name, prompt.name))
-                    found._add(sizes(measures(), kept, wanted, options, n_vectors, _labels(prompt)))
+                    total.n_prompts += 1
+                    total.replaces.append(layout.residual(name, prompt.name))
+                    total._add(sizes(measures(), kept, wanted, options, n_vectors, _labels(prompt)))
             for saved, wanted in task.saved.items():
                 if wanted:
-                    found.n_completed += 1
+                    total.n_completed += 1
                     kept = _kept_of_saved(layout.residual(name, saved), options.tokens)
-                    found._add(sizes(measures(), kept, wanted, options, 0))
-        return found
+                    total._add(sizes(measures(), kept, wanted, options, 0))
+        return total
 
     @property
     def n_files(self) -> int:

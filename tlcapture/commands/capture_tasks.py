@@ -201,11 +201,11 @@ class TaskPlanner:
 
     def _norm_prompts(self, prompt_set: PromptSet, prompts: Sequence[Prompt]) -> Sequence[TokenizedPrompt]:
         """The prompts on which typical norms are measured: all that are captured, by this shard or others."""
-        found: list[TokenizedPrompt] = []
+        tokenized: list[TokenizedPrompt] = []
         for prompt in prompts if any(each.lacks_norms for each in self._options.resolved) else ():
             with suppress(InputError):  # reported by the shard that captures it
-                found += self._tokenized(prompt_set, prompt, [None])
-        return found
+                tokenized += self._tokenized(prompt_set, prompt, [None])
+        return tokenized
 
     def _samples(self, prompt_set: PromptSet, prompts: Sequence[Prompt]) -> Mapping[PromptId, Sequence[int | None]]:
         """The sample numbers of each prompt to work on; `None` stands for a single, unnumbered response.
@@ -219,11 +219,11 @@ class TaskPlanner:
             numbers: Sequence[int | None] = [None] if asked is None else range(1, asked + 1)
             return {prompt.id: numbers for prompt in prompts}
         ids = {str(prompt.id) for prompt in prompt_set.prompts}
-        found: dict[str, list[int | None]] = {}
+        by_prompt: dict[str, list[int | None]] = {}
         for name in self._layout.captured(self._options.capture_set(prompt_set.name)):
             prompt_id, sample = (name, None) if name in ids else split_name(name)
-            found.setdefault(prompt_id, []).append(sample)
-        return {prompt.id: found.get(str(prompt.id), [None]) for prompt in prompts}
+            by_prompt.setdefault(prompt_id, []).append(sample)
+        return {prompt.id: by_prompt.get(str(prompt.id), [None]) for prompt in prompts}
 
     def _wanted(self, place: Place, files: PromptFiles) -> Outputs:
         """The outputs to make: all, or those that a saved capture lacks; raises `StorageError` or `PromptError`."""
@@ -250,9 +250,9 @@ class TaskPlanner:
 
         The default is longer for a model that thinks (unless thinking is off), within the context.
         """
-        asked, found = self._options.max_new_tokens, saved.metadata.get("max_new_tokens")
+        asked, recorded = self._options.max_new_tokens, saved.metadata.get("max_new_tokens")
         may_be_longer = self._options.longer_where_thinking and "thinking" in saved.metadata
-        is_by_default = may_be_longer and isinstance(found, int) and asked <= found <= THINKING_TOKENS
+        is_by_default = may_be_longer and isinstance(recorded, int) and asked <= recorded <= THINKING_TOKENS
         return None if is_by_default else asked
 
     def _check_replaceable(self, place: Place, files: PromptFiles, wanted: Outputs, saved: KnownCapture | None) -> None:
@@ -290,21 +290,21 @@ class TaskPlanner:
         options = self._options
         if saved is None:
             is_free = not files.captured_ns  # a file that cannot be read is replaced, with all files derived from it
-            found = files.made_from() if options.skip_existing and is_free else None
-            wanted = options.outputs(self._model().n_layers if found is None else found.n_layers)
+            projected = files.made_from() if options.skip_existing and is_free else None
+            wanted = options.outputs(self._model().n_layers if projected is None else projected.n_layers)
             is_done = (
-                found is not None
-                and self._is_whole_and_of(found, place, files)
-                and found.kept.includes(wanted.kept)
-                and found.holds(wanted.tokens)
+                projected is not None
+                and self._is_whole_and_of(projected, place, files)
+                and projected.kept.includes(wanted.kept)
+                and projected.holds(wanted.tokens)
                 and not wanted.lacking(files, overwrite=options.overwrite)
                 and not any(
-                    without_projection(files, self._chooser.vectors(found, component), options.existing)
+                    without_projection(files, self._chooser.vectors(projected, component), options.existing)
                     for component in options.components
                 )
             )
-            if found is not None and is_done:
-                self._note_sampling(found)
+            if projected is not None and is_done:
+                self._note_sampling(projected)
             return wanted.lacking(files) if is_done else wanted
         if options.skip_existing and self._is_whole_and_of(saved, place, files):
             lacking = options.outputs(saved.n_layers).missing(files, saved, overwrite=options.overwrite)

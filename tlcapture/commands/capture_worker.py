@@ -318,8 +318,8 @@ class CaptureWorker:
                     for write in computed_add_ons(self.layout, capture, self.model, asked):
                         self._wrote(run, write())
             if not self.options.replay:
-                found = files.of(capture.name) if self.options.skip_existing else None
-                self._projections.make(run, capture, files=found)
+                of_capture = files.of(capture.name) if self.options.skip_existing else None
+                self._projections.make(run, capture, files=of_capture)
         if not run.report.failures:
             run.report.n_prompts += run.report.n_files > 0
             run.report.n_skipped += run.report.n_files == 0

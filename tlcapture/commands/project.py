@@ -81,7 +81,7 @@ def run_project(
     layout.check_exists()
     ids = {name: saved_prompts(layout, name, dynamics_only=options.dynamics_only) for name in prompt_sets}
     if options.shard is not None:
-        ids = {name: list(options.shard.of(found)) for name, found in ids.items()}
+        ids = {name: list(options.shard.of(names)) for name, names in ids.items()}
     run = Run.begin(layout, display)
     if options.dynamics_only:
         for name in prompt_sets:
@@ -175,7 +175,7 @@ class ProjectionWorker:
         if not vectors:
             return
         try:
-            found = project_capture(
+            projections = project_capture(
                 self._run,
                 capture,
                 vectors,
@@ -187,7 +187,7 @@ class ProjectionWorker:
         except NumericalError as error:
             raise NumericalError(f"{raw}: {error}") from None
         self._run.report.n_prompts += 1
-        self._centred += [(each.vector.trait, each.centred) for each in found if each.centred is not None]
+        self._centred += [(each.vector.trait, each.centred) for each in projections if each.centred is not None]
 
 
 def _check_name(capture: Capture | KnownCapture, raw: Path, prompt_set: str, name: PromptId) -> None:
@@ -208,14 +208,16 @@ def _recompute_dynamics(
     with run.progress(len(ids), prompt_set, "prompt") as progress:
         for prompt_id in ids:
             name = f"{prompt_set}/{prompt_id}"
-            found: list[SavedProjection] | None = None
+            projections: list[SavedProjection] | None = None
             with run.attempt(name):
-                found = projections_saved(layout, prompt_set, prompt_id, options.component, options.vectors.traits)
-            if not found:
-                if found is not None:
+                projections = projections_saved(
+                    layout, prompt_set, prompt_id, options.component, options.vectors.traits
+                )
+            if not projections:
+                if projections is not None:
                     run.failed(name, "has no projection to recompute the dynamics of")
                 continue
-            for saved in found:
+            for saved in projections:
                 with run.attempt(name):
                     content = _with_new_dynamics(saved)
                     if "positions" in content["metadata"]:

@@ -73,13 +73,13 @@ class ProjectionFiles:
 
     def write(self) -> None:
         """Write a shard of the added projections that belong in one, and remove the JSON files that it replaces."""
-        for component, found in self._contents.items():
-            contents = {str(trait): content for trait, (_, content) in found.items()}
+        for component, by_trait in self._contents.items():
+            contents = {str(trait): content for trait, (_, content) in by_trait.items()}
             folder, name, now = self._folder(component), file_name(self.prompt_id), time.time_ns()
             is_all = not sharded_of(folder, name)
             facts = facts_in_shard(name, contents, dict.fromkeys(contents, now)) if is_all else None
             self.run.wrote(write_prompt(folder, name, contents, now).knowing(facts))
-            remove([path for path, _ in found.values()])
+            remove([path for path, _ in by_trait.values()])
 
     def _is_compact(self, content: Mapping[str, Any]) -> bool:
         n_layers, n_points = len(content["metadata"]["layers"]), len(content["metadata"]["sublayers"])

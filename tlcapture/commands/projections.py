@@ -166,13 +166,13 @@ def project_capture(
         run.warn(TOKENS_MISSING)
     projections = project(prompt, response, pairs, random=random, centre=centre, held=held, scores=scores)
     notes = [each.notes(capture.metadata) for each in chosen]
-    doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
+    doubts = [(each.vector.trait, note) for each, texts in zip(chosen, notes, strict=True) for note in texts]
     _warn_together(doubts, run)
     in_spans = span_dynamics(projections, capture)
     shared, folder = _OfCapture.of(layout, capture, with_metadata=with_metadata), layout.folder.as_posix()
     in_json = projections_to_json(projections, kept or held)
-    for path, projection, found, of_spans, values in zip(paths, projections, notes, in_spans, in_json, strict=True):
-        content = shared.content(projection, values, found, of_spans, kept or held)
+    for path, projection, texts, of_spans, values in zip(paths, projections, notes, in_spans, in_json, strict=True):
+        content = shared.content(projection, values, texts, of_spans, kept or held)
         files.add(path, projection.vector, content)
         if run.report.remembers:
             run.report.remember({path.as_posix().removeprefix(f"{folder}/"): essentials(content)})
@@ -208,21 +208,20 @@ class ProjectionTask:
         """Write the projections; returns what was done, and the error that ended it."""
         report, error = CollectingReport(self.layout.folder, whole_remembers=self.remembers), None
         run = Run(self.layout, report, Display())
-        levels = _levels_of(self.layout).reporting_to(run)
         try:
             capture = Capture.open(self.raw)
             scores = [torch.from_numpy(each) for each in self.scores]
-            how: dict[str, Any] = {"overwrite": self.overwrite, "scores": scores, "form": self.form}
-            project_capture(run, capture, _unpickled(self.chosen), levels, **how)
-        except TlcaptureError as found:
-            error = found
+            chosen, levels = _unpickled(self.chosen), _levels_of(self.layout).reporting_to(run)
+            project_capture(run, capture, chosen, levels, overwrite=self.overwrite, scores=scores, form=self.form)
+        except TlcaptureError as caught:
+            error = caught
         return report.drain(), error
 
 
 @lru_cache(maxsize=4)
 def _unpickled(chosen: bytes) -> Sequence[ChosenVector]:
-    found: Sequence[ChosenVector] = pickle.loads(chosen)
-    return found
+    vectors: Sequence[ChosenVector] = pickle.loads(chosen)
+    return vectors
 
 
 @lru_cache(maxsize=1)
@@ -233,11 +232,11 @@ def _levels_of(layout: Layout) -> ChanceLevels:
 def massive_line(centred: Sequence[tuple[Trait, Centred]]) -> str:
     """A line of text: the share of centred projections' variance in massive dimensions, on average, by trait."""
     by_trait: dict[str, list[float]] = {}
-    for trait, found in centred:
-        if found.variance_share is not None:
-            by_trait.setdefault(str(trait), []).append(found.variance_share)
-    shares = [f"{trait} {sum(found) / len(found):.0%}" for trait, found in by_trait.items()]
-    dimensions = sorted({number for _, found in centred for number in found.massive_dimensions or ()})
+    for trait, centring in centred:
+        if centring.variance_share is not None:
+            by_trait.setdefault(str(trait), []).append(centring.variance_share)
+    shares = [f"{trait} {sum(values) / len(values):.0%}" for trait, values in by_trait.items()]
+    dimensions = sorted({number for _, centring in centred for number in centring.massive_dimensions or ()})
     named = ", ".join(map(str, dimensions[:8])) + (", ..." if len(dimensions) > 8 else "")
     return f"massive dimensions ({named or 'none'}) carry of the variance: {', '.join(shares)}"
 

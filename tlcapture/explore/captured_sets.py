@@ -50,7 +50,7 @@ class AllCaptures(Mapping[str, "Captures"]):
         return len(self._experiment.prompt_sets)
 
     def __repr__(self) -> str:
-        return f"AllCaptures({', '.join(f'{name}: {len(found)}' for name, found in self.items()) or 'none'})"
+        return f"AllCaptures({', '.join(f'{name}: {len(captures)}' for name, captures in self.items()) or 'none'})"
 
     def _repr_html_(self) -> str:
         return self._experiment._repr_html_()
@@ -95,15 +95,15 @@ class Captures:
         Example:
             [cap.response.text for cap in captures.samples(1)]
         """
-        found = map(self.__getitem__, self._by_prompt.get(str(prompt_id), ()))
-        return [capture for capture in found if capture.sample is not None]
+        samples = map(self.__getitem__, self._by_prompt.get(str(prompt_id), ()))
+        return [capture for capture in samples if capture.sample is not None]
 
     @cached_property
     def _by_prompt(self) -> dict[str, Names]:
-        found: dict[str, Names] = {}
+        by_prompt: dict[str, Names] = {}
         for name in self._ids:
-            found.setdefault(split_name(name)[0], []).append(name)
-        return found
+            by_prompt.setdefault(split_name(name)[0], []).append(name)
+        return by_prompt
 
     @cached_property
     def _in_order(self) -> Sequence[str]:

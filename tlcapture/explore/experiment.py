@@ -200,9 +200,9 @@ class Experiment:
         from tlcapture.explore.projection_frames import tidy_frame
         from tlcapture.traits.saved_projections import saved_projections
 
-        found = saved_projections(self._listed, prompt_set, component=component, traits=traits)
-        tell_of_saved(self.layout.root, found)
-        return tidy_frame(found, layers)
+        projections = saved_projections(self._listed, prompt_set, component=component, traits=traits)
+        tell_of_saved(self.layout.root, projections)
+        return tidy_frame(projections, layers)
 
     def compare(self, other: Experiment | str, prompt_set: str | None = None, **how: Any) -> DataFrame:
         """Compare other captures of the same prompts with this experiment's, as `tlcapture compare` does.
