@@ -129,6 +129,18 @@ def page(opened: Watched) -> Iterator[Watched]:
     assert wrong == []
 
 
+@pytest.fixture
+def eager(context: Any, address: str) -> Iterator[Watched]:
+    """A page that looks for new captures ten times a second, rather than every three seconds."""
+    watched = Watched(context, address)
+    watched.page.add_init_script(
+        "const later = setTimeout; window.setTimeout = (f, ms, ...rest) => later(f, ms === 3000 ? 100 : ms, ...rest)"
+    )
+    yield watched
+    watched.page.close()
+    assert watched.wrong == []
+
+
 def hovered(page: Watched, query: int, key: int, n: int = 40, m: int = 40) -> str:
     """What the page says of a cell under the mouse."""
     box = page.page.locator(".matrix canvas").first.bounding_box()
@@ -544,7 +556,8 @@ def test_an_exported_page_shows_notes_matrices_heads_and_internals(context: Any,
 # -- while a capture runs -------------------------------------------------------------------------
 
 
-def test_captures_at_work_are_counted_and_appear_without_a_reload(page: Watched, root: Path) -> None:
+def test_captures_at_work_are_counted_and_appear_without_a_reload(eager: Watched, root: Path) -> None:
+    page = eager
     layout = Layout(root, "exp")
     record = layout.run_record("20260103T000000Z-capture-2")
     content = {"status": "running", "command_line": "tlcapture capture --experiment exp --prompt-set odd",
@@ -570,7 +583,8 @@ def test_captures_at_work_are_counted_and_appear_without_a_reload(page: Watched,
     assert page.page.evaluate("window.loadedOnce")
 
 
-def test_a_new_capture_does_not_disturb_what_is_read(page: Watched, root: Path) -> None:
+def test_a_new_capture_does_not_disturb_what_is_read(eager: Watched, root: Path) -> None:
+    page = eager
     layout = Layout(root, "exp")
     page.open(f"view=lens&{HERE}&token=30")
     page.page.focus("#strip .token[data-token='30']")
