@@ -709,10 +709,23 @@ def test_processes_are_started_only_if_they_will_have_work(
     assert bool(announced) == bool(called) == starts
 
 
+class NoProcess:
+    """In place of another process: what it is asked to call is called in this one."""
+
+    is_usable = is_ending = False
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+    def end(self) -> None:
+        pass
+
+
 def test_a_small_model_leaves_a_processor_to_the_process_beside_it(
     capture: Run, extract: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TLCAPTURE_PROCESSES", "1")
+    monkeypatch.setattr("tlcapture.runs.processes._Process", NoProcess)
     monkeypatch.setattr("tlcapture.runs.processes.n_processors", lambda: 2)
     assert extract().exit_code == 0
     seen, step = set(), hooked.HookedModel.step
