@@ -85,7 +85,7 @@ def vectors(layout: Layout, trait: object) -> MissingError:
 
 
 def own_vectors(layout: Layout, trait: object) -> MissingError:
-    """For steering results of the packaged vectors, which have none."""
+    """For the steering results of vectors that come with the package, which has none."""
     return _error(layout, "not steered: only vectors of your own can be", extract_command(layout, [trait]))
 
 
