@@ -44,9 +44,9 @@ class Sampling:
         seed: combined with each prompt's set and id.
         rules: the rules that change the logits first, including those that are named below.
         source: whether the rules are those of the `checkpoint`, or `plain`.
-        top_p: sample from the fewest likeliest tokens whose probabilities reach this share.
-        top_k: sample from this many of the likeliest tokens.
-        min_p: sample from tokens that have at least this share of the likeliest one's probability.
+        top_p: sample from the smallest set of most likely tokens whose probabilities add up to this share.
+        top_k: sample from this many of the most likely tokens.
+        min_p: sample from tokens with at least this share of the probability of the most likely one.
         repetition_penalty: positive logits of tokens that prompt and response have are divided by it, negative ones
             multiplied.
         stop: a response ends with the token that completes one of these texts.
