@@ -137,7 +137,7 @@ def test_commands_have_every_documented_option(command: str) -> None:
     assert {f"--{name}" for name in OPTIONS[command].split()} <= offered
 
 
-def test_documented_defaults() -> None:
+def test_defaults_of_capture_are_those_in_the_documentation() -> None:
     params = {p.name: p for p in command_of("capture").params}
     layer = params["layer"]
     assert isinstance(layer, click.Option)

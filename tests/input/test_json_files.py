@@ -59,7 +59,7 @@ def reads(path: Path, read: Callable[[], Any]) -> Any:
         return None
 
 
-def test_damaged_prompt_sets(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_prompt_sets_are_refused_or_read_correctly(tmp_path: Path, evidence: Evidence) -> None:
     prompts = [{"id": "1", "text": "hello", "note": "n"}, {"id": 2, "text": "é", "system_prompt": "x"}]
     good = {"name": "mine", "description": "d", "system_prompt": "s", "prompts": prompts}
     path = tmp_path / "datasets" / "inference" / "mine.json"
@@ -80,7 +80,7 @@ def test_damaged_prompt_sets(tmp_path: Path, evidence: Evidence) -> None:
     try_all(evidence, "prompt set", damaged_json(good), check)
 
 
-def test_damaged_configs(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_configs_are_refused_or_read_correctly(tmp_path: Path, evidence: Evidence) -> None:
     good = {"extraction_model": "a", "inference_model": "b", "use_chat_template": True, "system_prompt": None, "x": [1]}
     layout = Layout(tmp_path, "exp")
     path = layout.config
@@ -110,7 +110,7 @@ def test_damaged_configs(tmp_path: Path, evidence: Evidence) -> None:
     try_all(evidence, "config.json", damaged_json(good), check)
 
 
-def test_damaged_vector_metadata(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_vector_metadata_is_refused_or_read_correctly(tmp_path: Path, evidence: Evidence) -> None:
     good = {"extraction_model": "m", "methods": ["probe"], "layers": [1, 2], "num_layers": 3, "hidden_dim": 4,
             "position": "response_mean", "split": {"seed": 0}, "model_fingerprint": "f"}  # fmt: skip
     folder = VectorFiles(Layout(tmp_path, "exp"), ODD)
@@ -148,7 +148,7 @@ ROW = {
 }
 
 
-def test_damaged_evaluations(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_evaluations_are_refused_or_read_correctly(tmp_path: Path, evidence: Evidence) -> None:
     rows = [ROW, {"trait": TRAIT, "method": "probe", "layer": 2, "val_effect_size": 0.5}]
     layout = Layout(tmp_path, "exp")
     folder = VectorFiles(layout, ODD)
@@ -193,7 +193,7 @@ SHORT_RUN = {"config": {"layers": [2], "methods": ["probe"]}, "result": {"trait_
 RESULTS = {"baseline": {"trait_mean": 50.0, "coherence_mean": 100.0}, "runs": [RUN, SHORT_RUN]}
 
 
-def test_damaged_steering_results(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_steering_results_are_refused_or_read_correctly(tmp_path: Path, evidence: Evidence) -> None:
     folder = VectorFiles(Layout(tmp_path, "exp"), ODD)
     for layer in (1, 2):
         write_vector(VectorFiles(folder.layout, ODD), "residual", "probe", layer, torch.ones(4))
@@ -227,7 +227,7 @@ def test_steering_results_with_few_fields_are_drawn(tmp_path: Path) -> None:
     assert layout.picture(ODD, "steering").is_file()
 
 
-def test_damaged_steering_questions(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_steering_questions_are_refused_or_read_correctly(tmp_path: Path, evidence: Evidence) -> None:
     question = {"id": "1", "question": "why?", "positive": "yes", "negative": "no"}
     good = {"questions": [question, "what?"], "eval_prompt": "Rate {answer} to {question}"}
     path = tmp_path / "datasets" / "traits" / TRAIT / "steering.json"
@@ -264,7 +264,7 @@ def are_scores(content: dict[str, Any]) -> bool:
     return numbers and counts and is_layer and len(shapes) == 1 and len(rows) == len(tokens)
 
 
-def test_damaged_projection_files(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_projection_files_are_refused_or_read_correctly(tmp_path: Path, evidence: Evidence) -> None:
     layout = Layout(tmp_path, "exp")
     raw = layout.residual("odd", "1")
     raw.parent.mkdir(parents=True)
@@ -367,7 +367,7 @@ def test_dynamics_are_recomputed_only_from_valid_projections(tmp_path: Path, evi
     try_all(evidence, "projection file, --dynamics-only", damaged_json(projection(1)), check)
 
 
-def test_damaged_attention_files(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_attention_files_are_refused_or_read_correctly(tmp_path: Path, evidence: Evidence) -> None:
     path = tmp_path / "1_attention.json"
 
     def check(file: Damaged) -> None:
@@ -390,7 +390,7 @@ def test_damaged_attention_files(tmp_path: Path, evidence: Evidence) -> None:
     assert read_attention(path).heads(1).shape[0] == N_HEADS
 
 
-def test_damaged_logit_lens_files(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_logit_lens_files_are_refused_or_read_correctly(tmp_path: Path, evidence: Evidence) -> None:
     path = tmp_path / "1_logit_lens.json"
 
     def check(file: Damaged) -> None:

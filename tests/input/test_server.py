@@ -86,7 +86,7 @@ def test_names_with_null_characters(client: TestClient, resource: str) -> None:
         check(client, f"/api/{RESOURCES[resource].format(**{**VALID, name: '%00'})}")
 
 
-def test_arbitrary_paths(client: TestClient, evidence: Evidence) -> None:
+def test_any_path_gets_a_valid_answer(client: TestClient, evidence: Evidence) -> None:
     @settings(max_examples=at_most(150), deadline=None, database=None)
     @given(st.lists(SEGMENTS | st.sampled_from(["api", "static", "sets", "main.js"]), max_size=7), st.booleans())
     def attempt(parts: list[str], raw: bool) -> None:
