@@ -396,9 +396,7 @@ def test_an_unreadable_trait_does_not_keep_another_from_being_checked(tlcapture:
         (("capture", "--experiment", "file", "--prompt", "hi"), "file: expected a folder, found a file"),
     ],
 )
-def test_wrong_usage_is_refused_with_a_reason(
-    tlcapture: Run, data: Path, words: tuple[str, ...], message: str
-) -> None:
+def test_wrong_usage_is_refused_with_a_reason(tlcapture: Run, data: Path, words: tuple[str, ...], message: str) -> None:
     (data / "experiments" / "exp").mkdir(parents=True)
     (data / "experiments" / "file").touch()
     result = tlcapture(*words)

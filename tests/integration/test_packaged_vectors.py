@@ -161,14 +161,15 @@ def test_without_projection_none_are_unpacked(root: Path, tlcapture: Command, mo
 
 def test_a_trait_extracted_again_has_the_packaged_vectors(root: Path, tlcapture: Command) -> None:
     """Of the shipped examples, on another machine: they differ by rounding alone."""
-    result = tlcapture("extract", "--traits", "style/formality", "--methods", "probe", "--component", "residual")
+    grid = ("--methods", "probe", "--component", "residual", "--layers", "2,12,29")
+    result = tlcapture("extract", "--traits", "style/formality", *grid)
     assert result.exit_code == 0
     trait = next(each for each in Datasets(root).traits() if each.name == "formality")
     files = VectorFiles(Layout(root, "default"), trait)
     path = packaged_files() / "vectors" / "style" / "formality.safetensors"
     with safe_open(path, framework="pt") as file:
-        packaged = torch.stack([file.get_tensor(f"residual/probe/{layer}") for layer in range(30)])
-    again = torch.stack([read_vector(files, "residual", "probe", layer).vector for layer in range(30)])
+        packaged = torch.stack([file.get_tensor(f"residual/probe/{layer}") for layer in (2, 12, 29)])
+    again = torch.stack([read_vector(files, "residual", "probe", layer).vector for layer in (2, 12, 29)])
     assert torch.cosine_similarity(again, packaged, dim=1).min() > 0.999
 
 
