@@ -73,6 +73,29 @@ def test_a_clear_change_stands_out_among_traits_that_do_not_change() -> None:
     assert [number for number, each in enumerate(found) if each.stands_out] == [3]
 
 
+def test_a_change_that_random_directions_share_does_not_stand_out() -> None:
+    """Under another model every prompt moves alike, onto any direction."""
+    generator = np.random.default_rng(7)
+    values = generator.normal([2.0, 20.0], 0.1, size=(9, 2))
+    random = [2 * generator.standard_normal(200), 2 * generator.standard_normal(200)]
+    assert [each.stands_out for each in paired_differences(values)] == [True, True]
+    shared, own = paired_differences(values, random)
+    assert (shared.stands_out, own.stands_out) == (False, True)
+    assert (shared.p, own.p_random) == (shared.p_random, pytest.approx(1 / 201))
+    assert paired_differences(values, [None, random[1]])[0].p_random is None
+    assert paired_differences(np.zeros((9, 1)), [np.zeros(200)])[0].p == 1
+
+
+def test_the_largest_of_several_traits_like_random_directions_stands_out_in_at_most_a_twentieth_of_runs() -> None:
+    generator, n_runs = np.random.default_rng(8), 400
+    scales, found = np.array([0.1, 1.0, 50.0]), 0
+    for _ in range(n_runs):
+        drawn = generator.standard_t(4, size=(201, 3)) * scales
+        differences = drawn[0] + 1e-3 * scales * generator.standard_normal((8, 3))
+        found += any(each.p_random <= LEVEL for each in paired_differences(differences, [*drawn[1:].T]))
+    assert found / n_runs <= LEVEL + 2.6 * np.sqrt(LEVEL * (1 - LEVEL) / n_runs)
+
+
 def test_few_prompts_let_nothing_stand_out() -> None:
     assert not any(each.stands_out for each in paired_differences(np.full((5, 1), 9.0)))
     assert paired_differences(np.full((5, 1), 9.0))[0].p == smallest_p(5) == 0.0625

@@ -1,6 +1,6 @@
 """Means of paired differences over prompts, their intervals, and their significance.
 
-A mean is significant if both of two tests find it so; its p is the larger of theirs.
+A mean is significant if all of three tests find it so; its p is the largest of theirs.
 
 - The sign-flip test, of the null hypothesis that the two sides are exchangeable: no prompt favours either, so that its
   difference could as well have the other sign. Signs are flipped, all ways if there are few, and the largest
@@ -9,14 +9,17 @@ A mean is significant if both of two tests find it so; its p is the larger of th
 - A t test with its skewness removed (Hall, "On the Removal of Skewness by Transformation", 1992), of the null
   hypothesis that the mean is 0, with Bonferroni's correction. Differences of mean 0 that are skewed are not
   exchangeable, and sign flips alone would take their shape for a mean. Its inversion is the interval.
+- Random directions at the same layer: a model that differs moves activations, and with them the projection onto nearly
+  any direction. A change of the trait is larger than that of 95 % of random directions, the largest of as many traits,
+  each in units of its own directions' root mean square.
 
-Sign flips alone called 9 to 14 % of skewed differences of mean 0 significant for one trait, and 9 to 47 % for ten; both
-together do for FIGURES. `benchmarks/paired_null.py` compares several tests.
+Sign flips alone called 9 to 14 % of skewed differences of mean 0 significant for one trait, and 9 to 47 % for ten; with
+the t test it is FIGURES. `benchmarks/paired_null.py` compares several tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import nan
 from typing import Any
@@ -42,7 +45,8 @@ class PairedDifference:
     Attributes:
         n: the number of prompts.
         low, high: the 95 % interval, of all traits together; `None` for fewer than two prompts.
-        p: the larger p of the two tests, corrected for the number of traits; `None` without prompts.
+        p: the largest p of all tests, corrected for the number of traits; `None` without prompts.
+        p_random: the p among random directions, which is one of them; `None` where they are not known.
     """
 
     n: int
@@ -50,10 +54,11 @@ class PairedDifference:
     low: float | None
     high: float | None
     p: float | None
+    p_random: float | None = None
 
     @property
     def stands_out(self) -> bool:
-        """Whether the mean differs from 0 by both tests, at the level of 5 %."""
+        """Whether the mean differs from 0 by all tests, at the level of 5 %."""
         return self.p is not None and self.p <= LEVEL
 
     def to_json(self) -> dict[str, Any]:
@@ -63,6 +68,7 @@ class PairedDifference:
             "mean": self.mean,
             "interval": None if self.low is None else [self.low, self.high],
             "p": self.p,
+            "p_random": self.p_random,
             "stands_out": self.stands_out,
         }
 
@@ -72,15 +78,21 @@ def smallest_p(n: int) -> float:
     return 2.0 ** (1 - n) if n <= _MOST_PAIRS_FOR_ALL else 1 / (_FLIPS + 1)
 
 
-def paired_differences(values: Values) -> list[PairedDifference]:
-    """The mean of each column of differences `[n_prompts, n_traits]`; NaN where a prompt has none."""
+def paired_differences(values: Values, random: Sequence[Values | None] = ()) -> list[PairedDifference]:
+    """The mean of each column of differences `[n_prompts, n_traits]`; NaN where a prompt has none.
+
+    Args:
+        random: the means of random directions `[n_directions]` for each trait; `None` where they are not known.
+    """
     if not values.size:
         return [PairedDifference(0, nan, None, None, None)] * values.shape[1]
     known = ~np.isnan(values)
     filled = np.where(known, values, 0.0)
     n_traits = max(1, int(filled.any(axis=0).sum()))
     columns = [values[known[:, column], column] for column in range(values.shape[1])]
-    return [_paired(own, p, n_traits) for own, p in zip(columns, _by_sign_flips(filled), strict=True)]
+    by_flips = _by_sign_flips(filled)
+    by_directions = _by_random_directions([float(each.mean()) if len(each) else 0.0 for each in columns], random)
+    return [_paired(*each, n_traits) for each in zip(columns, by_flips, by_directions, strict=True)]
 
 
 def interval(values: Values, n_means: int = 1) -> tuple[float, float] | None:
@@ -102,12 +114,27 @@ def interval(values: Values, n_means: int = 1) -> tuple[float, float] | None:
     return mean - deviation * _skewed(bound, skewness, n), mean - deviation * _skewed(-bound, skewness, n)
 
 
-def _paired(own: Values, p: float, n_traits: int) -> PairedDifference:
+def _paired(own: Values, by_flips: float, by_directions: float | None, n_traits: int) -> PairedDifference:
     if not len(own):
         return PairedDifference(0, nan, None, None, None)
     low, high = interval(own, n_traits) or (None, None)
-    larger = max(float(p), min(1.0, n_traits * _p_of_mean(own)))
-    return PairedDifference(len(own), float(own.mean()), low, high, larger)
+    p = max(float(by_flips), min(1.0, n_traits * _p_of_mean(own)), by_directions or 0.0)
+    return PairedDifference(len(own), float(own.mean()), low, high, p, by_directions)
+
+
+def _by_random_directions(means: Sequence[float], random: Sequence[Values | None]) -> list[float | None]:
+    """The p of each mean among those of random directions, corrected for the number of traits; `None` if not known."""
+    known = [number for number, each in enumerate(random) if each is not None and each.any()]
+    found: list[float | None] = [None] * len(means)
+    if not known:
+        return found
+    drawn = np.abs(np.stack([random[number] for number in known]))
+    spread = np.sqrt((drawn**2).mean(axis=1))
+    largest = (drawn / spread[:, None]).max(axis=0)
+    for number, each in zip(known, spread, strict=True):
+        n_as_large = int((largest >= abs(means[number]) / each * (1 - _TIES)).sum())
+        found[number] = (1 + n_as_large) / (1 + len(largest))
+    return found
 
 
 def _p_of_mean(values: Values) -> float:
