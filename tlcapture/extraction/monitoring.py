@@ -4,8 +4,9 @@ The responses of a steered model are read by the unsteered one and projected ont
 rank correlation (Spearman 1904) of a response's mean projection with its coefficient says whether the projection
 follows; comparing within questions takes their topics out.
 
-The null hypothesis is that the vector is one of many directions onto which these same responses might be projected.
-NULLNOTE
+The null hypothesis is that the vector is one of many directions onto which the same responses could be projected. It is
+tested with the responses that the vector itself steered, which cost a generation each. Of 14 random vectors that
+steered the embedded model in the place of a trait's, one had a p of at most 0.05.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Monitoring:
         rank_correlation: the mean over questions of the rank correlation of projection with coefficient; a question
             whose projections do not vary counts as 0. `None` for fewer than 8 responses.
         null: the same for random vectors.
-        p: the share of random vectors, the vector itself counted with them, that follow at least as well.
+        p: the share of random vectors, the vector itself counted with them, that follow at least as well; of this
+            vector alone, not corrected for the number of vectors.
         n: the number of responses.
     """
 

@@ -59,6 +59,8 @@ def largest_by_chance(runs: Iterable[SteeringRun]) -> float | None:
 
     Where other runs have none, the vector was the best of more runs than the random ones. The level is then at least
     what the largest of as many gains exceeds in 5 % of cases, if each run's has the normal distribution of its null.
+    Runs of one vector whose coefficients have the same sign count once: a vector's gain hardly changes its direction as
+    the coefficient grows.
     """
     runs = list(runs)
     nulls = [run.null for run in runs if run.null]
@@ -67,8 +69,9 @@ def largest_by_chance(runs: Iterable[SteeringRun]) -> float | None:
     best = float(critical_value([max(gains) for gains in zip_longest(*nulls, fillvalue=float("-inf"))]))
     if len(nulls) == len(runs):
         return best
+    n_gains = len({(run.component, run.method, run.layer, run.coefficient > 0) for run in runs})
     several = [(np.mean(null), np.std(null, ddof=1), len(null)) for null in nulls if len(null) > 1]
-    return max([best, *(float(mean + critical_score(len(runs), n) * sd) for mean, sd, n in several)])
+    return max([best, *(float(mean + critical_score(n_gains, n) * sd) for mean, sd, n in several)])
 
 
 def percentile_95(values: Sequence[float]) -> float:
