@@ -58,9 +58,9 @@ def largest_by_chance(runs: Iterable[SteeringRun]) -> float | None:
     one in 21 vectors exceeds. Entry i of every null is the gain of the same random vector.
 
     Where other runs have none, the vector was the best of more runs than the random ones. The level is then at least
-    what the largest of as many gains exceeds in 5 % of cases, if each has the distribution of a null, normal but for the
-    skewness of all nulls together (Cornish and Fisher 1938). Runs of one vector whose coefficients have the same sign
-    count as one: the gain of a vector seldom changes its sign as the coefficient grows.
+    what the largest of as many gains exceeds in 5 % of cases, if each has the distribution of a null, normal but for
+    the skewness of all nulls together (Cornish and Fisher 1938). Runs of one vector whose coefficients have the same
+    sign count as one: the gain of a vector seldom changes its sign as the coefficient grows.
     """
     runs = list(runs)
     nulls = [run.null for run in runs if run.null]
