@@ -121,7 +121,7 @@ def test_random_directions_change_as_the_activations_do(both: Callable[..., None
         raw(data, name).response.residual.at(layer, "residual_out").double().mean(dim=0) for name in ("exp", "tuned")
     ]
     directions = RandomDirections(None, tiny.N_LAYERS, tiny.D_MODEL)
-    expected = directions.vectors("tone/loud", layer).double() @ (means[1] - means[0])
+    expected = directions.projections("tone/loud", layer, means[1] - means[0])
     assert trait["random"]["changes"] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-6)
     assert trait["random"]["directions"] == directions.digest(layer)
     path = data / "experiments/exp/analysis/compare/tuned/short/1.json"

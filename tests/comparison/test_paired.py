@@ -36,6 +36,7 @@ def test_intervals_of_several_means_are_wider_and_no_change_that_stands_out_has_
         for found, column in zip(paired_differences(values), values.T, strict=True):
             assert (found.low, found.high) == pytest.approx(interval(column, 3))
             assert not (found.stands_out and found.low <= 0 <= found.high)
+            assert {type(each) for each in (found.mean, found.low, found.high, found.p)} == {float}  # as orjson needs
 
 
 @pytest.mark.parametrize("n", [3, 8, 11])

@@ -195,7 +195,7 @@ def _random_changes(
         mean = _response_mean(capture, capture.residual(vector.layer).double())
         if mean is None:
             return None
-        means.append(directions.vectors(str(vector.trait), vector.layer).double() @ mean)
+        means.append(directions.projections(str(vector.trait), vector.layer, mean))
         digests.append(directions.digest(vector.layer))
     return RandomChanges("-".join(dict.fromkeys(digests)), (means[1] - means[0]).numpy())
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import nan
+from math import nan, sqrt
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,7 @@ def interval(values: Values, n_means: int = 1) -> tuple[float, float] | None:
     if len(values) < 2:
         return None
     n, mean, deviation, skewness = _moments(values)
-    bound = float(stdtrit(n - 1, 1 - LEVEL / 2 / n_means)) / np.sqrt(n)
+    bound = float(stdtrit(n - 1, 1 - LEVEL / 2 / n_means)) / sqrt(n)
     return mean - deviation * _skewed(bound, skewness, n), mean - deviation * _skewed(-bound, skewness, n)
 
 
@@ -147,7 +147,7 @@ def _p_of_mean(values: Values) -> float:
     n, mean, deviation, skewness = _moments(values)
     if deviation == 0:
         return float(mean == 0)
-    return 2 * float(stdtr(n - 1, -abs(_unskewed(mean / deviation, skewness, n)) * np.sqrt(n)))
+    return 2 * float(stdtr(n - 1, -abs(_unskewed(mean / deviation, skewness, n)) * sqrt(n)))
 
 
 def _moments(values: Values) -> tuple[int, float, float, float]:

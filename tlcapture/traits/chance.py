@@ -155,10 +155,12 @@ class RandomDirections:
             for row, layer_row in enumerate(drawn.layer_rows)
         ]
 
-    def vectors(self, trait: str, layer: int) -> Float[Tensor, "n_directions d_model"]:
-        """The directions of length 1 that a trait's vector at a layer is compared with."""
+    def projections(
+        self, trait: str, layer: int, activation: Float[Tensor, " d_model"]
+    ) -> Float[Tensor, " n_directions"]:
+        """The projections of an activation onto the directions that a trait's vector at a layer is compared with."""
         drawn = self._layer(layer)
-        return drawn.directions(trait) @ drawn.basis
+        return drawn.directions(trait).double() @ (drawn.basis.double() @ activation.double())
 
     def digest(self, layer: int) -> str:
         """A digest of a layer's directions: equal ones have an equal digest."""
