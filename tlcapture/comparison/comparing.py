@@ -179,9 +179,10 @@ def _trait_change(
     sides = ((a, pair.a), (b, pair.b))
     scores_a, scores_b = (projected(each.residual(vector.layer), vector.vector) for each, vector in sides)
     difference = (scores_b[shared.rows_b] - scores_a[shared.rows_a]).numpy()
-    mean_a, mean_b = (_response_mean(each, scores) for each, scores in ((a, scores_a), (b, scores_b)))
+    of_responses = (_response_mean(each, scores) for each, scores in ((a, scores_a), (b, scores_b)))
+    mean_a, mean_b = (None if mean is None else float(mean) for mean in of_responses)
     changes = _random_changes(sides, [each for each in random if each is not None])
-    return TraitChange(pair, difference, *(None if mean is None else float(mean) for mean in (mean_a, mean_b)), changes)
+    return TraitChange(pair, difference, mean_a, mean_b, changes)
 
 
 def _random_changes(

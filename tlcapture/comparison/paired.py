@@ -125,14 +125,14 @@ def _paired(own: Values, by_flips: float, by_directions: float | None, n_traits:
 
 def _by_random_directions(means: Sequence[float], random: Sequence[Values | None]) -> list[float | None]:
     """The p of each mean among those of random directions, corrected for the number of traits; `None` if not known."""
-    known = [number for number, each in enumerate(random) if each is not None and each.any()]
+    known = {number: np.abs(each) for number, each in enumerate(random) if each is not None and each.any()}
     found: list[float | None] = [None] * len(means)
     if not known:
         return found
-    drawn = np.abs(np.stack([random[number] for number in known]))
+    drawn = np.stack([*known.values()])
     spread = np.sqrt((drawn**2).mean(axis=1))
     largest = (drawn / spread[:, None]).max(axis=0)
-    for number, each in zip(known, spread, strict=True):
+    for number, each in zip(known, spread.tolist(), strict=True):
         n_as_large = int((largest >= abs(means[number]) / each * (1 - _TIES)).sum())
         found[number] = (1 + n_as_large) / (1 + len(largest))
     return found
