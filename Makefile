@@ -95,7 +95,7 @@ chromium:
 	  echo "no Chromium: the tests of the page will be skipped (Debian: apt install chromium)"
 
 reliability: $(READY) ## Faults, clusters, bad input and parity once more, and what they saw into docs/reliability.md
-	$(BIN)/python -m pytest tests/faults tests/cluster tests/input tests/test_parity.py tests/test_refusals.py --reliability docs/reliability.md $(FLAGS)
+	$(BIN)/python -m pytest tests/faults tests/cluster tests/input tests/test_findings_in_noise.py tests/test_parity.py tests/test_refusals.py --reliability docs/reliability.md $(FLAGS)
 
 test-cuda: $(READY) ## The model tests on a CUDA device
 	TLCAPTURE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_parity.py tests/test_generation.py tests/fast $(FLAGS)

@@ -20,6 +20,7 @@ class Evidence:
     inputs: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
     deviations: dict[tuple[str, str, str], float] = field(default_factory=dict)
     refusals: dict[tuple[str, str], str] = field(default_factory=dict)
+    noise: dict[tuple[str, str], dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
 
     def survived(self, fault: str, how: str, outcome: str) -> None:
         """Add an injected fault, how it was injected, and the outcome."""
@@ -37,6 +38,10 @@ class Evidence:
     def refused(self, architecture: str, engine: str, reason: str) -> None:
         """Add an engine that refuses an architecture, with the reason in its error."""
         self.refusals[architecture, engine] = reason
+
+    def found_in_noise(self, finding: str, null: str, kind: str, share: float) -> None:
+        """Add how often something is shown as a finding in one kind of noise, and what it is compared with."""
+        self.noise[finding, null][kind] = share
 
     def write(self, path: Path) -> None:
         """Write the page to `path`."""

@@ -16,7 +16,7 @@ Each row comes from a test that passed: `make reliability` runs the tests and wr
 
 def page(evidence: Evidence) -> str:
     """The page as Markdown."""
-    return "\n".join([HEAD, *_faults(evidence), *_inputs(evidence), *_architectures(evidence)])
+    return "\n".join([HEAD, *_faults(evidence), *_inputs(evidence), *_noise(evidence), *_architectures(evidence)])
 
 
 def _faults(evidence: Evidence) -> list[str]:
@@ -37,6 +37,20 @@ def _inputs(evidence: Evidence) -> list[str]:
         "no traceback, no hang, no wrong number.\n"
     )
     return ["## Inputs tested\n", text, _table(("reader", "inputs", "by kind"), rows)]
+
+
+def _noise(evidence: Evidence) -> list[str]:
+    kinds = list(dict.fromkeys(kind for shares in evidence.noise.values() for kind in shares))
+    rows = [
+        (finding, null, *(f"{shares[kind]:.1%}" if kind in shares else "" for kind in kinds))
+        for (finding, null), shares in evidence.noise.items()
+    ]
+    text = (
+        "How often each finding is made in noise. The level is 5 %; where noise is not what a test assumes, it may be "
+        "more. Prompts and examples are independent; along tokens, layers and coefficients, correlated noise is "
+        "autoregressive with a coefficient of 0.5.\n"
+    )
+    return ["## Findings in noise\n", text, _table(("finding", "compared with", *kinds), rows)]
 
 
 def _architectures(evidence: Evidence) -> list[str]:

@@ -16,6 +16,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
 from tlcapture.explore.comparisons import COLUMNS
 from tlcapture.storage.files import read_json
+from tlcapture.traits.chance import RandomDirections
 
 Run = Callable[..., Result]
 TRAITS = ("tone/loud", "tone/warm")
@@ -109,6 +110,28 @@ def test_free_running_captures_are_compared_where_their_tokens_are_shared(
     for mean, each in (("mean_a", a), ("mean_b", b)):
         scores = each.response.residual.at(trait["layer"], "residual_out").double() @ (vector / vector.norm())
         assert trait[mean] == pytest.approx(float(scores.mean()), rel=1e-4)
+
+
+def test_random_directions_change_as_the_activations_do(both: Callable[..., None], tlcapture: Run, data: Path) -> None:
+    both()
+    assert tlcapture("compare", "exp", "tuned", "--no-kl").exit_code == 0
+    trait = compared(data)["traits"]["tone/loud"]
+    layer = trait["layer"]
+    means = [
+        raw(data, name).response.residual.at(layer, "residual_out").double().mean(dim=0) for name in ("exp", "tuned")
+    ]
+    directions = RandomDirections(None, tiny.N_LAYERS, tiny.D_MODEL)
+    expected = directions.projections("tone/loud", layer, means[1] - means[0])
+    assert trait["random"]["changes"] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-6)
+    assert trait["random"]["directions"] == directions.digest(layer)
+    path = data / "experiments/exp/analysis/compare/tuned/short/1.json"
+    written = path.read_bytes()
+    del trait["random"]  # as in earlier versions
+    path.write_text(json.dumps({**read_json(path), "traits": {"tone/loud": trait}}))
+    words = ("--no-kl", "--skip-existing", "--traits", "tone/loud")
+    assert "random" not in compared(data)["traits"]["tone/loud"]
+    assert tlcapture("compare", "exp", "tuned", *words).exit_code == 0
+    assert compared(data)["traits"]["tone/loud"] == json.loads(written)["traits"]["tone/loud"]
 
 
 def test_captures_against_themselves_give_exact_zeros(capture: Run, extract: Run, tlcapture: Run, data: Path) -> None:

@@ -34,6 +34,16 @@ def test_the_interval_of_unpaired_examples_covers_the_effect_size(effect: float)
     assert 0.92 <= coverage(effect, 0.0, paired=False) <= 0.98
 
 
+@pytest.mark.parametrize(("n_positive", "n_negative", "sd"), [(4, 20, 4.0), (20, 4, 4.0), (3, 8, 2.0), (5, 5, 4.0)])
+def test_the_interval_of_sides_of_unequal_numbers_and_variances_seldom_leaves_out_0(
+    n_positive: int, n_negative: int, sd: float
+) -> None:
+    generator = torch.Generator().manual_seed(n_positive)
+    positive, negative = (torch.randn(600, n, generator=generator) for n in (n_positive, n_negative))
+    low, high = effect_size_interval(sd * positive, negative, paired=False).unbind(dim=1)
+    assert float(((low > 0) | (high < 0)).float().mean()) <= 0.08
+
+
 @pytest.mark.parametrize("freedom", [4.0, 19.3, 38.0, 70.0])
 def test_bounds_are_those_of_the_noncentral_t_distribution_however_large_the_effect(freedom: float) -> None:
     t = np.linspace(-30, 40, 141)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests import tiny
 from tlcapture.errors import NumericalError
-from tlcapture.extraction.monitoring import monitoring
+from tlcapture.extraction.monitoring import RANDOM_VECTORS, monitoring
 from tlcapture.extraction.steering import Addition, SteeringScorer, random_directions
 from tlcapture.generation.interventions import Add, applied
 from tlcapture.generation.loop import generate
@@ -118,6 +119,18 @@ def test_a_projection_that_grows_with_the_coefficient_follows_it_and_random_ones
     assert max(map(abs, found.null)) < 0.9
     assert found.p == pytest.approx(1 / 21)
     assert found.n == 64
+
+
+def test_a_random_vector_is_said_to_follow_in_a_twentieth_of_cases() -> None:
+    """Also where one dimension has most of the variance, and questions share a drift."""
+    generator, random = torch.Generator().manual_seed(5), random_directions(32, RANDOM_VECTORS)
+    scale, coefficients = torch.tensor([1.0] + 31 * [0.05]), [0.0, 0.1, 0.2, 0.3]
+    found = []
+    for _ in range(200):
+        drift = torch.arange(4.0)[:, None, None] * torch.randn(32, generator=generator)
+        activations = (torch.randn(4, 3, 32, generator=generator) + 0.3 * drift) * scale
+        found.append(monitoring(coefficients, activations, torch.randn(32, generator=generator), random).p)
+    assert np.mean([p is not None and p <= 0.05 for p in found]) <= 0.05 + 2.6 * (0.05 * 0.95 / 200) ** 0.5
 
 
 def test_vectors_that_follow_equally_well_are_counted_in_whichever_order_the_questions_are() -> None:

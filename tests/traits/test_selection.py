@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,28 @@ def test_the_best_of_many_cells_is_seldom_beyond_what_random_vectors_reach_at_th
         assert chance is not None
         beyond += own.max() > chance
     assert beyond / draws <= 0.06
+
+
+@pytest.mark.parametrize("n_layers", [1, 10])
+def test_the_best_of_several_coefficients_is_seldom_beyond_chance_and_each_layer_counts_once(n_layers: int) -> None:
+    generator, beyond, draws, coefficients = np.random.default_rng(0), 0, 150, np.array([0.1, 0.15, 0.2, 0.25, 0.3])
+    for _ in range(draws):
+        slopes = generator.standard_normal((21, n_layers, 1))
+        own, *random = (slopes * coefficients + 0.03 * generator.standard_normal((21, n_layers, 5))).reshape(21, -1)
+        best, cells = np.argsort(-own)[:3], [divmod(number, 5) for number in range(own.size)]
+        runs = [
+            SteeringRun(
+                layer, "probe", "residual", coefficients[number], 50.0, 90.0, own[cell],
+                null=tuple(each[cell] for each in random) if cell in best else None,
+            )
+            for cell, (layer, number) in enumerate(cells)
+        ]  # fmt: skip
+        chance = largest_by_chance(runs)
+        assert chance is not None
+        beyond += own.max() > chance
+    assert beyond / draws <= 0.06
+    as_if_apart = largest_by_chance([replace(run, layer=cell) for cell, run in enumerate(runs)])
+    assert chance < (as_if_apart or 0.0)
 
 
 def test_effect_size_comes_second(files: VectorFiles) -> None:

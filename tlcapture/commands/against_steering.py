@@ -32,7 +32,9 @@ class Correlation:
         n_layers: the number of their layers, counted once per trait.
         rho: the correlation; `None` for fewer than eight layers, or where nothing varies.
         p: the share of 2,000 random shifts of the gains along the layers of each trait with a correlation as large in
-            absolute value; of one trait with n layers it is 1 / n at least where both go steadily up or down.
+            absolute value; of one trait with n layers it is 1 / n at least where both go steadily up or down. It is at
+            most 0.05 in 5 % of unrelated series that drift along the layers as AR(0.9) does, but in 13 % of those that
+            drift as AR(0.98), almost a random walk.
     """
 
     trait: str

@@ -5,7 +5,7 @@ captures of a and b -> shared tokens -> differences of projections, residuals, n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
 from tlcapture.commands.capture_places import chunks
 from tlcapture.commands.compared_sets import ComparedSets
-from tlcapture.commands.projections import report_choice
+from tlcapture.commands.projections import ChanceLevels, report_choice
 from tlcapture.commands.unembeddings import LoadedUnembeddings
 from tlcapture.comparison.comparing import Comparison, VectorPair, compare_captures
 from tlcapture.comparison.comparison_files import ComparisonFile
@@ -34,7 +34,6 @@ from tlcapture.traits.choice import ChosenVector, VectorChoice, VectorChooser
 from tlcapture.traits.missing_vectors import extract_command, is_in_package, no_vectors
 from tlcapture.traits.packaged_vectors import PROJECTED_ONTO_PACKAGED, packaged_layout, takes_packaged, vectors_layout
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
-from tlcapture.traits.vectors import TraitVector
 from tlcapture.version import __version__
 
 
@@ -164,6 +163,7 @@ class CompareWorker:
         self._run = run
         self._unembeddings = LoadedUnembeddings(run, options.device)
         self._choosers: dict[Layout, VectorChooser] = {}
+        self._levels = ChanceLevels(run)
 
     def prepare(self) -> None:
         """Load nothing: only the captures tell what is needed of a model."""
@@ -183,7 +183,8 @@ class CompareWorker:
         path, options = sets.path(name), self._options
         existing = self._existing(path)
         a, b = (Capture.open(raw) for raw in raws)
-        vectors = self._vectors(sources, a, b)
+        chosen = [self._chosen(source, each) for source, each in zip(sources, (a, b), strict=False)]
+        vectors = _pairs(chosen, are_same=len({*sources}) == 1)
         if (
             options.skip_existing
             and existing
@@ -192,7 +193,8 @@ class CompareWorker:
             self._run.report.n_skipped += 1
             return
         unembeddings = self._unembeddings.of(a, b) if options.kl else None
-        found = compare_captures(a, b, vectors, unembeddings)
+        random = [self._levels.of(each, [*of_side.values()]) for each, of_side in zip((a, b), chosen, strict=False)]
+        found = compare_captures(a, b, vectors, unembeddings, random)
         content = found.to_json(str(sets.a), str(sets.b), self._metadata(found))
         self._run.wrote(write_json(path, content))
         self._run.report.n_prompts += 1
@@ -215,23 +217,12 @@ class CompareWorker:
                 return None
             raise StorageError(f"{error}: use --overwrite to replace it") from None
 
-    def _vectors(self, sources: Sequence[Layout], a: Capture, b: Capture) -> list[VectorPair]:
-        if not sources:
-            return []
-        first, second = self._chosen(sources[0], a), self._chosen(sources[1], b)
-        are_same = sources[0] == sources[1]
-        return [
-            VectorPair(vector, vector if are_same else second[trait])
-            for trait, vector in first.items()
-            if trait in second
-        ]
-
-    def _chosen(self, source: Layout, capture: Capture) -> dict[str, TraitVector]:
+    def _chosen(self, source: Layout, capture: Capture) -> dict[str, ChosenVector]:
         if source not in self._choosers:
             choice = replace(self._options.choice, experiment=None)
             self._choosers[source] = VectorChooser(source, choice, on_chosen=partial(report_choice, self._run))
         chosen: Sequence[ChosenVector] = self._choosers[source].vectors(capture, "residual")
-        return {str(each.vector.trait): each.vector for each in chosen}
+        return {str(each.vector.trait): each for each in chosen}
 
     def _metadata(self, found: Comparison) -> dict[str, Any]:
         sample = next((each.metadata["sample"] for each in (found.a, found.b) if "sample" in each.metadata), None)
@@ -245,6 +236,14 @@ class CompareWorker:
 
 
 _OF_A_MODEL = ("inference_model", "adapter", "variant", "interventions", "model_fingerprint", "engine", "dtype")
+
+
+def _pairs(chosen: Sequence[Mapping[str, ChosenVector]], *, are_same: bool) -> list[VectorPair]:
+    """The vectors of the traits that were chosen for both captures; of none where there are no vectors."""
+    if not chosen:
+        return []
+    a, b = chosen
+    return [VectorPair(each.vector, (a if are_same else b)[trait].vector) for trait, each in a.items() if trait in b]
 
 
 def _model(capture: Capture) -> dict[str, Any]:
@@ -264,9 +263,12 @@ def _is_current(
         own = None if found.b is None else (found.b.layer, found.b.method)
         if own != (None if pair.b is pair.a else (pair.b.layer, pair.b.method)):
             return False
+        if found.random is None and found.change is not None:  # as in earlier versions
+            return False
         for vector in (pair.a, pair.b):
-            files = VectorFiles(vectors_layout(root, vector.experiment), vector.trait)
-            made_from.append(files.file(vector.component, vector.method, vector.layer))
+            layout = vectors_layout(root, vector.experiment)
+            files = VectorFiles(layout, vector.trait)
+            made_from += [files.file(vector.component, vector.method, vector.layer), layout.reference("residual")]
     if kl and existing.kl is None:
         return False
     return path.stat().st_mtime_ns >= max(each.stat().st_mtime_ns for each in made_from if each.is_file())

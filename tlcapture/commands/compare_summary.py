@@ -134,6 +134,8 @@ def summary_of(files: Mapping[str, ComparisonFile], problems: Sequence[str] = ()
         groups.setdefault(each.metadata.prompt_digest or prompt, []).append(each)
     traits = sorted({trait for each in files.values() for trait in each.traits})
     changes = np.array([[_mean(group, partial(_change, trait=trait)) for trait in traits] for group in groups.values()])
+    random = [_random_means(list(groups.values()), trait) for trait in traits]
+    found = paired_differences(changes.reshape(len(groups), len(traits)), random)
     kl = [_mean(group, lambda each: _over_response(each, each.kl)) for group in groups.values()]
     by = "kl" if any(each.kl is not None for each in files.values()) else "cosine"
     return ComparisonSummary(
@@ -141,7 +143,7 @@ def summary_of(files: Mapping[str, ComparisonFile], problems: Sequence[str] = ()
         first.b,
         len(groups),
         len(files),
-        dict(zip(traits, paired_differences(changes.reshape(len(groups), len(traits))), strict=True)),
+        dict(zip(traits, found, strict=True)),
         MeanSize.of(kl),
         _by_layer(list(groups.values()), "cosine"),
         _by_layer(list(groups.values()), "norm_ratio"),
@@ -172,6 +174,23 @@ def _mean(group: Sequence[ComparisonFile], value: Callable[[ComparisonFile], flo
 def _change(file: ComparisonFile, trait: str) -> float:
     change = file.traits[trait].change if trait in file.traits else None
     return nan if change is None else change
+
+
+def _random_means(groups: Sequence[Sequence[ComparisonFile]], trait: str) -> Values | None:
+    """The mean changes of a trait's random directions over prompts, `[n_directions]`.
+
+    `None` where a file with a change of the trait lacks them, or has other directions.
+    """
+    of_groups, directions = [], set()
+    for group in groups:
+        found = [each.traits[trait].random for each in group if not np.isnan(_change(each, trait))]
+        known = [each for each in found if each is not None]
+        if len(known) < len(found):
+            return None
+        directions |= {(each.directions, len(each.changes)) for each in known}
+        if known and len(directions) == 1:
+            of_groups.append(np.mean([each.changes for each in known], axis=0))
+    return np.mean(of_groups, axis=0) if of_groups and len(directions) == 1 else None
 
 
 def _over_response(file: ComparisonFile, values: Sequence[float | None] | None) -> float:

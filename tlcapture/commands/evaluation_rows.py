@@ -148,8 +148,8 @@ def doubts(rows: Sequence[Row]) -> list[str]:
         elif low <= 0 <= high and row["component"] not in perfect:
             with_zero.setdefault(name, []).append(row["layer"])
     notes = [
-        f"too few examples to tell whether {name} vectors are better than chance: with shuffled labels, too, one "
-        "separates all that are held out; write more pairs"
+        f"too few examples to tell whether {name} vectors are better than chance: a vector of shuffled labels, too, "
+        "separates all held-out examples; write more pairs"
         for name in perfect
     ]
     notes += [

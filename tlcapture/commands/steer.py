@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tlcapture.commands.steering_results import Results, scored_by
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.extraction.judge import Judge
-from tlcapture.extraction.monitoring import monitoring
+from tlcapture.extraction.monitoring import RANDOM_VECTORS, monitoring
 from tlcapture.extraction.steering import (
     Addition,
     Question,
@@ -243,7 +243,8 @@ class _Trials:
         if len(coefficients) < 2 or self.results.has_monitoring(vector, coefficients):
             return
         read = torch.stack([self.scorer.read(vector.layer, by_coefficient[each]) for each in coefficients])
-        found = monitoring(coefficients, read, vector.vector, random_directions(self.scorer.d_model))
+        random = random_directions(self.scorer.d_model, RANDOM_VECTORS)
+        found = monitoring(coefficients, read, vector.vector, random)
         self.results.set_monitoring(vector, found)
 
     def _judged(self, score: SteeringScore) -> SteeringScore:

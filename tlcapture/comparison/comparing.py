@@ -15,7 +15,8 @@ from tlcapture.captures.capture import Capture
 from tlcapture.comparison.differences import Unembed, cosine, divergence, norm_ratio, projected
 from tlcapture.comparison.shared_tokens import SharedTokens, shared_tokens
 from tlcapture.errors import InputError
-from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant, rounded_or_none
+from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_significant, rounded_or_none
+from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.kept_tokens import spread_rows
 
@@ -42,13 +43,33 @@ class Unembeddings:
 
 
 @dataclass(frozen=True, eq=False)
+class RandomChanges:
+    """The changes of the mean projection over the response for random directions, `[n_directions]`.
+
+    `directions` is their digest.
+    """
+
+    directions: str
+    changes: Values
+
+    def to_json(self) -> dict[str, Any]:
+        """The key `random` of a trait in a comparison file, rounded to 4 significant digits."""
+        return {"directions": self.directions, "changes": round_significant(self.changes, PROBABILITY_DIGITS).tolist()}
+
+
+@dataclass(frozen=True, eq=False)
 class TraitChange:
-    """The difference of projections `[n_held]`, and the mean over the whole response of each side, if it is held."""
+    """The difference of projections `[n_held]`, and the mean over the whole response of each side, if it is held.
+
+    `random` are the changes of random directions at the same layer; `None` where there were none, or the
+    response is not held.
+    """
 
     vectors: VectorPair
     difference: Values
     mean_a: float | None
     mean_b: float | None
+    random: RandomChanges | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +123,7 @@ class Comparison:
             "difference": self._spread(_listed(change.difference)),
             "mean_a": rounded_or_none(change.mean_a),
             "mean_b": rounded_or_none(change.mean_b),
+            **({} if change.random is None else {"random": change.random.to_json()}),
             **other,
         }
 
@@ -110,9 +132,15 @@ class Comparison:
 
 
 def compare_captures(
-    a: Capture, b: Capture, vectors: Sequence[VectorPair] = (), unembeddings: Unembeddings | None = None
+    a: Capture,
+    b: Capture,
+    vectors: Sequence[VectorPair] = (),
+    unembeddings: Unembeddings | None = None,
+    random: Sequence[RandomDirections | None] = (),
 ) -> Comparison:
     """Compare two captures at the tokens that both begin with.
+
+    `random` are the random directions to compare the vectors of `a` and of `b` with, if there are any.
 
     Raises:
         InputError: they share no token, are of models of other sizes or tokenizers, or lack what is asked for.
@@ -124,7 +152,7 @@ def compare_captures(
         a,
         b,
         shared,
-        [_trait_change(a, b, shared, pair) for pair in vectors],
+        [_trait_change(a, b, shared, pair, random) for pair in vectors],
         cosines,
         ratios,
         None if unembeddings is None else _divergence(a, b, shared, unembeddings),
@@ -141,22 +169,49 @@ def _residuals(a: Capture, b: Capture, shared: SharedTokens) -> tuple[Values, Va
     return cosines, ratios
 
 
-def _trait_change(a: Capture, b: Capture, shared: SharedTokens, pair: VectorPair) -> TraitChange:
-    scores_a, scores_b = (
-        projected(each.residual(vector.layer), vector.vector) for each, vector in ((a, pair.a), (b, pair.b))
-    )
+def _trait_change(
+    a: Capture,
+    b: Capture,
+    shared: SharedTokens,
+    pair: VectorPair,
+    random: Sequence[RandomDirections | None],
+) -> TraitChange:
+    sides = ((a, pair.a), (b, pair.b))
+    scores_a, scores_b = (projected(each.residual(vector.layer), vector.vector) for each, vector in sides)
     difference = (scores_b[shared.rows_b] - scores_a[shared.rows_a]).numpy()
-    return TraitChange(pair, difference, _response_mean(a, scores_a), _response_mean(b, scores_b))
+    of_responses = (_response_mean(each, scores) for each, scores in ((a, scores_a), (b, scores_b)))
+    mean_a, mean_b = (None if mean is None else float(mean) for mean in of_responses)
+    changes = _random_changes(sides, [each for each in random if each is not None])
+    return TraitChange(pair, difference, mean_a, mean_b, changes)
 
 
-def _response_mean(capture: Capture, scores: Tensor) -> float | None:
-    """The mean over the response; without a response, over the prompt except its first token."""
+def _random_changes(
+    sides: Sequence[tuple[Capture, TraitVector]], random: Sequence[RandomDirections]
+) -> RandomChanges | None:
+    """The changes of a trait's random directions; `None` without any, and where a response is not held."""
+    if not random:
+        return None
+    means, digests = [], []
+    for (capture, vector), directions in zip(sides, random, strict=True):
+        mean = _response_mean(capture, capture.residual(vector.layer).double())
+        if mean is None:
+            return None
+        means.append(directions.projections(str(vector.trait), vector.layer, mean))
+        digests.append(directions.digest(vector.layer))
+    return RandomChanges("-".join(dict.fromkeys(digests)), (means[1] - means[0]).numpy())
+
+
+def _response_mean(capture: Capture, rows: Tensor) -> Tensor | None:
+    """The mean of rows of tokens `[n_held, ...]` over the response, or without one over the prompt except its first.
+
+    `None` where some of these tokens are not held.
+    """
     n_prompt, n_tokens = len(capture.prompt.tokens), len(capture.tokens)
     first = n_prompt if n_tokens > n_prompt else 1
     held = capture.positions
     if first >= n_tokens or not held.has_all(first, n_tokens):
         return None
-    return float(scores[[row for row, index in enumerate(held.kept) if index >= first]].mean())
+    return rows[[row for row, index in enumerate(held.kept) if index >= first]].mean(dim=0)
 
 
 def _divergence(a: Capture, b: Capture, shared: SharedTokens, unembeddings: Unembeddings) -> Values:

@@ -26,10 +26,18 @@ class OtherVector(FileContent):
     method: str
 
 
+class RandomDifference(FileContent):
+    """The changes of random directions, in the order of their draws; `directions` is equal for equal directions."""
+
+    directions: str
+    changes: list[Number] = Field(min_length=1)
+
+
 class TraitDifference(FileContent):
     """The projections of `b` less those of `a`, by token; null for tokens without activations.
 
     `mean_a` and `mean_b` are over the tokens of the whole response of each; `None` where some lack activations.
+    `random` are the changes of these means for random directions; `None` in files of earlier versions, too.
     """
 
     layer: Layer
@@ -38,6 +46,7 @@ class TraitDifference(FileContent):
     difference: list[Number | None]
     mean_a: Number | None = None
     mean_b: Number | None = None
+    random: RandomDifference | None = None
     b: OtherVector | None = None
 
     @property

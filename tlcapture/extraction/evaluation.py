@@ -76,6 +76,10 @@ def effect_size_interval(
     `2 (n - 1) / (1 + r ** 2)` degrees of freedom (Satterthwaite 1946), where r is the correlation within pairs. In the
     simulation of tests/extraction/test_intervals.py 13 pairs give a coverage of 93 to 97 % for effect sizes 0 to 6.
 
+    Without pairs, the sides may differ in number and variance: the standard error and the degrees of freedom are those
+    of Welch's t test (1947). With those of equal variances, the interval of four examples against twenty of a quarter
+    of their standard deviation left out an effect size of 0 in 35 % of cases.
+
     Source: Cumming and Finch, "A primer on the understanding, use, and calculation of confidence intervals that are
     based on central and noncentral distributions" (2001).
     """
@@ -85,9 +89,12 @@ def effect_size_interval(
     deviation = _pooled_deviation(positive, negative).double().numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
         size = (positive.mean(dim=-1) - negative.mean(dim=-1)).double().numpy() / deviation
-    freedom = np.full(len(size), n_positive + n_negative - 2.0)
-    scale = np.full(len(size), np.sqrt(n_positive * n_negative / (n_positive + n_negative)))
-    if paired:
+    if not paired:
+        one, other = (side.double().var(dim=-1).numpy() / side.shape[-1] for side in (positive, negative))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            freedom = (one + other) ** 2 / (one**2 / (n_positive - 1) + other**2 / (n_negative - 1))
+            scale = deviation / np.sqrt(one + other)
+    else:
         spread = positive - positive.mean(dim=-1, keepdim=True), negative - negative.mean(dim=-1, keepdim=True)
         covariance = (spread[0] * spread[1]).double().sum(dim=-1).numpy() / (n_positive - 1)
         with np.errstate(divide="ignore", invalid="ignore"):

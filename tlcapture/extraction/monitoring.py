@@ -3,6 +3,10 @@
 The responses of a steered model are read by the unsteered one and projected onto the vector. Within each question, the
 rank correlation (Spearman 1904) of a response's mean projection with its coefficient says whether the projection
 follows; comparing within questions takes their topics out.
+
+The null hypothesis is that the vector is one of many directions onto which the same responses could be projected. It is
+tested with the responses that the vector itself steered, which cost a generation each. Of 14 random vectors that
+steered the embedded model in the place of a trait's, one had a p of at most 0.05.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import Tensor
 from tlcapture.shapes import Vector, Vectors
 
 FEWEST = 8  # responses; among fewer any correlation comes about by chance
+RANDOM_VECTORS = 99  # onto which projecting costs next to nothing: p is at most 0.05 in exactly 5 of 100 cases
 _ROUNDING = 1e-9  # by which means of the same correlations may differ
 
 
@@ -31,7 +36,8 @@ class Monitoring:
         rank_correlation: the mean over questions of the rank correlation of projection with coefficient; a question
             whose projections do not vary counts as 0. `None` for fewer than 8 responses.
         null: the same for random vectors.
-        p: the share of random vectors, the vector itself counted with them, that follow at least as well.
+        p: the share of random vectors, the vector itself counted with them, that follow at least as well; of this
+            vector alone, not corrected for the number of vectors.
         n: the number of responses.
     """
 
@@ -59,23 +65,26 @@ def monitoring(
     projected = torch.einsum("cqd,vd->vcq", activations.float(), unit).numpy()
     n = int((~np.isnan(projected[0])).sum())
     means = [None if np.isnan(each).all() else float(np.nanmean(each)) for each in projected[0]]
-    followed = [_followed(np.array(coefficients), each) for each in projected] if n >= FEWEST else []
-    found = [each for each in followed if each is not None]
-    if not found or len(found) < len(followed):
+    followed = _followed(np.array(coefficients), projected) if n >= FEWEST else None
+    if followed is None:
         return Monitoring(list(coefficients), means, None, [], None, n)
-    p = sum(each >= found[0] - _ROUNDING for each in found) / len(found)
-    return Monitoring(list(coefficients), means, found[0], found[1:], p, n)
+    p = float((followed >= followed[0] - _ROUNDING).mean())
+    return Monitoring(list(coefficients), means, float(followed[0]), followed[1:].tolist(), p, n)
 
 
-def _followed(coefficients: np.ndarray, projections: np.ndarray) -> float | None:
-    """The mean over questions of the rank correlation; `projections` is `[n_coefficients, n_questions]`."""
+def _followed(coefficients: np.ndarray, projected: np.ndarray) -> np.ndarray | None:
+    """The mean over questions of the rank correlation, by vector.
+
+    `projected` is `[n_vectors, n_coefficients, n_questions]`; `None` where no question has two responses.
+    """
     from scipy.stats import rankdata
 
     found = []
-    for column in projections.T:
-        seen = ~np.isnan(column)
+    for column in np.moveaxis(projected, 2, 0):
+        seen = ~np.isnan(column[0])
         if seen.sum() > 1:
-            ranks = rankdata(column[seen]) - (seen.sum() + 1) / 2, rankdata(coefficients[seen]) - (seen.sum() + 1) / 2
-            length = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
-            found.append(float((ranks[0] * ranks[1]).sum() / length) if length > 0 else 0.0)
-    return float(np.mean(found)) if found else None
+            middle = (seen.sum() + 1) / 2
+            ranks, wanted = rankdata(column[:, seen], axis=1) - middle, rankdata(coefficients[seen]) - middle
+            lengths = np.sqrt((ranks**2).sum(axis=1) * (wanted**2).sum())
+            found.append((ranks @ wanted) / np.where(lengths > 0, lengths, np.inf))
+    return np.mean(found, axis=0) if found else None

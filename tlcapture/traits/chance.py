@@ -141,7 +141,7 @@ class RandomDirections:
         return [
             ChanceLevel(
                 covariance="isotropic" if self.reference is None else "reference",
-                directions=self._layer(drawn.layers[layer_row]).digest,
+                directions=self.digest(drawn.layers[layer_row]),
                 commit=int(commit[layer_row]),
                 persist=None if rises is None else int(persist[layer_row]),
                 commitment=commitment[row],
@@ -154,6 +154,17 @@ class RandomDirections:
             )
             for row, layer_row in enumerate(drawn.layer_rows)
         ]
+
+    def projections(
+        self, trait: str, layer: int, activation: Float[Tensor, " d_model"]
+    ) -> Float[Tensor, " n_directions"]:
+        """The projections of an activation onto the directions that a trait's vector at a layer is compared with."""
+        drawn = self._layer(layer)
+        return drawn.directions(trait).double() @ (drawn.basis.double() @ activation.double())
+
+    def digest(self, layer: int) -> str:
+        """A digest of a layer's directions: equal ones have an equal digest."""
+        return self._layer(layer).digest
 
     def _layer(self, number: int) -> _Layer:
         if number not in self._layers:
