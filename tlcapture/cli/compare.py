@@ -149,8 +149,11 @@ def _notes(summary: ComparisonSummary) -> Iterator[str]:
 
     if summary.traits:
         n_traits = len(summary.traits)
-        corrected = f", corrected for the {n_traits} traits" if n_traits > 1 else ""
-        yield f"change: of the mean projection over the response; p: signs flipped over prompts{corrected}"
+        corrected = f", corrected for the {n_traits} traits, as intervals are" if n_traits > 1 else ""
+        yield (
+            "change: of the mean projection over the response; p: the largest of sign flips over prompts, a t test of "
+            f"the mean and random directions{corrected}"
+        )
         if smallest_p(summary.n_prompts) > LEVEL:
             yield f"{summary.n_prompts} prompts are too few for a change to stand out from chance: expected at least 6"
     if summary.kl is not None:

@@ -53,7 +53,7 @@ tl.views.difference = {
       const cut = summary.n_cut ? ` ${summary.n_cut} of ${summary.n_files} pairs of responses differ: token by token, only their beginnings are compared.` : "";
       facts.replaceChildren(element("p", {}, element("b", {}, `${summary.b} less ${summary.a}`), `, ${summary.n_prompts} prompts${samples}`),
         rows.length ? element("table", {}, element("thead", {}, element("tr", {}, ["trait", "change", "95 % interval", "p", "finding"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)) : null,
-        tl.note(`Change: of the mean projection over the response. p: signs flipped over prompts${rows.length > 1 ? `, corrected for ${rows.length} traits` : ""}.${summary.kl ? ` Next token: ${tl.number(summary.kl.mean, 3)} nats, mean over the responses.` : ""}${cut}`));
+        tl.note(`Change: of the mean projection over the response. p: the largest of sign flips over prompts, a t test of the mean and random directions${rows.length > 1 ? `, corrected for ${rows.length} traits, as intervals are` : ""}.${summary.kl ? ` Next token: ${tl.number(summary.kl.mean, 3)} nats, mean over the responses.` : ""}${cut}`));
       notes.replaceChildren(...(summary.doubts ?? []).map((doubt) => tl.note(doubt)), ...summary.problems.map((problem) => tl.warning(problem)));
     }
 
