@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from tlcapture.errors import StorageError
+from tlcapture.errors import InputError, StorageError
+from tlcapture.names import Trait
+from tlcapture.page.contents import Contents
+from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.storage import files, folders
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.text import shell_join
 
 Command = Callable[..., Result]
@@ -172,3 +176,81 @@ def test_a_cache_that_cannot_be_made_is_told_with_what_moves_it(
     monkeypatch.setenv("TLCAPTURE_CACHE", str(tmp_path / "file"))
     with pytest.raises(StorageError, match="cannot be created: Not a directory: set TLCAPTURE_CACHE to another folder"):
         files.write_folder(tmp_path / "file" / "made", lambda folder: None)
+
+
+def put(what: str, place: Path) -> None:
+    """Put a file or a link where something else is expected."""
+    if place.exists():
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if what == "a file":
+        place.touch()
+    else:
+        place.symlink_to("/no/such/disk" if what == "a dangling link" else place.name)
+
+
+SAYS = {
+    "a file": "expected a folder, found a file: move it",
+    "a dangling link": "a link to /no/such/disk, which does not exist: mount the disk it is on",
+    "a link to itself": "expected a folder, found a link that leads back to itself: remove it",
+}
+
+
+@pytest.mark.parametrize("what", SAYS)
+@pytest.mark.parametrize("place", ["experiments", "experiments/exp", "experiments/exp/extraction"])
+def test_what_is_in_the_place_of_a_folder_is_not_taken_for_an_empty_one(
+    tlcapture: Command, exp: Path, root: Path, place: str, what: str
+) -> None:
+    put(what, root / place)
+    for words in (
+        "list",
+        "view",
+        "capture --prompt x",
+        "extract --traits style/formality",
+        "project --all-prompt-sets",
+    ):
+        if place != "experiments/exp/extraction" or words == "list":
+            said = one_line(tlcapture(*words.split(), "--experiment", "exp"))
+            assert said == f"error: {root / place}: {SAYS[what]}"
+    if (place, what) != ("experiments/exp", "a file"):  # as a note that lies beside experiments
+        assert tlcapture("list").stderr.endswith(f": {root / place}: {SAYS[what]}\n")
+
+
+def test_a_link_that_leads_to_nothing_hides_no_other_experiment(tlcapture: Command, exp: Path, root: Path) -> None:
+    put("a dangling link", root / "experiments" / "away")
+    put("a link to itself", root / "experiments" / "odd")
+    assert existing_experiments(root) == ["away", "exp", "odd"]
+    result = tlcapture("list")
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["experiment", "exp"]
+    assert len(result.stderr.splitlines()) == 2
+    listed = {each["name"]: each for each in Contents(root).experiments()}
+    assert listed["exp"]["prompt_sets"] == ["short"]
+    assert listed["away"]["problem"].startswith("experiments/away: a link to /no/such/disk")
+
+
+@pytest.mark.parametrize("what", SAYS)
+@pytest.mark.parametrize("place", ["datasets", "datasets/inference", "datasets/inference/single_trait.json"])
+def test_a_prompt_set_of_the_root_that_is_lost_is_not_replaced_by_the_packaged_one(
+    root: Path, place: str, what: str
+) -> None:
+    put(what, root / place)
+    with pytest.raises(InputError, match=f"^{root / place}: "):
+        read_prompt_set(Datasets(root), "single_trait")
+
+
+@pytest.mark.parametrize("what", SAYS)
+@pytest.mark.parametrize("place", ["datasets", "datasets/traits/behavioral", "datasets/traits/behavioral/refusal"])
+def test_examples_of_the_root_that_are_lost_are_not_replaced_by_the_packaged_ones(
+    root: Path, place: str, what: str
+) -> None:
+    put(what, root / place)
+    with pytest.raises(StorageError, match=f"^{root / place}: "):
+        Datasets(root).trait_folder(Trait("behavioral", "refusal"))
+
+
+def test_of_many_names_the_most_similar_ones_are_listed(tlcapture: Command, root: Path) -> None:
+    for number in range(200):
+        (root / "experiments" / f"run_{number:03}").mkdir(parents=True)
+    says = tlcapture("list", "--experiment", "run_1500").stderr
+    assert ": did you mean 'run_150'? existing experiments: run_150, run_" in says
+    assert says.endswith(" and 190 more\n")

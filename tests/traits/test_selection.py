@@ -205,7 +205,9 @@ def test_an_override_wins_and_must_exist(files: VectorFiles) -> None:
 
 def test_without_vectors_the_error_names_the_command(tmp_path: Path) -> None:
     empty = VectorFiles(Layout(tmp_path, "exp"), TRAIT)
-    with pytest.raises(VectorError, match="run 'tlcapture extract --experiment exp --traits behavioral/refusal'"):
+    with pytest.raises(
+        VectorError, match=r"run 'tlcapture extract --experiment exp --root .* --traits behavioral/refusal'"
+    ):
         select(empty, "residual", 30)
 
 
