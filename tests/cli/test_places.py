@@ -165,6 +165,11 @@ def test_a_root_in_a_home_folder_is_found_and_an_unknown_one_refused(
     result = tlcapture("list", "--root", "~nobody-of-this-name/x")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ~nobody-of-this-name/x: no home folder is known: write ./~nobody")
+    (root / "~nobody-of-this-name").mkdir()
+    monkeypatch.chdir(root)
+    assert tlcapture("list", "--root", "./~nobody-of-this-name").stdout.endswith(
+        f"next: tlcapture capture --experiment default --root {root}/~nobody-of-this-name --prompt 'How do tides work?'\n"
+    )
     monkeypatch.setenv("TLCAPTURE_ROOT", "~nobody-of-this-name")
     assert tlcapture("list").exit_code == 2
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def contributions_of(layout: Layout, prompt_set: str, prompt_id: str) -> dict[st
     Raises `MissingError` without a raw file, and `StorageError` if it is damaged.
     """
     content, path = _capture(layout, prompt_set, prompt_id)
-    try:
+    with _of_form(path, "not a raw residual file: capture the prompt again with --overwrite"):
         parts = [content[part]["activations"] for part in ("prompt", "response")]
         layers = sorted(parts[0])
         found: dict[str, list[Any]] = {"attn": [], "mlp": [], "stream": []}
@@ -39,8 +41,6 @@ def contributions_of(layout: Layout, prompt_set: str, prompt_id: str) -> dict[st
             found["stream"].append(_norms(at[_LAST], 0))
         held = (_joined(parts, layers[0], point) for point in POINTS)
         tokens = _positions(content, next(len(each) for each in held if each is not None))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration):
-        raise StorageError(f"{path}: not a raw residual file: capture the prompt again with --overwrite") from None
     return {"layers": layers, "tokens": tokens, **found}
 
 
@@ -52,6 +52,28 @@ def internals_of(layout: Layout, prompt_set: str, prompt_id: str) -> dict[str, A
     return {"layers": layers}
 
 
+def _internals_form(of: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Refuse an internals file whose content has another form than its reader `of` expects."""
+
+    @wraps(of)
+    def read(layout: Layout, prompt_set: str, prompt_id: str, layer: int, *more: Any) -> dict[str, Any]:
+        path = layout.internals(prompt_set, prompt_id, layer)
+        with _of_form(path, "not a valid internals file: its values have another form: make it again with --replay"):
+            return of(layout, prompt_set, prompt_id, layer, *more)
+
+    return read
+
+
+@contextmanager
+def _of_form(path: Path, problem: str) -> Iterator[None]:
+    """Raise `StorageError` with a problem where the content of a file has another form than is expected."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration):
+        raise StorageError(f"{path}: {problem}") from None
+
+
+@_internals_form
 def internals_of_layer(layout: Layout, prompt_set: str, prompt_id: str, layer: int) -> dict[str, Any]:
     """The norm of every hook at every token, `hooks[name]` with its `shape` and `norms`, and the `router` scores.
 
@@ -76,6 +98,7 @@ def internals_of_layer(layout: Layout, prompt_set: str, prompt_id: str, layer: i
     }
 
 
+@_internals_form
 def internals_of_token(layout: Layout, prompt_set: str, prompt_id: str, layer: int, token: int) -> dict[str, Any]:
     """A token at a layer: its most active `neurons`, the norms of the outputs of its `heads`, and its `experts`.
 
@@ -139,7 +162,7 @@ def _internals(layout: Layout, prompt_set: str, prompt_id: str, layer: int) -> M
 def _token_ids(content: Any) -> Any:
     try:
         return [*content["prompt"]["token_ids"], *content["response"]["token_ids"]]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, IndexError):  # also of another array than a dict
         return None
 
 

@@ -44,8 +44,11 @@ def root_folder(root: str | Path) -> Path:
         StorageError: the store cannot be reached, or does not allow listing.
     """
     if not is_url(root):
+        folder = Path(root)
+        if not str(root).startswith("~"):
+            return folder.absolute() if str(folder).startswith("~") else folder  # of ./~name, Path keeps ~name
         try:
-            return Path(root).expanduser()
+            return folder.expanduser()
         except RuntimeError:
             raise InputError(f"{root}: no home folder is known: write ./{root} for a folder of that name") from None
     scheme, url = checked_url(root)
