@@ -64,8 +64,15 @@ def is_unicode(text: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters; its type's name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of an error's message, at most 200 characters; its type's name where it has none.
+
+    A line that ends in a colon goes on with the next one.
+
+    >>> first_line(ValueError("Parameter validation failed:\\nInvalid bucket name"))
+    'Parameter validation failed: Invalid bucket name'
+    """
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return (f"{first} {others[0].strip()}" if first.endswith(":") and others else first)[:200]
 
 
 def n_shared(one: Sequence[object], other: Sequence[object]) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.page import missing
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.tensor_arrays import read_arrays
+from tlcapture.storage.validation import of_form
 from tlcapture.views.hooks import HOOKS, POINTS, hook, is_pattern
 
 _MOST_NEURONS = 30
@@ -30,7 +30,7 @@ def contributions_of(layout: Layout, prompt_set: str, prompt_id: str) -> dict[st
     Raises `MissingError` without a raw file, and `StorageError` if it is damaged.
     """
     content, path = _capture(layout, prompt_set, prompt_id)
-    with _of_form(path, "not a raw residual file: capture the prompt again with --overwrite"):
+    with of_form(path, "raw residual file"):
         parts = [content[part]["activations"] for part in ("prompt", "response")]
         layers = sorted(parts[0])
         found: dict[str, list[Any]] = {"attn": [], "mlp": [], "stream": []}
@@ -57,20 +57,10 @@ def _internals_form(of: Callable[..., dict[str, Any]]) -> Callable[..., dict[str
 
     @wraps(of)
     def read(layout: Layout, prompt_set: str, prompt_id: str, layer: int, *more: Any) -> dict[str, Any]:
-        path = layout.internals(prompt_set, prompt_id, layer)
-        with _of_form(path, "not a valid internals file: its values have another form: make it again with --replay"):
+        with of_form(layout.internals(prompt_set, prompt_id, layer), "internals file"):
             return of(layout, prompt_set, prompt_id, layer, *more)
 
     return read
-
-
-@contextmanager
-def _of_form(path: Path, problem: str) -> Iterator[None]:
-    """Raise `StorageError` with a problem where the content of a file has another form than is expected."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration):
-        raise StorageError(f"{path}: {problem}") from None
 
 
 @_internals_form

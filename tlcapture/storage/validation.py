@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tlcapture.errors import StorageError
-from tlcapture.text import counted, printable
+from tlcapture.errors import StorageError, TlcaptureError
+from tlcapture.text import counted, first_line, printable
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -78,6 +79,32 @@ def checked(model: type[Content], value: Any, path: Path, what: str) -> Content:
 def not_valid(path: Path, what: str, problem: str) -> StorageError:
     """The error for a file that is not valid for its kind `what` (such as `projection`)."""
     return StorageError(f"{path}: not a valid {what} file: {problem}")
+
+
+@contextmanager
+def of_form(place: object, what: str) -> Iterator[None]:
+    """Refuse content that does not have the form that the code within expects; `what` is its kind.
+
+    Raises `StorageError`, which names the place, for any error that such content causes.
+    """
+    try:
+        yield
+    except TlcaptureError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:  # not about the content
+            raise
+        raise StorageError(f"{place}: not a valid {what}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return first_problem(error)
+    if isinstance(error, KeyError):
+        return f"it lacks {error.args[0]!r}" if error.args else "it lacks a part"
+    if isinstance(error, TypeError | AttributeError | IndexError):  # their messages are about the code
+        return "a value in it has another form than expected"
+    return first_line(error)
 
 
 def first_problem(error: ValidationError) -> str:

@@ -163,7 +163,7 @@ def _current(
             command = "steer" if selection.selected_by == "steering" else "evaluate"
             warning = (
                 f"a higher score, of {selection.method} at layer {selection.layer}, is left out, since that vector was "
-                f"replaced or damaged since: 'tlcapture {command} --experiment {files.layout.experiment}' scores it again"
+                f"replaced or damaged since: 'tlcapture {command} --experiment {files.layout.experiment}' scores it"
             )
 
 
