@@ -72,7 +72,7 @@ class Datasets:
 
     def traits(self, *, own: bool = False) -> list[Trait]:
         """All traits that have contrastive examples, or the root's `own` ones alone, sorted."""
-        found = set()
+        found: set[Trait] = set()
         for folder in self.folders[:1] if own else self.folders:
             for category in filter(is_safe_name, folders_in(folder / "traits")):
                 names = filter(is_safe_name, folders_in(folder / "traits" / category))
