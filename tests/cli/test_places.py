@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from tlcapture.errors import InputError, StorageError
+from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.names import Trait
 from tlcapture.page.contents import Contents
 from tlcapture.prompts.prompt_sets import read_prompt_set
@@ -71,6 +71,10 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(exp: Path,
     closed.add(str(exp / "inference" / "raw" / "residual" / name))
     with pytest.raises(StorageError, match=f"residual/{name}: Permission denied"):
         found.captured(name)
+    assert found.traits()
+    closed.add(str(exp / "extraction" / "tone"))
+    with pytest.raises(StorageError, match="extraction/tone: Permission denied"):
+        found.traits()
 
 
 def test_an_experiment_that_is_closed_to_others_is_named(
@@ -167,9 +171,8 @@ def test_a_root_in_a_home_folder_is_found_and_an_unknown_one_refused(
     assert result.stderr.startswith("error: ~nobody-of-this-name/x: no home folder is known: write ./~nobody")
     (root / "~nobody-of-this-name").mkdir()
     monkeypatch.chdir(root)
-    assert (
-        f" --root {root}/~nobody-of-this-name --prompt " in tlcapture("list", "--root", "./~nobody-of-this-name").stdout
-    )
+    said = tlcapture("list", "--root", "./~nobody-of-this-name").stdout
+    assert f" --root '{root}/~nobody-of-this-name' " in said
     monkeypatch.setenv("TLCAPTURE_ROOT", "~nobody-of-this-name")
     assert tlcapture("list").exit_code == 2
 
@@ -259,3 +262,33 @@ def test_of_many_names_the_most_similar_ones_are_listed(tlcapture: Command, root
     says = tlcapture("list", "--experiment", "run_1500").stderr
     assert ": did you mean 'run_150'? existing experiments: run_150, run_" in says
     assert says.endswith(" and 190 more\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "reason"),
+    [
+        (OSError(28, "Error writing bytes to file"), NoSpaceError, "cannot be created: No space left on device"),
+        (RuntimeError("I/O error: No space left (os error 28)"), NoSpaceError, "cannot be created: No space left on"),
+        (OSError("odd"), StorageError, "cannot be created: odd"),
+    ],
+)
+def test_a_folder_for_which_there_is_no_space_is_named(
+    tmp_path: Path, error: Exception, kind: type[StorageError], reason: str
+) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "half").touch()
+        raise error
+
+    with pytest.raises(kind, match=f"^{tmp_path}/out: {reason}"):
+        files.write_folder(tmp_path / "out", fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_a_folder_that_is_not_complete_is_named_by_its_place(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "a").mkdir()
+        files.write_bytes(folder / "a", b"")
+
+    with pytest.raises(StorageError, match=f"^{tmp_path}/out/a: cannot be written: it is a folder"):
+        files.write_folder(tmp_path / "out", fill)
+    assert list(tmp_path.iterdir()) == []

@@ -123,7 +123,8 @@ class Layout:
 
     def share_locks(self, name: str) -> list[Path]:
         """The lock files of all shares that were ever written, sorted."""
-        return sorted(refresh(self.lock(name).with_suffix(".shards")).glob("*.lock"))
+        folder = refresh(self.lock(name).with_suffix(".shards"))
+        return [folder / f"{share}.lock" for share in sorted(stems_in(folder, ".lock"))]
 
     def run_record(self, name: str) -> Path:
         """The record of a run."""
@@ -145,9 +146,10 @@ class Layout:
 
     def all_internals(self, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The existing internals files of a prompt, of all layers."""
-        stem = file_name(prompt_id)
+        start = f"{file_name(prompt_id)}_L"
         folder = self.own(self._raw("internals", prompt_set))
-        return [self.own(path) for path in folder.glob(f"{stem}_L*.pt") if path.stem[len(stem) + 2 :].isdigit()]
+        names = (name for name in stems_in(folder, ".pt") if name.startswith(start) and name[len(start) :].isdecimal())
+        return [self.own(folder / f"{name}.pt") for name in names]
 
     def attention(self, prompt_set: str, prompt_id: PromptId) -> Path:
         """The attention file of a prompt in JSON; `saved` has the form that exists."""
