@@ -20,7 +20,7 @@ REPLACEMENT = "\ufffd"  # a token that holds only some bytes of a character deco
 MOST_BYTES = 4  # of a character
 BYTE_ORDER_MARK = "\ufeff"  # in front of a text, as some editors write it
 _MOST_NAMES = 10  # in a message
-_MOST_LINES = 50
+_MOST_LINES = 100
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _WRITTEN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)I?B?", re.ASCII | re.IGNORECASE)
 
@@ -144,7 +144,7 @@ def first_lines(lines: Sequence[object], rest: str = "") -> list[str]:
     """Lines to print, of very many the first ones and their number; `rest` says where the others are.
 
     >>> first_lines(["a"] * 10_000, ": in the log")[-1]
-    'and 9,950 more: in the log'
+    'and 9,900 more: in the log'
     """
     found = list(map(str, lines[:_MOST_LINES]))
     return found if len(lines) <= _MOST_LINES else [*found, f"and {len(lines) - _MOST_LINES:,} more{rest}"]

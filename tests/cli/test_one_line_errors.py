@@ -70,17 +70,17 @@ def test_a_text_is_utf_8_in_any_locale(typed: str) -> None:
 
 def test_of_very_many_lines_the_first_ones_are_shown_and_the_number_of_the_others() -> None:
     lines = [f"short/{number}: too long" for number in range(10_000)]
-    assert first_lines(lines[:50], ": in the record") == lines[:50]
-    assert first_lines(lines, ": in the record") == [*lines[:50], "and 9,950 more: in the record"]
+    assert first_lines(lines[:100], ": in the record") == lines[:100]
+    assert first_lines(lines, ": in the record") == [*lines[:100], "and 9,900 more: in the record"]
 
 
 def test_the_failures_of_a_large_run_are_in_its_record(tlcapture: Command, root: Path) -> None:
     shutil.copytree(STORED, root / "experiments" / "exp")
     raw = root / "experiments" / "exp" / "inference" / "raw" / "residual" / "short"
-    for number in range(2, 62):
+    for number in range(2, 112):
         (raw / f"{number}.pt").write_bytes(b"damaged")
     result = tlcapture("project", "--experiment", "exp", "--prompt-set", "short")
     failures = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
-    assert (result.exit_code, len(failures)) == (1, 51)
+    assert (result.exit_code, len(failures)) == (1, 101)
     place = failures[-1].removeprefix("failed: and 10 more: all are in ")
-    assert len(json.loads(Path(place).read_text())["failures"]) == 60
+    assert len(json.loads(Path(place).read_text())["failures"]) == 110

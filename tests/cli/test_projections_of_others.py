@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a layer as text": (changed("metadata.vector_source.layer", "1"), NO_LAYER),
     "a layer as a float": (changed("metadata.vector_source.layer", 1.0), NO_LAYER),
     "a layer that is true": (changed("metadata.vector_source.layer", True), NO_LAYER),
-    "a layer below 0": (changed("metadata.vector_source.layer", -1), "should be greater than or equal to 0"),
+    "a layer below 0": (changed("metadata.vector_source.layer", -1), "expected a number of at least 0, found -1"),
     "a layer too many": (changed("metadata.vector_source.layer", 2), "a vector of layer 2, but scores of 2 layers"),
     "an id of 31 digits": (changed("metadata.prompt_id", 10**30), "has more than 64 bits: write it as a text"),
     "a hash of 70 bits": ({**foreign(), "hash": 2**70}, "1180591620717411303424 has more than 64 bits"),
