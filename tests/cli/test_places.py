@@ -18,6 +18,7 @@ from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.storage import files, folders
 from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.layout import Layout, existing_experiments
+from tlcapture.storage.locks import locked
 from tlcapture.text import shell_join
 
 Command = Callable[..., Result]
@@ -292,3 +293,15 @@ def test_a_file_in_a_folder_that_is_not_complete_is_named_by_its_place(tmp_path:
     with pytest.raises(StorageError, match=f"^{tmp_path}/out/a: cannot be written: it is a folder"):
         files.write_folder(tmp_path / "out", fill)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["a file", "a link to itself"])
+def test_what_is_in_the_place_of_the_folder_of_a_new_file_is_named(root: Path, what: str) -> None:
+    put(what, root / "runs")
+    with pytest.raises(StorageError, match=f"^{root}/runs/a/b.json: cannot be written: {root}/runs: {SAYS[what]}"):
+        files.write_json(root / "runs" / "a" / "b.json", {})
+    with (
+        pytest.raises(StorageError, match=f"^{root}/runs/a.lock: cannot be locked: {root}/runs: {SAYS[what]}"),
+        locked(root / "runs" / "a.lock"),
+    ):
+        pass

@@ -27,7 +27,7 @@ from tlcapture.storage.archives import Archive, MoreRecords, storages_of, write_
 from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.json_text import parsed
 from tlcapture.storage.object_stores import is_url
-from tlcapture.storage.regular_files import check_regular
+from tlcapture.storage.regular_files import check_regular, in_place_of_folder
 from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
 from tlcapture.storage.temporary_files import sweep_temporaries, temporary_path
 from tlcapture.storage.working_copies import is_copy
@@ -384,7 +384,7 @@ def _cannot_write(path: Path, error: BaseException, needed: int) -> StorageError
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         reason += f": it needs {format_bytes(needed)}, {format_bytes(_free_here(path))} are free on its device"
     kind = NoSpaceError if number in _FOR_ALL_FILES else StorageError
-    return kind(f"{path}: cannot be written: {reason}")
+    return kind(f"{path}: cannot be written: {in_place_of_folder(path.parent) or reason}")
 
 
 def _identity(path: Path) -> tuple[int, ...]:

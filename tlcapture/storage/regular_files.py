@@ -33,6 +33,15 @@ def is_folder(path: Path) -> bool:
     return False
 
 
+def in_place_of_folder(path: Path) -> str | None:
+    """What is in the place of a folder, or of one above it, as text; `None` if there is nothing else than folders."""
+    try:
+        is_folder(path)
+    except (StorageError, OSError) as error:
+        return str(error) if isinstance(error, StorageError) else None
+    return None
+
+
 def _unexpected(path: Path, expected: str) -> StorageError:
     """The error for a path at which something else is than was expected."""
     if path.is_symlink() and not path.exists():
