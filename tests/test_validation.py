@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field, ValidationError
 
+from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId
-from tlcapture.storage.validation import Count, FileContent, Layer, Number, Share, first_problem
+from tlcapture.storage.validation import Count, FileContent, Layer, Number, Share, first_problem, of_form
 
 
 class Row(FileContent):
@@ -67,3 +68,25 @@ def test_a_problem_of_the_whole_file_has_no_field(content: Any, says: str) -> No
     with pytest.raises(ValidationError) as caught:
         Table.model_validate(content)
     assert first_problem(caught.value) == says
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({}, "it lacks 'rows'"),
+        ({"rows": 3}, "a value in it has another form than expected"),
+        ({"rows": [{"name": 5}]}, "name: expected a text, found 5"),
+        ({"rows": [{"n": "x"}]}, "n: expected a whole number, found 'x'"),
+    ],
+)
+def test_content_of_another_form_is_told_without_words_of_python(value: Any, says: str) -> None:
+    with pytest.raises(StorageError) as caught, of_form("a.json", "table"):
+        [Row.model_validate(row) for row in value["rows"]]
+    assert str(caught.value) == f"a.json: not a valid table: {says}"
+
+
+def test_an_error_that_is_not_about_the_content_is_kept() -> None:
+    with pytest.raises(PermissionError), of_form("a.json", "table"):
+        raise PermissionError(13, "Permission denied", "b.json")
+    with pytest.raises(InputError, match="no such set"), of_form("a.json", "table"):
+        raise InputError("no such set")

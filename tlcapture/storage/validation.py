@@ -94,10 +94,11 @@ def of_form(place: object, what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:  # not about the content
             raise
-        raise StorageError(f"{place}: not a valid {what}: {_reason(error)}") from None
+        raise StorageError(f"{place}: not a valid {what}: {reason_of(error)}") from None
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """What an error says about content of another form than expected, in one line and in plain words."""
     if isinstance(error, ValidationError):
         return first_problem(error)
     if isinstance(error, KeyError):
