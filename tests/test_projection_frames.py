@@ -125,8 +125,8 @@ def test_a_warning_lists_captures_without_projections(exp: Experiment) -> None:
     ("change", "expected"),
     [
         ({"prompt": {"tokens": TOKENS[:2]}}, "the numbers of projections and tokens differ"),
-        ({"projections": {"prompt": []}}, "not a valid projection file: projections.response: Field required"),
-        ({"metadata": []}, "not a valid projection file: metadata: Input should be"),
+        ({"projections": {"prompt": []}}, "not a valid projection file: projections.response: expected, but missing"),
+        ({"metadata": []}, "not a valid projection file: metadata: expected"),
         ({"dynamics": {"commitment_point": 99, "persistence": 0}}, "commitment point 99 of 8 tokens"),
     ],
 )

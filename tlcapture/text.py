@@ -19,6 +19,8 @@ NEWLINE = "\u23ce"
 REPLACEMENT = "\ufffd"  # a token that holds only some bytes of a character decodes to it
 MOST_BYTES = 4  # of a character
 BYTE_ORDER_MARK = "\ufeff"  # in front of a text, as some editors write it
+_MOST_NAMES = 10  # in a message
+_MOST_LINES = 100
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _WRITTEN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)I?B?", re.ASCII | re.IGNORECASE)
 
@@ -62,8 +64,15 @@ def is_unicode(text: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters; its type's name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of an error's message, at most 200 characters; its type's name where it has none.
+
+    A line that ends in a colon goes on with the next one.
+
+    >>> first_line(ValueError("Parameter validation failed:\\nInvalid bucket name"))
+    'Parameter validation failed: Invalid bucket name'
+    """
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return (f"{first} {others[0].strip()}" if first.endswith(":") and others else first)[:200]
 
 
 def n_shared(one: Sequence[object], other: Sequence[object]) -> int:
@@ -111,10 +120,34 @@ def did_you_mean(name: str, existing: Iterable[str]) -> str:
 def beside(name: str, existing: Iterable[str], what: str) -> str:
     """The end of an error about an unknown name: the one that was probably meant, and the existing ones.
 
-    `: did you mean 'short'? existing sets: long, short`, or `; existing sets: none`.
+    `: did you mean 'short'? existing sets: long, short`, or `; existing sets: none`. Of many names, the most similar
+    ones come first.
     """
     names = list(existing)
-    return f"{did_you_mean(name, names) or ';'} {what}: {', '.join(names) or 'none'}"
+    return f"{did_you_mean(name, names) or ';'} {what}: {listed(names, near=name)}"
+
+
+def listed(names: Iterable[str], *, near: str = "") -> str:
+    """Names for a message: all of up to ten; of more the first ten, those that resemble `near` before others.
+
+    >>> listed(f"set_{number}" for number in range(200))
+    'set_0, set_1, set_2, set_3, set_4, set_5, set_6, set_7, set_8, set_9 and 190 more'
+    """
+    found = list(names)
+    if len(found) <= _MOST_NAMES:
+        return ", ".join(found) or "none"
+    first = dict.fromkeys([*get_close_matches(near, found, n=_MOST_NAMES), *found])
+    return f"{', '.join(list(first)[:_MOST_NAMES])} and {len(found) - _MOST_NAMES} more"
+
+
+def first_lines(lines: Sequence[object], rest: str = "") -> list[str]:
+    """Lines to print, of very many the first ones and their number; `rest` says where the others are.
+
+    >>> first_lines(["a"] * 10_000, ": in the log")[-1]
+    'and 9,900 more: in the log'
+    """
+    found = list(map(str, lines[:_MOST_LINES]))
+    return found if len(lines) <= _MOST_LINES else [*found, f"and {len(lines) - _MOST_LINES:,} more{rest}"]
 
 
 def layers_named(layers: Sequence[int]) -> str:

@@ -132,7 +132,7 @@ def test_files_from_before_spans_are_read_and_projected(
         ({"stop": 10_000}, "spans: one ends at token 10000 of"),
         ({"role": "<script>"}, "role"),
         ({"start": 5, "stop": 5}, "expected at least one token"),
-        ({"start": -1}, "greater than or equal to 0"),
+        ({"start": -1}, "expected a number of at least 0, found -1"),
     ],
 )
 def test_spans_that_do_not_fit_the_tokens_are_refused(

@@ -393,12 +393,10 @@ def test_an_unreadable_trait_does_not_keep_another_from_being_checked(tlcapture:
         (("evaluate", "--experiment", "nix"), "no experiment 'nix': expected the folder"),
         (("steer", "--experiment", "nix"), "existing experiments: exp"),
         (("traits", "list", "--experiment", "nix"), "existing experiments: exp"),
-        (("capture", "--experiment", "file", "--prompt", "hi"), "file: expected a folder, found a file"),
     ],
 )
 def test_wrong_usage_is_refused_with_a_reason(tlcapture: Run, data: Path, words: tuple[str, ...], message: str) -> None:
     (data / "experiments" / "exp").mkdir(parents=True)
-    (data / "experiments" / "file").touch()
     result = tlcapture(*words)
     assert result.exit_code == 2
     assert message in result.stderr

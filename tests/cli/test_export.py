@@ -240,9 +240,12 @@ def test_an_evaluation_still_recognises_its_vectors_after_import(
     ("harm", "said"),
     [
         (lambda out: (out / "tlcapture-export.json").unlink(), "not an export of tlcapture"),
-        (lambda out: next((out / "tokens").glob("*")).write_bytes(b"PAR1"), "cannot be read as an export"),
+        (lambda out: next((out / "tokens").glob("*")).write_bytes(b"PAR1"), "not a valid export"),
         (lambda out: next((out / "captures").glob("*")).unlink(), "it is incomplete"),
-        (lambda out: (out / "vectors/tone/loud.safetensors").write_bytes(b"{}"), "cannot be read as exported vectors"),
+        (
+            lambda out: (out / "vectors/tone/loud.safetensors").write_bytes(b"{}"),
+            "not a valid file of exported vectors",
+        ),
         (lambda out: (out / "vectors/tone/warm.safetensors").unlink(), "it has no vectors/tone/warm.safetensors"),
         (lambda out: (out / "config.json").unlink(), "it has no config.json"),
     ],
@@ -278,7 +281,7 @@ def test_any_changed_byte_of_an_export_is_found_and_named(
         done = tlcapture("import", data / "out", "--experiment", "again")
         assert done.exit_code == 1
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-        assert path.name in line or "cannot be read as an export" in line
+        assert path.name in line or "not a valid export" in line
         assert [path.name for path in (data / "experiments").iterdir()] == ["exp"]
         path.write_bytes(whole)
     assert tlcapture("import", data / "out", "--experiment", "again").exit_code == 0

@@ -137,7 +137,7 @@ def test_null_is_as_good_as_no_key(tmp_path: Path) -> None:
         ([{"id": 1, "text": "hi"}, None], 'prompts[1]: expected {"id", "text"} or {"id", "messages"}, got NoneType'),
         ({"1": "hi"}, 'expected a list of prompts, or {"prompts": [...]}'),
         ("hi", 'expected a list of prompts, or {"prompts": [...]}'),
-        ({"prompts": {"1": "hi"}}, "prompts: Input should be a valid list"),
+        ({"prompts": {"1": "hi"}}, "prompts: expected a list, found an object"),
     ],
 )
 def test_another_shape_is_refused_with_the_one_expected(content: Any, message: str, tmp_path: Path) -> None:

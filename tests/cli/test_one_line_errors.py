@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from click.testing import Result
+
+from tests.cli.test_places import STORED
+from tlcapture.text import first_lines
 
 Command = Callable[..., Result]
 PLAN = ("plan", "--prompts", "1", "--prompt-tokens", "1", "--new-tokens", "1")
@@ -60,3 +66,21 @@ def test_a_text_is_utf_8_in_any_locale(typed: str) -> None:
     assert Text().convert(came, None, None) == typed
     broken = b"\xff".decode("ascii", "surrogateescape")
     assert Text().convert(broken, None, None) == broken  # refused as a prompt
+
+
+def test_of_very_many_lines_the_first_ones_are_shown_and_the_number_of_the_others() -> None:
+    lines = [f"short/{number}: too long" for number in range(10_000)]
+    assert first_lines(lines[:100], ": in the record") == lines[:100]
+    assert first_lines(lines, ": in the record") == [*lines[:100], "and 9,900 more: in the record"]
+
+
+def test_the_failures_of_a_large_run_are_in_its_record(tlcapture: Command, root: Path) -> None:
+    shutil.copytree(STORED, root / "experiments" / "exp")
+    raw = root / "experiments" / "exp" / "inference" / "raw" / "residual" / "short"
+    for number in range(2, 112):
+        (raw / f"{number}.pt").write_bytes(b"damaged")
+    result = tlcapture("project", "--experiment", "exp", "--prompt-set", "short")
+    failures = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
+    assert (result.exit_code, len(failures)) == (1, 101)
+    place = failures[-1].removeprefix("failed: and 10 more: all are in ")
+    assert len(json.loads(Path(place).read_text())["failures"]) == 110

@@ -111,3 +111,5 @@ def test_a_verdict_on_extracted_vectors_is_no_doubt_about_an_imported_one(tmp_pa
     )
     vectors = [UsedVector(str(TRAIT), "residual", each, 0, "exp") for each in ("probe", IMPORTED)]
     assert [Doubts(tmp_path).of(each) is None for each in vectors] == [False, True]
+    layout.evaluation.write_text("{")
+    assert str(Doubts(tmp_path).of(vectors[0])).endswith("cannot be read")

@@ -75,7 +75,7 @@ def test_a_damaged_file_is_a_problem_of_the_set_and_an_error_of_its_own(page_roo
     write(compared / "2.json", broken)
     contents = Contents(page_root)
     (problem,) = contents.compared_set("exp", OTHER, "odd")["problems"]
-    assert problem.endswith("not a valid comparison file: the whole file: kl has 5 tokens, but tokens has 6")
+    assert problem.endswith("not a valid comparison file: kl has 5 tokens, but tokens has 6")
     with pytest.raises(StorageError, match="kl has 5 tokens"):
         contents.comparison("exp", OTHER, "odd", "2")
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import pytest
 
@@ -208,3 +209,15 @@ def test_the_page_loads_no_torch(page_root: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) is False
+
+
+def test_a_file_that_may_not_be_read_is_told_without_numbers_and_without_advice_to_replace_it(
+    page_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(path: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("tlcapture.page.captured.Archive", closed)
+    said = Contents(page_root).prompt("exp", "odd", "3")["unread"]
+    assert said == ["experiments/exp/inference/raw/residual/odd/3.pt: cannot be read: Permission denied"]
+    assert Contents(page_root).problem(PermissionError(13, "Permission denied", "a/b")) == "a/b: Permission denied"

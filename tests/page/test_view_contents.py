@@ -229,3 +229,22 @@ def test_files_of_another_prompt_are_not_shown_as_this_one_s(page_root: Path) ->
     for show in (contents.attention, contents.lens, contents.contributions):
         with pytest.raises(StorageError, match="names prompt odd/2: it was moved or renamed"):
             show("exp", "odd", "1")
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {}, {"prompt": torch.zeros(2), "response": []}, [1], None])
+def test_internals_beside_a_file_that_is_no_capture_are_refused(internals: Contents, content: Any) -> None:
+    write_tensors(internals.root / "experiments/exp/inference/raw/residual/short/1.pt", content)
+    with pytest.raises(StorageError, match=r"1_L1\.pt: its tokens differ from the capture's"):
+        internals.internals_layer(*WHERE, "1")
+    with pytest.raises(StorageError, match=r"1\.pt: "):
+        internals.contributions(*WHERE)
+
+
+@pytest.mark.parametrize("change", [{"metadata": [1]}, {"positions": ["a"]}, {"positions": 3}, {"metadata": "x"}])
+def test_internals_of_another_form_are_refused(internals: Contents, change: dict[str, Any]) -> None:
+    path = internals.root / "experiments/exp/inference/raw/internals/short/1_L1.pt"
+    write_tensors(path, {**torch.load(path, weights_only=True), **change})
+    with pytest.raises(StorageError, match=r"1_L1\.pt: not a valid internals file"):
+        internals.internals_layer(*WHERE, "1")
+    with pytest.raises(StorageError, match=r"1_L1\.pt: not a valid internals file"):
+        internals.internals_token(*WHERE, "1", "0")

@@ -16,8 +16,10 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from click.testing import CliRunner
 
-from tlcapture.errors import InputError, StorageError, TlcaptureError
+from tlcapture.cli.main import main
+from tlcapture.errors import InputError, NoSpaceError, StorageError, TlcaptureError
 from tlcapture.storage import files, remote_roots, working_copies
 from tlcapture.storage.config import read_config, update_config
 from tlcapture.storage.layout import Layout, existing_experiments
@@ -208,6 +210,24 @@ def test_names_that_lead_out_and_names_of_folders_are_left_out(memory: Any) -> N
 def memory_file(memory: Any, data: bytes) -> Any:
     memory.pipe_file("/elsewhere", data)
     return memory.store.pop("/elsewhere")
+
+
+def test_a_full_disk_below_the_cache_is_named_with_what_moves_it(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put("memory://some/root", "experiments/exp/config.json", b"{}")
+    layout = Layout(root_folder("memory://some/root"), "exp")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(memory), "get_file", full)
+    with pytest.raises(NoSpaceError, match=r"^memory://some/root/experiments/exp/config.json: .* TLCAPTURE_CACHE"):
+        read_config(layout)
+
+
+def test_a_root_that_ends_with_the_command_is_refused(cache: Path) -> None:
+    result = CliRunner().invoke(main, ["list", "--root", "memory://some/root"])
+    assert result.exit_code == 2
+    assert "all in it is lost when the command ends" in result.stderr
 
 
 def test_the_cache_is_kept_below_its_limit(bucket: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

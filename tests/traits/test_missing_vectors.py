@@ -22,6 +22,11 @@ from tlcapture.traits.vectors import write_vector
 TRAIT = Trait("behavioral", "refusal")
 
 
+@pytest.fixture(autouse=True)
+def _root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLCAPTURE_ROOT", str(tmp_path))
+
+
 def own(root: Path, *methods: str) -> Layout:
     layout = Layout(root, "exp")
     for method in methods:
@@ -73,6 +78,11 @@ def test_without_any_vectors_extraction_is_advised(method: str | None, tmp_path:
     line = said(Layout(tmp_path, "exp"), method)
     assert "in experiment 'exp': run 'tlcapture extract --experiment exp --traits behavioral/refusal" in line
     assert ("--methods probe" in line) == (method == "probe")
+
+
+def test_the_command_names_a_root_that_is_not_the_default(tmp_path: Path) -> None:
+    line = said(Layout(tmp_path / "an other", "exp"))
+    assert f"run 'tlcapture extract --experiment exp --root '{tmp_path}/an other' --traits behavioral/refusal'" in line
 
 
 def test_an_experiment_in_the_root_that_is_called_packaged_is_one_s_own(tmp_path: Path) -> None:

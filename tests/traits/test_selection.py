@@ -65,9 +65,13 @@ def test_a_score_of_a_vector_that_was_replaced_is_ignored(files: VectorFiles) ->
         {"method": "probe", "layer": 4, "val_effect_size": 9.0, "vector_digest": files.digest("residual", "probe", 4)},
         {"method": "probe", "layer": 6, "val_effect_size": 5.0, "vector_digest": files.digest("residual", "probe", 6)},
     )
-    assert select(files, "residual", 30).layer == 4
+    assert (select(files, "residual", 30).layer, select(files, "residual", 30).warning) == (4, None)
     write_vector(files, "residual", "probe", 4, torch.arange(1.0, 5.0))
-    assert select(files, "residual", 30).layer == 6
+    chosen = select(files, "residual", 30)
+    assert chosen.layer == 6
+    assert str(chosen.warning).startswith("a higher score, of probe at layer 4, is left out")
+    files.file("residual", "probe", 4).write_bytes(b"PK")
+    assert select(files, "residual", 30).warning == chosen.warning
     write_vector(files, "residual", "probe", 6, torch.arange(1.0, 5.0))
     chosen = select(files, "residual", 30)
     assert (chosen.layer, chosen.selected_by) == (16, "fallback")
@@ -228,7 +232,9 @@ def test_an_override_wins_and_must_exist(files: VectorFiles) -> None:
 
 def test_without_vectors_the_error_names_the_command(tmp_path: Path) -> None:
     empty = VectorFiles(Layout(tmp_path, "exp"), TRAIT)
-    with pytest.raises(VectorError, match="run 'tlcapture extract --experiment exp --traits behavioral/refusal'"):
+    with pytest.raises(
+        VectorError, match=r"run 'tlcapture extract --experiment exp --root .* --traits behavioral/refusal'"
+    ):
         select(empty, "residual", 30)
 
 

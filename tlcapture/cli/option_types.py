@@ -93,6 +93,8 @@ class Root(click.Path):
             folder = root_folder(value)
         except TlcaptureError as error:
             self.fail(str(error), param, ctx)
+        if is_url(value) and str(value).lower().startswith("memory:"):
+            self.fail(f"{value}: all in it is lost when the command ends: expected a folder or a store", param, ctx)
         return folder if is_url(value) else super().convert(folder, param, ctx)
 
 

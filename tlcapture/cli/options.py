@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,12 +54,9 @@ class Location:
 
     def command(self, name: str, *options: str) -> str:
         """The command line of another command for this experiment, as it can be typed in the current folder."""
-        from tlcapture.storage.remote_roots import root_folder, shown
-        from tlcapture.text import shell_join
+        from tlcapture.storage.command_lines import command_line
 
-        default = root_folder(os.environ.get("TLCAPTURE_ROOT") or ".")
-        root = [] if self.root.resolve() == default.resolve() else ["--root", shown(self.root)]
-        return shell_join(["tlcapture", *name.split(), "--experiment", self.experiment, *root, *options])
+        return command_line(self.layout, name, *options)
 
     @property
     def datasets(self) -> Datasets:

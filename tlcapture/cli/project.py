@@ -149,6 +149,7 @@ def _check_request(location: Location, names: tuple[str, ...], settings: _Settin
 
 def _captured_prompt_sets(layout: Layout, chosen: PromptSetOptions, *, dynamics_only: bool) -> tuple[str, ...]:
     from tlcapture.errors import InputError
+    from tlcapture.storage.command_lines import command_line
 
     if (chosen.prompt_set is not None) == chosen.all_prompt_sets:
         raise click.UsageError("give one of --prompt-set NAME and --all-prompt-sets")
@@ -156,5 +157,6 @@ def _captured_prompt_sets(layout: Layout, chosen: PromptSetOptions, *, dynamics_
     captured = layout.prompt_sets if dynamics_only else layout.captured_prompt_sets
     names = chosen.prompt_set or tuple(captured())
     if not names:
-        raise InputError(f"experiment {layout.experiment!r} has no captures: run 'tlcapture capture' first")
+        command = command_line(layout, "capture", "--prompt-set", "NAME")
+        raise InputError(f"experiment {layout.experiment!r} has no captures: run '{command}' first")
     return names

@@ -10,6 +10,7 @@ from tlcapture.cli.answers import show_answers, show_unprojected
 from tlcapture.cli.console import Console
 from tlcapture.cli.tables import Cell, Column
 from tlcapture.names import split_name
+from tlcapture.storage.command_lines import command_line
 from tlcapture.text import counted
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def show_top_traits(
     names = layout.prompt_ids(prompt_set)
     n_prompts = len({split_name(name)[0] for name in names})
     if len(names) > _MOST_SHOWN:
-        look = f"view them with 'tlcapture view --experiment {layout.experiment}'"
+        look = f"view them with '{command_line(layout, 'view')}'"
         console.line(f"{prompt_set}: {n_prompts} prompts are too many to list; {look}")
         if given:
             show_answers(console, layout, prompt_set, given, [])
@@ -89,8 +90,7 @@ def _row(top: TopTrait, *, with_response: bool) -> tuple[Cell, ...]:
 
 
 def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[str]:
-    of = f"--experiment {layout.experiment}"
-    again = f"'tlcapture evaluate {of}', then 'tlcapture project {of} --all-prompt-sets'"
+    again = f"'{command_line(layout, 'evaluate')}', then '{command_line(layout, 'project', '--all-prompt-sets')}'"
     if any(top.samples is not None for top in summary.tops):
         yield "+-: the standard deviation over the samples of a prompt, of which the mean is shown"
     if has_chance or summary.is_against_set:

@@ -11,7 +11,7 @@ from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.option_types import Finite, Names, NewPath
 from tlcapture.cli.options import Location, location_options
-from tlcapture.text import counted, printable
+from tlcapture.text import counted, first_lines, printable
 
 if TYPE_CHECKING:
     from tlcapture.storage.layout import Layout
@@ -70,8 +70,8 @@ def view(
             raise no_captures(layout, name, captured)
     if (export or png) and not captured and (png or not layout.traits()):
         raise InputError(
-            f"experiment {location.experiment!r} has no captures to show: make some with tlcapture capture "
-            f"--experiment {location.experiment} --prompt-set NAME"
+            f"experiment {location.experiment!r} has no captures to show: make some with "
+            f"{location.command('capture', '--prompt-set', 'NAME')}"
         )
     is_whole = export is None or _export(location, chosen, export, max_size)
     if png is not None:
@@ -92,11 +92,11 @@ def _export(location: Location, prompt_sets: tuple[str, ...], target: Path, mebi
     told = {"on_problem": problems.setdefault, "on_unread": unread.setdefault}
     left_out = export_page(location.root, location.experiment, prompt_sets, target, megabytes=mebibytes, **told)
     click.echo(f"wrote {target} ({format_bytes(target.stat().st_size)})")
-    for label in left_out:
+    for label in first_lines(left_out):
         click.secho(f"left out, over --max-size {mebibytes:g}: {label}", fg="yellow", err=True)
-    for problem in unread:
+    for problem in first_lines(list(unread)):
         click.secho(printable(f"not shown: {problem}"), fg="yellow", err=True)
-    for problem in problems:
+    for problem in first_lines(list(problems)):
         click.secho(printable(f"failed: {problem}"), fg="red", err=True)
     return not problems
 

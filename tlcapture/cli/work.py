@@ -28,7 +28,7 @@ from tlcapture.cli.option_types import NewPath
 from tlcapture.cli.stopping import Interrupted, StopSignals
 from tlcapture.errors import NoSpaceError, TlcaptureError, refused_path
 from tlcapture.folder_names import named
-from tlcapture.text import shell_join
+from tlcapture.text import first_lines, shell_join
 
 if TYPE_CHECKING:
     from tlcapture.runs.record import Invocation
@@ -179,8 +179,9 @@ def _print_ending(console: Console, ending: _Ending, *, as_json: bool) -> None:
         click.echo(json.dumps({**summary, **content}, ensure_ascii=True))
     elif report is not None and (report.n_files or not ending.error):
         console.line(report.summary())
-    for failure in report.failures if report else ():
-        console.error(f"failed: {failure}")
+    if report is not None:
+        for failure in first_lines(report.failures, f": all are in {report.path}" * report.path.exists()):
+            console.error(f"failed: {failure}")
     has_nothing = report is not None and report.failures and not (report.n_files or report.n_skipped)
     if console.next and not ending.error and not has_nothing:
         console.line(f"next: {console.next}")

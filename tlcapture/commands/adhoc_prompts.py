@@ -18,7 +18,7 @@ from tlcapture.errors import StorageError
 from tlcapture.names import base_set, split_name
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
 from tlcapture.storage.layout import Layout
-from tlcapture.text import first_line
+from tlcapture.storage.validation import reason_of
 
 
 def numbered_on(layout: Layout, given: PromptSet) -> PromptSet:
@@ -53,7 +53,7 @@ def captured_adhoc(layout: Layout) -> tuple[PromptSet | None, list[tuple[str, st
             prompt = _prompt(_metadata(layout, capture_set, name))
             prompts.setdefault(str(prompt.id), prompt)
         except (StorageError, KeyError, TypeError, ValidationError) as error:
-            refused.append((f"{capture_set}/{name}", f"its prompt cannot be read: {first_line(error)}"))
+            refused.append((f"{capture_set}/{name}", f"its prompt cannot be read: {reason_of(error)}"))
     return PromptSet(name=ADHOC, prompts=list(prompts.values())) if prompts else None, refused
 
 

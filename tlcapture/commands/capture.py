@@ -36,6 +36,7 @@ from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.file_index import remember
 from tlcapture.storage.files import free_bytes
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.regular_files import is_folder
 from tlcapture.storage.temporary_files import sweep_temporaries
 from tlcapture.text import format_bytes
 from tlcapture.traits.missing_vectors import no_vectors
@@ -190,10 +191,7 @@ def _check(layout: Layout, options: CaptureOptions) -> None:
         _check_replay(options)
     if options.projections_only:
         _check_projections_only(layout, options)
-    for folder in (layout.folder.parent, layout.folder):
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder}: expected a folder, found a file")
-    if layout.folder.exists() and not os.access(layout.folder, os.W_OK):
+    if is_folder(layout.folder) and not os.access(layout.folder, os.W_OK):
         raise StorageError(f"{layout.folder}: cannot be written to")
     if options.projects:
         _check_vectors(layout, options)

@@ -13,7 +13,7 @@ from tlcapture.errors import InputError
 from tlcapture.names import base_set, check_capture_set, split_name, variant_of
 from tlcapture.storage.comparisons import comparison_file
 from tlcapture.storage.layout import Layout
-from tlcapture.text import beside, did_you_mean
+from tlcapture.text import beside, did_you_mean, listed
 
 FORM = "EXPERIMENT, EXPERIMENT/SET or EXPERIMENT/SET@VARIANT"
 
@@ -114,7 +114,7 @@ def compared_sets(a: CaptureSet, b: CaptureSet, only: Sequence[str] = ()) -> lis
     """
     found = [each for each in _matched(a, b) if not only or {each.a.name, base_set(each.a.name or "")} & {*only}]
     if not found:
-        captured = "; ".join(f"{side}: {', '.join(side.names)}" for side in (a, b))
+        captured = "; ".join(f"{side}: {listed(side.names)}" for side in (a, b))
         among = f" among {', '.join(only)}" if only else ""
         meant = next(filter(None, (did_you_mean(each, a.names) for each in only)), ";")
         raise InputError(f"{a} and {b} have no prompt set in common{among}{meant} captured sets of {captured}")

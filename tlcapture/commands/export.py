@@ -24,6 +24,7 @@ from tlcapture.exchange.parquet import Columns, ParquetFolder
 from tlcapture.exchange.single_files import SingleFiles
 from tlcapture.exchange.vectors import ExportedVectors, export_vectors
 from tlcapture.runs.run import Run
+from tlcapture.storage.command_lines import command_line
 from tlcapture.storage.config import read_config
 from tlcapture.storage.files import write_folder
 from tlcapture.storage.layout import Layout
@@ -97,8 +98,8 @@ def run_export(run: Run, options: ExportOptions) -> Manifest:
     files = list(_files(layout, options.prompt_sets))
     if not files and not layout.traits():
         raise InputError(
-            f"experiment {layout.experiment!r} has neither captures nor vectors: run 'tlcapture capture --experiment "
-            f"{layout.experiment}' first"
+            f"experiment {layout.experiment!r} has neither captures nor vectors: "
+            f"run '{command_line(layout, 'capture', '--prompt-set', 'NAME')}' first"
         )
     _check_free(options)
     seen = _look(layout, files, options.wanted)

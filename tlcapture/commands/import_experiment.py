@@ -63,7 +63,7 @@ def _restore_all(layout: Layout, folder: Path, manifest: Manifest, display: Disp
     n_captures = n_without = n_files = 0
     with display.progress(manifest.n_captures, "import", "capture") as progress:
         for exported in _captures(folder, manifest):
-            written = restore(layout, exported)
+            written = restore(layout, exported, folder)
             n_captures, n_files = n_captures + 1, n_files + len(written)
             raw = layout.residual(exported.record["prompt_set"], exported.record["file"])
             n_without += not raw.is_file()

@@ -27,6 +27,7 @@ from tlcapture.prompts.spans import TokenSpan, check_spans, labels_of
 from tlcapture.storage.files import Written, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.projection_places import STREAM_FOLDERS
+from tlcapture.storage.validation import of_form
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.saved_projections import all_saved
 from tlcapture.views.cache import stacked
@@ -113,21 +114,22 @@ def read_exported(layout: Layout, prompt_set: str, file: str, wanted: Wanted) ->
     return ExportedCapture(record, columns, activations)
 
 
-def restore(layout: Layout, exported: ExportedCapture) -> list[Written]:
+def restore(layout: Layout, exported: ExportedCapture, source: Path) -> list[Written]:
     """Write a capture's files to an experiment: the raw file where activations were exported, and projections.
+
+    `source` is the export, for messages.
 
     Raises `StorageError` for a record or columns that do not belong together, and then writes nothing.
     """
-    try:
+    with of_form(source, "export"):
+        prompt_set, file = str(exported.record["prompt_set"]), exported.record["file"]
+        raw = layout.residual(prompt_set, file)
         capture = _capture(exported)
         projections = [_projection(exported, each) for each in exported.record["projections"]]
         for path, value in ((Path(exported.name), value) for _, _, value in projections):
             ProjectionFile.parse(value, path)
         notes = [_checked_note(exported, each) for each in exported.record.get("notes", ())]
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise StorageError(f"{exported.name}: not a valid export: {type(error).__name__}: {error}") from None
-    prompt_set, file = exported.record["prompt_set"], exported.record["file"]
-    written = [] if capture is None else [capture.save(layout.residual(prompt_set, file))]
+    written = [] if capture is None else [capture.save(raw)]
     for note in notes:
         put_note(layout, note)
     for trait, component, value in projections:
@@ -296,7 +298,7 @@ def _projection(exported: ExportedCapture, found: Mapping[str, Any]) -> tuple[Tr
     n_prompt = exported.record["n_prompt_tokens"]
     scores, tokens = exported.columns[column_of(trait, component)], exported.columns["token"]
     halves = {"prompt": slice(0, n_prompt), "response": slice(n_prompt, None)}
-    value = dict(found["content"])
+    value = {**found["content"]}
     value["projections"] = {part: [row for row in scores[half] if row is not None] for part, half in halves.items()}
     for part, half in halves.items():
         value[part] = {**value[part], "tokens": tokens[half]}

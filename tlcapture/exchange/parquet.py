@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from tlcapture.errors import StorageError
 from tlcapture.exchange.exported import BULK, ExportedCapture
-from tlcapture.text import dtype_name, first_line
+from tlcapture.storage.validation import of_form
+from tlcapture.text import dtype_name
 
 _TOKEN_COLUMNS = {
     "token_idx": pa.int64(),
@@ -122,17 +122,25 @@ class ParquetFolder:
 
 def read_parquet(folder: Path) -> Iterator[ExportedCapture]:
     """The captures of a folder, one after the other; raises `StorageError` for damaged tables."""
-    try:
-        tokens = _Rows(sorted((folder / "tokens").glob("*.parquet")))
-        for path in sorted((folder / "captures").glob("*.parquet")):
-            for row in _rows_of(path):
-                record = orjson.loads(row["record"])
-                table = tokens.take(int(record["n_tokens"]))
-                if set(table["file"].to_pylist()) - {record["file"]}:
-                    raise ValueError(f"the tokens of {record['prompt_set']}/{record['file']} are not in their place")
-                yield _exported(record, table, row["activation_dtype"])
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise StorageError(f"{folder}: cannot be read as an export: {first_line(error)}") from None
+    with of_form(folder, "export"):
+        captures = _captures(folder)
+    while True:
+        with of_form(folder, "export"):
+            exported = next(captures, None)
+        if exported is None:
+            return
+        yield exported
+
+
+def _captures(folder: Path) -> Iterator[ExportedCapture]:
+    tokens = _Rows(sorted((folder / "tokens").glob("*.parquet")))
+    for path in sorted((folder / "captures").glob("*.parquet")):
+        for row in _rows_of(path):
+            record = orjson.loads(row["record"])
+            table = tokens.take(int(record["n_tokens"]))
+            if set(table["file"].to_pylist()) - {record["file"]}:
+                raise ValueError(f"the tokens of {record['prompt_set']}/{record['file']} are not in their place")
+            yield _exported(record, table, row["activation_dtype"])
 
 
 # -- writing --------------------------------------------------------------------------------------

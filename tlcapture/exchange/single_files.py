@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import orjson
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tlcapture.errors import StorageError
 from tlcapture.exchange.exported import BULK, ExportedCapture
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.folders import subfolders
-from tlcapture.text import dtype_name, first_line
+from tlcapture.storage.validation import of_form
+from tlcapture.text import dtype_name
 
 _RECORD = "tlcapture"  # the key of the record in the header of a safetensors file
 
@@ -45,10 +45,9 @@ def read_single_files(folder: Path, suffix: str) -> Iterator[ExportedCapture]:
     within = folder / "captures"
     for _, parent in subfolders(within):
         for path in sorted(parent.glob(f"[!.]*{suffix}")):
-            try:
-                yield _READERS[suffix](path)
-            except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise StorageError(f"{path}: cannot be read as an export: {first_line(error)}") from None
+            with of_form(path, "export"):
+                exported = _READERS[suffix](path)
+            yield exported
 
 
 def _write_safetensors(path: Path, exported: ExportedCapture) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.explore.saved_capture import SavedCapture
 from tlcapture.names import split_name
-from tlcapture.text import beside, printable
+from tlcapture.text import beside, listed, printable
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -85,8 +85,8 @@ class Captures:
                 hint = f"; its samples: .samples({prompt_id!r})"
             elif isinstance(prompt_id, int) and -len(self) <= prompt_id < len(self):
                 hint = f"; by position: .at({prompt_id})"
-            shown = ", ".join(list(self._ids)[:_MOST_ROWS]) + (", ..." if len(self._ids) > _MOST_ROWS else "")
-            raise KeyError(f"{prompt_id!r}: prompt set {self.prompt_set!r} has captures {shown or 'none'}{hint}")
+            captures = listed(self._ids, near=str(prompt_id))
+            raise KeyError(f"{prompt_id!r}: prompt set {self.prompt_set!r} has captures {captures}{hint}")
         return SavedCapture(self._experiment, self.prompt_set, str(prompt_id))
 
     def samples(self, prompt_id: str | int) -> list[SavedCapture]:

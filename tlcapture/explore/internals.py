@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tlcapture.captures.capture import Capture
-from tlcapture.errors import StorageError
 from tlcapture.storage.files import read_tensors
 from tlcapture.storage.tensors import is_plain
+from tlcapture.storage.validation import of_form
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_hooks, internals_view
@@ -30,11 +30,12 @@ def stored_internals(path: Path, capture: Capture, layer: int) -> dict[str, Tens
     Raises `StorageError` for a damaged file.
     """
     value = read_tensors(path)
-    if not isinstance(value, dict) or value.get("token_ids") != capture.token_ids:
-        return None
-    found = {name: each for name, each in value.items() if name.startswith(f"blocks.{layer}.")}
-    if not found or not all(map(is_plain, found.values())):
-        raise StorageError(f"{path}: not a valid internals file: it holds no activations of layer {layer}")
+    with of_form(path, "internals file"):
+        if not isinstance(value, dict) or value.get("token_ids") != capture.token_ids:
+            return None
+        found = {name: each for name, each in value.items() if name.startswith(f"blocks.{layer}.")}
+        if not found or not all(map(is_plain, found.values())):
+            raise ValueError(f"it holds no activations of layer {layer}")
     return found
 
 

@@ -59,7 +59,9 @@ def _index(path: Path) -> Mapping[str, Any] | None:
     try:
         archive = Archive(path)
         found = json.loads(archive.read(INDEX)) if INDEX in archive else None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, zipfile.BadZipFile) as error:
         raise StorageError(f"{path}: cannot be read: {error}: capture the prompt again with --overwrite") from None
     return found if isinstance(found, dict) else None
 

@@ -30,7 +30,7 @@ from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
 from tlcapture.runs.recorded_runs import capture_at_work
 from tlcapture.storage.comparisons import comparison_file, comparisons
 from tlcapture.storage.datasets import Datasets
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import shown
 from tlcapture.traits.intervention_records import described
 from tlcapture.traits.saved_projections import all_saved, saved_projection
@@ -94,16 +94,19 @@ class Contents(NoteContents):
         return {"folder": shown(self.root), "option": missing.root_option(self.root)}
 
     def experiments(self) -> list[dict[str, Any]]:
-        """All experiments with their captured prompt sets and traits."""
-        found = []
-        for folder in sorted((self.root / "experiments").glob("*")):
+        """All experiments with their captured prompt sets and traits; the `problem` of one that cannot be listed."""
+        found: list[dict[str, Any]] = []
+        for name in existing_experiments(self.root):
+            listed: dict[str, Any] = {"name": name, "prompt_sets": [], "traits": []}
             try:
-                layout = self._layout(folder.name)
+                layout = self._layout(name)
+                traits = sorted({str(trait) for trait in layout.traits()} | _projected_traits(layout))
+                listed |= {"prompt_sets": layout.prompt_sets(), "traits": traits}
             except InputError:
                 continue
-            prompt_sets = layout.prompt_sets()
-            traits = sorted({str(trait) for trait in layout.traits()} | _projected_traits(layout))
-            found.append({"name": folder.name, "prompt_sets": prompt_sets, "traits": traits})
+            except (StorageError, OSError) as error:
+                listed["problem"] = self.problem(error)
+            found.append(listed)
         return found
 
     def prompt_set(self, experiment: str, prompt_set: str) -> dict[str, Any]:

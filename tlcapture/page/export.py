@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from tlcapture.captures.notes import note_counts
-from tlcapture.errors import InputError, StorageError, TlcaptureError
+from tlcapture.errors import InputError, StorageError, TlcaptureError, refused_path
 from tlcapture.names import Trait, sampled_prompts
 from tlcapture.page.assets import exported_page
 from tlcapture.page.captured import is_capture
@@ -56,7 +56,7 @@ class _Carried:
                 continue
             except (TlcaptureError, OSError) as error:
                 missing[path] = {"what": self.contents.problem(error), "command": ""}
-                self.on_problem(str(error))
+                self.on_problem(str(refused_path(error) if isinstance(error, OSError) else error))
                 continue
             left -= len(packed)
             if left < 0:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.page import missing
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.tensor_arrays import read_arrays
+from tlcapture.storage.validation import of_form
 from tlcapture.views.hooks import HOOKS, POINTS, hook, is_pattern
 
 _MOST_NEURONS = 30
@@ -28,7 +30,7 @@ def contributions_of(layout: Layout, prompt_set: str, prompt_id: str) -> dict[st
     Raises `MissingError` without a raw file, and `StorageError` if it is damaged.
     """
     content, path = _capture(layout, prompt_set, prompt_id)
-    try:
+    with of_form(path, "raw residual file"):
         parts = [content[part]["activations"] for part in ("prompt", "response")]
         layers = sorted(parts[0])
         found: dict[str, list[Any]] = {"attn": [], "mlp": [], "stream": []}
@@ -39,8 +41,6 @@ def contributions_of(layout: Layout, prompt_set: str, prompt_id: str) -> dict[st
             found["stream"].append(_norms(at[_LAST], 0))
         held = (_joined(parts, layers[0], point) for point in POINTS)
         tokens = _positions(content, next(len(each) for each in held if each is not None))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration):
-        raise StorageError(f"{path}: not a raw residual file: capture the prompt again with --overwrite") from None
     return {"layers": layers, "tokens": tokens, **found}
 
 
@@ -52,6 +52,18 @@ def internals_of(layout: Layout, prompt_set: str, prompt_id: str) -> dict[str, A
     return {"layers": layers}
 
 
+def _internals_form(of: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Refuse an internals file whose content has another form than its reader `of` expects."""
+
+    @wraps(of)
+    def read(layout: Layout, prompt_set: str, prompt_id: str, layer: int, *more: Any) -> dict[str, Any]:
+        with of_form(layout.internals(prompt_set, prompt_id, layer), "internals file"):
+            return of(layout, prompt_set, prompt_id, layer, *more)
+
+    return read
+
+
+@_internals_form
 def internals_of_layer(layout: Layout, prompt_set: str, prompt_id: str, layer: int) -> dict[str, Any]:
     """The norm of every hook at every token, `hooks[name]` with its `shape` and `norms`, and the `router` scores.
 
@@ -76,6 +88,7 @@ def internals_of_layer(layout: Layout, prompt_set: str, prompt_id: str, layer: i
     }
 
 
+@_internals_form
 def internals_of_token(layout: Layout, prompt_set: str, prompt_id: str, layer: int, token: int) -> dict[str, Any]:
     """A token at a layer: its most active `neurons`, the norms of the outputs of its `heads`, and its `experts`.
 
@@ -139,7 +152,7 @@ def _internals(layout: Layout, prompt_set: str, prompt_id: str, layer: int) -> M
 def _token_ids(content: Any) -> Any:
     try:
         return [*content["prompt"]["token_ids"], *content["response"]["token_ids"]]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, IndexError):  # also of another array than a dict
         return None
 
 

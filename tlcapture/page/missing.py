@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.names import base_set
 from tlcapture.storage.config import read_config
 from tlcapture.storage.layout import Layout, existing_experiments
@@ -54,7 +55,7 @@ def captures(layout: Layout, prompt_set: str) -> MissingError:
 def projections(layout: Layout, prompt_set: str) -> MissingError:
     """For a prompt without projections; the command extracts vectors first if there are none."""
     if not layout.traits() and not takes_packaged(layout, read_config(layout).inference_model):
-        return _error(layout, "no trait vectors to project onto", extract_command(layout))
+        return _error(layout, "no trait vectors to project onto", extract_command(layout, with_root=False))
     command = f"tlcapture project --experiment {layout.experiment} --prompt-set {prompt_set}"
     return _error(layout, "not projected onto this trait", command)
 
@@ -81,12 +82,14 @@ def raw(layout: Layout, prompt_set: str) -> MissingError:
 
 def vectors(layout: Layout, trait: object) -> MissingError:
     """For a trait without vectors."""
-    return _error(layout, f"no vectors of {trait}", extract_command(layout, [trait]))
+    return _error(layout, f"no vectors of {trait}", extract_command(layout, [trait], with_root=False))
 
 
 def own_vectors(layout: Layout, trait: object) -> MissingError:
     """For the steering results of vectors that come with the package, which has none."""
-    return _error(layout, "not steered: only vectors of your own can be", extract_command(layout, [trait]))
+    return _error(
+        layout, "not steered: only vectors of your own can be", extract_command(layout, [trait], with_root=False)
+    )
 
 
 def evaluation(layout: Layout) -> MissingError:
@@ -103,8 +106,9 @@ def comparison(layout: Layout, prompt_set: str) -> MissingError:
     """For a prompt or a set that was not compared; the command compares it with the first suitable captures."""
     what, own = f"{prompt_set} was not compared with other captures", f"{layout.experiment}/{prompt_set}"
     for other in [layout.experiment, *existing_experiments(layout.root)]:
-        for name in Layout(layout.root, other).captured_prompt_sets():
-            if base_set(name) == base_set(prompt_set) and f"{other}/{name}" != own:
-                return _error(layout, what, f"tlcapture compare {own} {other}/{name}")
+        with suppress(TlcaptureError):  # it cannot be listed
+            for name in Layout(layout.root, other).captured_prompt_sets():
+                if base_set(name) == base_set(prompt_set) and f"{other}/{name}" != own:
+                    return _error(layout, what, f"tlcapture compare {own} {other}/{name}")
     how = "capture its prompts again as a variant (--steer, --adapter) or in another experiment"
     return MissingError(f"{what}: {how}; then 'tlcapture compare {own} OTHER/{base_set(prompt_set)}'", "")

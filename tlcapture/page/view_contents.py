@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tlcapture.errors import InputError, TlcaptureError
+from tlcapture.errors import InputError, TlcaptureError, refused_path
 from tlcapture.page import missing
 from tlcapture.page.internals import contributions_of, internals_of, internals_of_layer, internals_of_token
 from tlcapture.storage.layout import Layout
@@ -33,7 +33,8 @@ class ViewContents:
 
     def problem(self, error: TlcaptureError | OSError) -> str:
         """The message of an error, with paths relative to the root."""
-        return str(error).replace(f"{self.root}/", "", 1)
+        said = refused_path(error) if isinstance(error, OSError) else error
+        return str(said).replace(f"{self.root}/", "", 1)
 
     def lens(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The most likely next token, and rank and probability of the actual one, for every token and kept layer."""

@@ -186,6 +186,8 @@ def read_prompt_set(datasets: Datasets, name: str) -> PromptSet:
         path = datasets.prompt_set_file(name)
     except InputError as error:
         raise InputError(f"{error}{_in_another_form(datasets, name)}") from None
+    except StorageError as error:
+        raise InputError(str(error)) from None
     return read_prompt_file(path, name)
 
 
@@ -256,5 +258,5 @@ def adhoc(given: Sequence[tuple[str, str | Sequence[Any]]]) -> PromptSet:
         try:
             made.append(Prompt.model_validate({"id": str(number), kind: content}))
         except ValidationError as error:
-            raise InputError(f"{option}: {first_problem(error).removeprefix('the whole file: ')}") from None
+            raise InputError(f"{option}: {first_problem(error)}") from None
     return PromptSet(name=ADHOC, description="given on the command line", prompts=made)

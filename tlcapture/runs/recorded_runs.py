@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.errors import StorageError
+from tlcapture.names import check_capture_set
 from tlcapture.runs.record import RUNNING
 from tlcapture.storage.files import read_json
 from tlcapture.storage.folders import stems_in
@@ -97,7 +98,7 @@ def _n_made(record: _Recorded, prompt_set: str) -> int:
 
 
 def _is_locked(layout: Layout, prompt_set: str) -> bool:
-    name = f"captures-of-{prompt_set}"
+    name = f"captures-of-{check_capture_set(prompt_set)}"
     return is_held(layout.lock(name)) or any(map(is_held, layout.share_locks(name)))
 
 

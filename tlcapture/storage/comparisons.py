@@ -17,7 +17,7 @@ from tlcapture.names import (
     is_compared_name,
     is_safe_name,
 )
-from tlcapture.storage.folders import natural, subfolders
+from tlcapture.storage.folders import holds_any, natural, stems_in, subfolders
 from tlcapture.storage.layout import Layout
 
 
@@ -31,7 +31,7 @@ def comparisons(layout: Layout) -> list[tuple[str, str]]:
     found = []
     for name, path in subfolders(layout.folder / "analysis" / "compare"):
         other, _, prompt_set = name[:-1].partition("/")
-        if is_compared_name(other) and is_capture_set(prompt_set) and any(path.glob("*.json")):
+        if is_compared_name(other) and is_capture_set(prompt_set) and holds_any(path, ".json"):
             with suppress(StorageError):  # behind a link that leads out
                 layout.own(path)
                 found.append((other, prompt_set))
@@ -40,7 +40,7 @@ def comparisons(layout: Layout) -> list[tuple[str, str]]:
 
 def compared(layout: Layout, other: str, prompt_set: str) -> list[str]:
     """The names of the compared prompts of a set, and of their samples: numbers in numerical order, then names."""
-    found = (path.stem for path in layout.own(_folder(layout, other, prompt_set)).glob("*.json"))
+    found = stems_in(layout.own(_folder(layout, other, prompt_set)), ".json")
     return sorted(filter(is_safe_name, found), key=natural)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tlcapture.errors import InputError
 from tlcapture.names import Trait, check_prompt_set, is_prompt_set, is_safe_name
-from tlcapture.storage.folders import subfolders
+from tlcapture.storage.folders import folders_in, stems_in, subfolders
+from tlcapture.storage.regular_files import check_regular, is_folder
 from tlcapture.text import beside
 
 
@@ -44,17 +45,24 @@ class Datasets:
         found: dict[str, Path] = {}
         for folder in (each / "inference" for each in self.folders):
             for below, parent in [("", folder), *subfolders(folder)]:
-                for path in parent.glob("[!.]*.json"):
-                    if not path.is_dir():
-                        found.setdefault(below + path.stem, path)
+                for stem in stems_in(parent, ".json"):
+                    path = parent / f"{stem}.json"
+                    if not stem.startswith(".") and not path.is_dir():
+                        found.setdefault(below + stem, path)
         return dict(sorted(found.items()))
 
     def prompt_set_file(self, name: str) -> Path:
-        """The file of a prompt set, preferably in the root; raises `InputError` if there is none."""
+        """The file of a prompt set, preferably in the root.
+
+        Raises:
+            InputError: there is none.
+            StorageError: the root has something that is not a file in its place, or in the place of its folder.
+        """
         check_prompt_set(name)
         for folder in self.folders:
             path = folder / "inference" / f"{name}.json"
-            if path.is_file():
+            check_regular(path)
+            if is_folder(path.parent) and path.is_file():
                 return path
         meant = name.rpartition("inference/")[2].removesuffix(".json")  # of a path
         raise InputError(
@@ -64,18 +72,23 @@ class Datasets:
 
     def traits(self, *, own: bool = False) -> list[Trait]:
         """All traits that have contrastive examples, or the root's `own` ones alone, sorted."""
-        found = set()
+        found: set[Trait] = set()
         for folder in self.folders[:1] if own else self.folders:
-            for path in folder.glob("traits/*/*"):
-                if path.is_dir() and all(map(is_safe_name, (path.parent.name, path.name))):
-                    found.add(Trait(path.parent.name, path.name))
+            for category in filter(is_safe_name, folders_in(folder / "traits")):
+                names = filter(is_safe_name, folders_in(folder / "traits" / category))
+                found.update(Trait(category, name) for name in names)
         return sorted(found)
 
     def trait_folder(self, trait: Trait) -> Path:
-        """The folder of a trait's examples, preferably in the root; raises `InputError` if there is none."""
+        """The folder of a trait's examples, preferably in the root.
+
+        Raises:
+            InputError: there is none.
+            StorageError: the root has something that is not a folder in its place.
+        """
         for folder in self.folders:
             path = folder / "traits" / trait.category / trait.name
-            if path.is_dir():
+            if is_folder(path):
                 return path
         raise InputError(
             f"no examples for trait {str(trait)!r}: expected positive.jsonl and negative.jsonl in the folder "

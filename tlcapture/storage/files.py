@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import pickle
+import re
 import shutil
 import stat
 from collections import Counter
@@ -26,7 +27,7 @@ from tlcapture.storage.archives import Archive, MoreRecords, storages_of, write_
 from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.json_text import parsed
 from tlcapture.storage.object_stores import is_url
-from tlcapture.storage.regular_files import check_regular
+from tlcapture.storage.regular_files import check_regular, in_place_of_folder
 from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
 from tlcapture.storage.temporary_files import sweep_temporaries, temporary_path
 from tlcapture.storage.working_copies import is_copy
@@ -255,7 +256,8 @@ def write_folder(path: Path, fill: Callable[[Path], None], *, replaces: bool = F
     created the folder in the meantime, that one is kept.
 
     Raises:
-        StorageError: the folder cannot be created.
+        NoSpaceError: the device is full, over its quota or read-only.
+        StorageError: the folder cannot be created for another reason.
     """
     temporary = temporary_path(path)
     try:
@@ -271,11 +273,24 @@ def write_folder(path: Path, fill: Callable[[Path], None], *, replaces: bool = F
         with suppress(OSError):
             temporary.rename(path)
             publish_folder(path)
-    except OSError as error:
+    except StorageError as error:
+        raise type(error)(str(error).replace(str(temporary), str(path))) from None
+    except Exception as error:
+        number = _error_number(error)
+        if number is None and not isinstance(error, OSError):
+            raise
         hint = ": set TLCAPTURE_CACHE to another folder" if path.is_relative_to(cache_folder()) else ""
-        raise StorageError(f"{path}: cannot be created: {error.strerror or error}{hint}") from None
+        kind = NoSpaceError if number in _FOR_ALL_FILES else StorageError
+        reason = os.strerror(number) if number else first_line(error)
+        raise kind(f"{path}: cannot be created: {reason}{hint}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _error_number(error: Exception) -> int | None:
+    """The number of the operating system's error, also of one that a library in Rust has put into words."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else error.errno if isinstance(error, OSError) else None
 
 
 def free_bytes(path: Path) -> int:
@@ -369,7 +384,7 @@ def _cannot_write(path: Path, error: BaseException, needed: int) -> StorageError
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         reason += f": it needs {format_bytes(needed)}, {format_bytes(_free_here(path))} are free on its device"
     kind = NoSpaceError if number in _FOR_ALL_FILES else StorageError
-    return kind(f"{path}: cannot be written: {reason}")
+    return kind(f"{path}: cannot be written: {in_place_of_folder(path.parent) or reason}")
 
 
 def _identity(path: Path) -> tuple[int, ...]:

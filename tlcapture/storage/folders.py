@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from os import listdir, scandir, sep
+from contextlib import suppress
+from os import DirEntry, listdir, scandir, sep
+from os.path import exists
 from pathlib import Path
 
 from tlcapture.errors import refused_path
 from tlcapture.names import MOST_FOLDERS, split_name
+from tlcapture.storage.regular_files import is_folder
 
-# Nothing can be in the folder: it does not exist, or is a file, or a link to itself.
-_NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class _Absent:
     """A context that is left where a folder is absent; raises `StorageError` for one that cannot be read.
 
-    What is in such a folder would otherwise count as missing.
+    Also for a file or a dangling link in its place. What the folder should hold would otherwise count as missing.
     """
 
     def __enter__(self) -> None:
@@ -27,8 +29,10 @@ class _Absent:
         """Whether there is nothing to list."""
         if not isinstance(error, OSError):
             return False
-        if error.errno not in _NOTHING:
+        if error.errno not in (*_NO_FOLDER, errno.ENAMETOOLONG):
             raise refused_path(error) from None
+        if error.errno in _NO_FOLDER and isinstance(error.filename, str | Path):
+            is_folder(Path(error.filename))
         return True
 
 
@@ -39,18 +43,28 @@ def subfolders(folder: Path, depth: int = MOST_FOLDERS) -> Iterator[tuple[str, P
     """The folders below a folder, hidden ones apart, each after its path relative to it: `a/`, `a/b/`."""
     names: list[str] = []
     with _absent, scandir(folder) as entries:
-        names = sorted(each.name for each in entries if each.is_dir() and not each.name.startswith("."))
+        names = sorted(each.name for each in entries if _is_folder(each) and not each.name.startswith("."))
     for name in names if depth else ():
         yield f"{name}/", folder / name
         for below, path in subfolders(folder / name, depth - 1):
             yield f"{name}/{below}", path
 
 
-def folders_in(folder: Path | str) -> list[str]:
-    """Names of the folders in a folder, links to folders too."""
+def folders_in(folder: Path | str, *, lost: bool = False) -> list[str]:
+    """Names of the folders in a folder, links to folders too; with `lost`, also of links that lead to nothing."""
     with _absent, scandir(folder) as entries:
-        return [entry.name for entry in entries if entry.is_dir()]
+        return [entry.name for entry in entries if _is_folder(entry) or (lost and _is_lost(entry))]
     return []
+
+
+def _is_folder(entry: DirEntry[str]) -> bool:
+    with suppress(OSError):  # a link that leads back to itself
+        return entry.is_dir()
+    return False
+
+
+def _is_lost(entry: DirEntry[str]) -> bool:
+    return entry.is_symlink() and not exists(entry.path)
 
 
 def paths_of_folders_in(folder: str) -> list[str]:

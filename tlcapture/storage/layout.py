@@ -38,14 +38,17 @@ from tlcapture.names import (
 )
 from tlcapture.storage.folders import folders_in, holds_any, natural, paths_of_folders_in, stems_in, subfolders
 from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
-from tlcapture.storage.regular_files import check_open
+from tlcapture.storage.regular_files import check_open, is_folder
 from tlcapture.storage.remote_roots import check_complete, list_experiment, refresh
 from tlcapture.text import beside
 
 
 def existing_experiments(root: Path) -> list[str]:
-    """The names of the experiments in a root, sorted; raises `StorageError` where they cannot be listed."""
-    return sorted(name for name in folders_in(root / "experiments") if not name.startswith("."))
+    """The names of the experiments in a root, sorted, and of links to folders that are gone.
+
+    Raises `StorageError` where they cannot be listed.
+    """
+    return sorted(name for name in folders_in(root / "experiments", lost=True) if not name.startswith("."))
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Layout:
     def check_exists(self) -> None:
         """Raise `InputError` if this experiment does not exist, or is not all there; `StorageError` if it is closed."""
         check_complete(self.folder)
-        if not self.folder.is_dir():
+        if not is_folder(self.folder):
             others = beside(self.experiment, existing_experiments(self.root), "existing experiments")
             raise InputError(f"no experiment {self.experiment!r}: expected the folder {self.folder}{others}")
         check_open(self.folder)
@@ -96,8 +99,14 @@ class Layout:
         return None
 
     def _listed(self, pattern: str) -> list[Path]:
-        """Paths below the experiment's folder that match a pattern, sorted; none behind links that lead out."""
-        return sorted(path for path in self.folder.glob(pattern) if self._leads_out(path) is None)
+        """Folders below the experiment's that match a path of names and `*`, sorted; none behind links that lead out.
+
+        Raises `StorageError` for one that cannot be read, or is not a folder.
+        """
+        found = [self.folder]
+        for name in pattern.split("/"):
+            found = [each / part for each in found for part in (folders_in(each) if name == "*" else [name])]
+        return sorted(path for path in found if self._leads_out(path) is None and is_folder(path))
 
     @property
     def config(self) -> Path:
@@ -114,7 +123,8 @@ class Layout:
 
     def share_locks(self, name: str) -> list[Path]:
         """The lock files of all shares that were ever written, sorted."""
-        return sorted(refresh(self.lock(name).with_suffix(".shards")).glob("*.lock"))
+        folder = refresh(self.lock(name).with_suffix(".shards"))
+        return [folder / f"{share}.lock" for share in sorted(stems_in(folder, ".lock"))]
 
     def run_record(self, name: str) -> Path:
         """The record of a run."""
@@ -136,9 +146,10 @@ class Layout:
 
     def all_internals(self, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The existing internals files of a prompt, of all layers."""
-        stem = file_name(prompt_id)
+        start = f"{file_name(prompt_id)}_L"
         folder = self.own(self._raw("internals", prompt_set))
-        return [self.own(path) for path in folder.glob(f"{stem}_L*.pt") if path.stem[len(stem) + 2 :].isdigit()]
+        names = (name for name in stems_in(folder, ".pt") if name.startswith(start) and name[len(start) :].isdecimal())
+        return [self.own(folder / f"{name}.pt") for name in names]
 
     def attention(self, prompt_set: str, prompt_id: PromptId) -> Path:
         """The attention file of a prompt in JSON; `saved` has the form that exists."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tlcapture.errors import InputError, StorageError
+from tlcapture.storage.regular_files import in_place_of_folder
 from tlcapture.storage.remote_locks import held, remotely_locked
 from tlcapture.storage.remote_roots import refresh, store_of
 
@@ -103,7 +104,8 @@ def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator
             "%s: this file system has no locks: do not run two commands that write here at the same time", path
         )
     except OSError as error:
-        raise StorageError(f"{path}: cannot be locked: {error.strerror or error}") from None
+        reason = in_place_of_folder(path.parent) or error.strerror or error
+        raise StorageError(f"{path}: cannot be locked: {reason}") from None
     try:
         yield waited
     finally:

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tlcapture.errors import InputError, StorageError, TlcaptureError
+from tlcapture.errors import InputError, NoSpaceError, StorageError, TlcaptureError
 from tlcapture.text import first_line
 
 # The stores whose writes are whole or absent, and the package that reaches each.
@@ -212,6 +212,11 @@ class Store:
         if any("Credential" in kind or "ProfileNotFound" in kind for kind in kinds):
             hint = ": set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE" if self.is_s3 else ""
             return InputError(f"{place}: no credentials ({said}){hint}")
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return NoSpaceError(
+                f"{place}: cannot be {what}: no space is left for what is kept of it on this machine: set "
+                "TLCAPTURE_CACHE to a folder on another disk"
+            )
         if isinstance(error, PermissionError):
             return StorageError(f"{place}: may not be {what} with these credentials ({said})")
         if isinstance(error, FileNotFoundError):

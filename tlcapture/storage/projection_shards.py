@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from os import scandir
 from os.path import lexists
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from pydantic import Field, model_validator
 from tlcapture.errors import StorageError
 from tlcapture.names import COMPACT, is_safe_name
 from tlcapture.storage.compact_files import open_compact
+from tlcapture.storage.folders import stems_in
 from tlcapture.storage.remote_roots import local
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.storage.safetensors_files import TensorFile
@@ -237,10 +237,7 @@ def single_shards(folder: Path) -> list[Path]:
 
 
 def _shards_in(folder: Path) -> list[Path]:
-    with suppress(OSError), scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name.endswith(COMPACT) and not entry.name.startswith(".")]
-        return [folder / name for name in sorted(names)]
-    return []
+    return [folder / f"{name}{COMPACT}" for name in sorted(stems_in(folder, COMPACT)) if not name.startswith(".")]
 
 
 def sharded_of(folder: Path, prompt_id: str) -> dict[str, Sharded]:

@@ -26,6 +26,7 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.folder_names import name_folder
 from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.object_stores import Store, checked_url, is_url
+from tlcapture.storage.regular_files import is_folder
 from tlcapture.storage.working_copies import Mount, new_copy
 
 FRESH = 5.0  # seconds for which the listing of a remote root counts as current
@@ -43,8 +44,11 @@ def root_folder(root: str | Path) -> Path:
         StorageError: the store cannot be reached, or does not allow listing.
     """
     if not is_url(root):
+        folder = Path(root)
+        if not str(root).startswith("~"):
+            return folder.absolute() if str(folder).startswith("~") else folder  # of ./~name, Path keeps ~name
         try:
-            return Path(root).expanduser()
+            return folder.expanduser()
         except RuntimeError:
             raise InputError(f"{root}: no home folder is known: write ./{root} for a folder of that name") from None
     scheme, url = checked_url(root)
@@ -165,6 +169,7 @@ def check_writable(folder: Path) -> str | None:
     """
     found = store_of(folder)
     if found is None:
+        is_folder(folder)
         existing = next(each for each in (folder, *folder.parents) if each.exists())
         if not os.access(existing, os.W_OK | os.X_OK):
             raise StorageError(f"{existing}: cannot be written to")

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from tlcapture.errors import StorageError
 from tlcapture.names import Trait, is_safe_name
 from tlcapture.storage.files import Written, read_bytes, write_bytes, write_tensors
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.validation import of_form
 from tlcapture.traits.reference import Reference
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
 from tlcapture.traits.vectors import write_vector
 from tlcapture.views.hooks import COMPONENTS
 
+_WHAT = "file of exported vectors"
 HEADER = "tlcapture"  # the key of what is not a tensor in the header of a safetensors file
 
 
@@ -39,8 +41,8 @@ def restore_vectors(layout: Layout, folder: Path) -> list[Written]:
         if not (is_safe_name(path.parent.name) and is_safe_name(path.stem)):
             raise StorageError(f"{path}: not the name of a trait")
         files = VectorFiles(layout, Trait(path.parent.name, path.stem))
-        tensors, origins = _read(path)
-        written += _restore_trait(path, files, tensors, origins, digests)
+        with of_form(path, _WHAT):
+            written += _restore_trait(path, files, *_read(path), digests)
     written += _restore_reference(layout, folder)
     for target, name in measured(layout, folder):
         source = folder / name
@@ -70,12 +72,9 @@ def key(component: str, method: str, layer: int) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = orjson.loads((file.metadata() or {})[HEADER])
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise StorageError(f"{path}: cannot be read as exported vectors: {error}") from None
+    with safe_open(path, framework="pt") as file:
+        header = orjson.loads((file.metadata() or {})[HEADER])
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
 
 
 def _restore_trait(
@@ -86,7 +85,9 @@ def _restore_trait(
         kind, component, *rest = (
             ("vector", *name.split("/")) if not name.startswith("training_mean/") else name.split("/")
         )
-        if component not in COMPONENTS or len(rest) != (2 if kind == "vector" else 0):
+        if component not in COMPONENTS or not (
+            len(rest) == 2 and rest[1].isdecimal() if kind == "vector" else not rest
+        ):
             raise StorageError(f"{path}: {name!r} is not the name of a vector")
         if kind != "vector":
             written.append(write_tensors(files.mean_file(component), tensor.float().clone()))
@@ -97,7 +98,7 @@ def _restore_trait(
         if before not in (None, after):
             digests[str(before)] = after
     for name, record in origins.get("metadata", {}).items():
-        component, kind = name.split("/")
+        component, _, kind = name.partition("/")
         files.write_metadata(component, record, IMPORTED if kind == IMPORTED else None)
     return written
 
@@ -107,8 +108,8 @@ def _restore_reference(layout: Layout, folder: Path) -> list[Written]:
     for component in COMPONENTS:
         path = folder / "vectors" / f"{component}_reference.safetensors"
         if path.is_file():
-            tensors, record = _read(path)
-            written.append(
-                Reference(**record, **{part: means.float() for part, means in tensors.items()}).write(layout, component)
-            )
+            with of_form(path, _WHAT):
+                tensors, record = _read(path)
+                found = Reference(**record, **{part: means.float() for part, means in tensors.items()})
+                written.append(found.write(layout, component))
     return written

@@ -8,10 +8,11 @@ from tlcapture.errors import InputError, VectorError
 from tlcapture.models.embedded import NAME as EMBEDDED
 from tlcapture.names import Trait
 from tlcapture.storage.cache_folder import cache_folder
+from tlcapture.storage.command_lines import command_line
 from tlcapture.storage.config import read_config
 from tlcapture.storage.datasets import shipped_datasets
 from tlcapture.storage.layout import Layout
-from tlcapture.text import as_ranges, beside, did_you_mean
+from tlcapture.text import as_ranges, beside, did_you_mean, listed
 
 PACKAGED = "packaged"  # the name of the experiment that comes with the package
 
@@ -21,18 +22,20 @@ def is_in_package(layout: Layout) -> bool:
     return layout.experiment == PACKAGED and layout.root.parent == cache_folder()
 
 
-def extract_command(layout: Layout, traits: Iterable[object] = (), method: str | None = None) -> str:
+def extract_command(
+    layout: Layout, traits: Iterable[object] = (), method: str | None = None, *, with_root: bool = True
+) -> str:
     """The command that extracts an experiment's vectors, of all traits if none is named.
 
     For the packaged vectors it names no experiment.
     """
-    named = ",".join(map(str, traits))
-    options = {
-        "experiment": None if is_in_package(layout) else layout.experiment,
-        "traits": named or None,
-        "methods": method,
-    }
-    return " ".join(["tlcapture extract", *(f"--{name} {value}" for name, value in options.items() if value)])
+    options = {"--traits": ",".join(map(str, traits)), "--methods": method or ""}
+    words = [word for name, value in options.items() if value for word in (name, value)]
+    if is_in_package(layout):
+        return " ".join(["tlcapture extract", *words])
+    if not with_root:
+        return " ".join(["tlcapture extract --experiment", layout.experiment, *words])
+    return command_line(layout, "extract", *words)
 
 
 def how_to_extract(layout: Layout, traits: Iterable[object] = (), method: str | None = None) -> str:
@@ -116,4 +119,4 @@ def _source(layout: Layout) -> str:
 
 
 def _available(layout: Layout) -> str:
-    return ", ".join(map(str, layout.traits())) or "none"
+    return listed(map(str, layout.traits()))

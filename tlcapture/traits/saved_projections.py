@@ -10,11 +10,13 @@ from typing import Any
 
 from tlcapture.errors import InputError, warn_user
 from tlcapture.names import PromptId, Trait
+from tlcapture.storage.command_lines import command_line
 from tlcapture.storage.files import Written, read_json, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.missing_captures import no_captures
 from tlcapture.storage.projection_shards import MERGED, Sharded, merged_shards, sharded_of
 from tlcapture.storage.regular_files import check_regular
+from tlcapture.text import listed
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.token_scores import TokenScores
 from tlcapture.views.hooks import COMPONENTS, check_component
@@ -31,7 +33,7 @@ def saved_projections(
     check_component(component)
     ids = layout.prompt_ids(prompt_set)
     if not ids:
-        remedy = f"run 'tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set}'"
+        remedy = f"run '{command_line(layout, 'capture', '--prompt-set', prompt_set)}'"
         raise no_captures(layout, prompt_set, layout.prompt_sets(), remedy)
     names = [traits] if isinstance(traits, str) else traits
     wanted = None if names is None else list(dict.fromkeys(Trait.parse(name) for name in names))
@@ -44,7 +46,7 @@ def saved_projections(
     bare = [prompt_id for prompt_id, found in by_prompt.items() if not found]
     if bare:
         which = f"{len(bare)} of {len(ids)} captures of {prompt_set!r}"
-        warn_user(f"{which} have no projection and are left out: {', '.join(bare)}")
+        warn_user(f"{which} have no projection and are left out: {listed(bare)}")
     return projections
 
 
@@ -166,11 +168,11 @@ def remove_sharded(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list
 def no_projections(layout: Layout, prompt_set: str, component: str, traits: Sequence[Trait] = ()) -> InputError:
     """The error for a prompt set without projections (onto some traits), with the command that projects."""
     onto = f" onto {', '.join(map(str, traits))}" if traits else ""
-    options = f"--experiment {layout.experiment} --prompt-set {prompt_set}"
-    options += "" if component == "residual" else f" --component {component}"
-    options += f" --traits {','.join(map(str, traits))}" if traits else ""
+    options = ["--prompt-set", prompt_set]
+    options += [] if component == "residual" else ["--component", component]
+    options += ["--traits", ",".join(map(str, traits))] if traits else []
     available = sorted({str(trait) for trait, found in layout.projection_folders(prompt_set) if found == component})
     return InputError(
         f"experiment {layout.experiment!r} has no {component} projections of prompt set {prompt_set!r}{onto}; "
-        f"available traits: {', '.join(available) or 'none'}; run 'tlcapture project {options}'"
+        f"available traits: {listed(available)}; run '{command_line(layout, 'project', *options)}'"
     )

@@ -9,7 +9,7 @@ counts only for the vector it was measured on: a vector that was extracted again
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from os.path import lexists
 from typing import SupportsIndex
@@ -152,9 +152,19 @@ def n_layers_of_origin(files: VectorFiles, component: str) -> int:
 def _current(
     files: VectorFiles, component: str, scored: Iterable[tuple[Selection, SteeringRun | EvaluationRow]]
 ) -> Iterator[Selection]:
+    """Those whose score belongs to the present vector, best first; the first one warns of a better one left out."""
+    warning = None
     for selection, score in sorted(scored, key=lambda pair: _score(pair[0]), reverse=True):
         if is_current(files, score, component):
-            yield selection
+            notes = [*filter(None, (selection.warning, warning))]
+            yield replace(selection, warning="; ".join(notes) or None)
+            warning = None
+        elif warning is None:
+            command = "steer" if selection.selected_by == "steering" else "evaluate"
+            warning = (
+                f"a higher score, of {selection.method} at layer {selection.layer}, is left out, since that vector was "
+                f"replaced or damaged since: 'tlcapture {command} --experiment {files.layout.experiment}' scores it"
+            )
 
 
 def _all_steering_runs(files: VectorFiles) -> list[SteeringRun]:

@@ -23,6 +23,7 @@ from pydantic import Field
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_bytes, read_json, remove, write_json
+from tlcapture.storage.folders import stems_in
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import FileContent, Layer, Number, checked
 from tlcapture.text import as_ranges, beside
@@ -79,11 +80,11 @@ class VectorFiles:
     def available(self, component: str) -> dict[str, list[int]]:
         """The layers that have a vector, by method, methods in the order of preference."""
         found: dict[str, list[int]] = {}
-        for path in self.path.glob("*.pt"):
-            is_attn = path.name.startswith(_PREFIX["attn_out"])
+        for name in (f"{stem}.pt" for stem in stems_in(self.path, ".pt")):
+            is_attn = name.startswith(_PREFIX["attn_out"])
             if is_attn != (component == "attn_out"):
                 continue
-            match = _FILE.fullmatch(path.name.removeprefix(_PREFIX[component]))
+            match = _FILE.fullmatch(name.removeprefix(_PREFIX[component]))
             if match:
                 found.setdefault(match["method"], []).append(int(match["layer"]))
         order = {method: rank for rank, method in enumerate(METHODS)}

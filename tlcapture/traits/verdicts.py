@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from tlcapture.errors import TlcaptureError
+from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.names import Trait
 from tlcapture.storage.files import FileState
 from tlcapture.traits.evaluation_files import Evaluation
@@ -18,6 +18,7 @@ from tlcapture.traits.selection import is_current
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
 
 _BY = ", by 'tlcapture evaluate'"
+_UNREAD = "whether it shows anything is unknown: its evaluation, extraction_evaluation.json, cannot be read"
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Doubts:
     def of(self, vector: UsedVector) -> str | None:
         """Why a vector may show nothing, by the verdict of its evaluation; `None` if it shows something.
 
-        Also `None` if this very vector was not evaluated, or the evaluation cannot be read, and for an imported one,
-        since the verdict is on extracted vectors.
+        Also `None` if this very vector was not evaluated, and for an imported one, since the verdict is on extracted
+        vectors. An evaluation that cannot be read is a doubt.
         """
         if vector.method == IMPORTED:
             return None
@@ -57,7 +58,10 @@ class Doubts:
             layout = vectors_layout(self.root, vector.experiment)
             if not layout.evaluation.is_file():
                 return None
-            evaluation = _read(layout.evaluation, FileState.of(layout.evaluation.stat()))
+            try:
+                evaluation = _read(layout.evaluation, FileState.of(layout.evaluation.stat()))
+            except StorageError:
+                return _UNREAD
             judged = evaluation.by_trait.get(vector.trait)
             if judged is None or judged.component != vector.component or not judged.doubt:
                 return None

@@ -48,6 +48,7 @@
     const named = experiments.find((each) => each.name === wanted.experiment);
     if (wanted.experiment && !named) return unknown(experiments, {}, `no experiment ${wanted.experiment} in this folder; there are: ${listOf(experiments.map((each) => each.name))}`);
     const experiment = named ?? experiments.find((each) => each.prompt_sets.length) ?? experiments[0];
+    if (experiment.problem) return unknown(experiments, { experiment: experiment.name }, experiment.problem, experiment);
     if (!experiment.prompt_sets.length && wanted.view !== "vectors") {
       throw new source.Missing({ what: `experiment ${experiment.name} has no captures`, command: await source.command(`tlcapture capture --experiment ${experiment.name} --prompt-set single_trait`) });
     }
