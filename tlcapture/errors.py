@@ -108,6 +108,14 @@ class VectorError(TlcaptureError):
     """A trait vector is missing or malformed, or does not fit the activations to be projected."""
 
 
+class NotKeptError(VectorError):
+    """A capture does not keep the activations that a vector at a layer projects."""
+
+    def __init__(self, message: str, layer: int = -1):  # pickle passes the message alone, and sets `layer` afterwards
+        super().__init__(message)
+        self.layer = layer
+
+
 class NumericalError(TlcaptureError):
     """NaN or inf where a finite number was expected, or a value that its storage dtype cannot hold."""
 
