@@ -294,7 +294,7 @@ def check_kept(vector: TraitVector, kept: KeptPoints, with_attention: Sequence[i
     origin = f"the {vector.method} vector of {vector.trait} is of layer {vector.layer}"
     if vector.layer not in kept.layers:
         raise NotKeptError(
-            f"{origin}, but only layers {as_ranges(kept.layers)} were kept: choose another with --layer, or recapture "
+            f"{origin}, but only {_layers_kept(kept)}: choose another with --layer, or recapture "
             f"with --layers {','.join(map(str, sorted({*kept.layers, vector.layer})))}",
             vector.layer,
         )
@@ -308,6 +308,10 @@ def check_kept(vector: TraitVector, kept: KeptPoints, with_attention: Sequence[i
             f"--points {','.join([*kept.points, 'residual_out'])}",
             vector.layer,
         )
+
+
+def _layers_kept(kept: KeptPoints) -> str:
+    return f"layer{'s' * (len(kept.layers) > 1)} {as_ranges(kept.layers)} {'were' if len(kept.layers) > 1 else 'was'} kept"
 
 
 def unit_directions(vectors: Sequence[TraitVector]) -> Vectors:
