@@ -24,7 +24,7 @@ from tlcapture.errors import InputError, NotKeptError, NumericalError, VectorErr
 from tlcapture.products import linear
 from tlcapture.shapes import Trajectory, Vector, Vectors
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant, rounded_for_json
-from tlcapture.text import as_ranges
+from tlcapture.text import layers_named
 from tlcapture.traits.calibration import recorded_calibration, shifted
 from tlcapture.traits.centring import Centred, subtract_means
 from tlcapture.traits.chance import ChanceLevel, RandomDirections, with_gaps
@@ -294,13 +294,13 @@ def check_kept(vector: TraitVector, kept: KeptPoints, with_attention: Sequence[i
     origin = f"the {vector.method} vector of {vector.trait} is of layer {vector.layer}"
     if vector.layer not in kept.layers:
         raise NotKeptError(
-            f"{origin}, but only {_layers_kept(kept)}: choose another with --layer, or recapture "
-            f"with --layers {','.join(map(str, sorted({*kept.layers, vector.layer})))}",
+            f"{origin}, but the capture has only {layers_named(kept.layers)}: choose another with --layer, or "
+            f"recapture with --layers {','.join(map(str, sorted({*kept.layers, vector.layer})))}",
             vector.layer,
         )
     if vector.component == "attn_out" and with_attention is not None and vector.layer not in with_attention:
         raise VectorError(
-            f"{origin}, which has no attention: choose one of layers {as_ranges(with_attention)} with --layer"
+            f"{origin}, which has no attention: choose one of {layers_named(with_attention)} with --layer"
         )
     if vector.component == "residual" and "residual_out" not in kept.points:
         raise NotKeptError(
@@ -308,10 +308,6 @@ def check_kept(vector: TraitVector, kept: KeptPoints, with_attention: Sequence[i
             f"--points {','.join([*kept.points, 'residual_out'])}",
             vector.layer,
         )
-
-
-def _layers_kept(kept: KeptPoints) -> str:
-    return f"layer{'s' * (len(kept.layers) > 1)} {as_ranges(kept.layers)} {'were' if len(kept.layers) > 1 else 'was'} kept"
 
 
 def unit_directions(vectors: Sequence[TraitVector]) -> Vectors:
