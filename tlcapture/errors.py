@@ -46,7 +46,7 @@ class TlcaptureError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return named(super().__str__())
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in named(super().__str__()))
 
     def _render_traceback_(self) -> list[str]:
         """The traceback in IPython and notebooks: the user's own lines that led here, and the message, in one line."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 from click.testing import Result
 
+from tlcapture.errors import StorageError
+
 Command = Callable[..., Result]
 PLAN = ("plan", "--prompts", "1", "--prompt-tokens", "1", "--new-tokens", "1")
 
@@ -60,3 +62,9 @@ def test_a_text_is_utf_8_in_any_locale(typed: str) -> None:
     assert Text().convert(came, None, None) == typed
     broken = b"\xff".decode("ascii", "surrogateescape")
     assert Text().convert(broken, None, None) == broken  # refused as a prompt
+
+
+def test_an_error_is_one_line_whatever_a_file_holds() -> None:
+    assert str(StorageError("1.json: its metadata names prompt a\nb\x1b[2J\u2028: it was moved")) == (
+        r"1.json: its metadata names prompt a\nb\x1b[2J\u2028: it was moved"
+    )
