@@ -58,9 +58,9 @@ def test_a_layer_that_the_model_does_not_have_cannot_be_kept() -> None:
 
 def test_a_file_whose_metadata_disagrees_is_an_error() -> None:
     assert KeptPoints.of_file({"n_layers": 2}, (0, 1), POINTS).is_all
-    with pytest.raises(StorageError, match=r"it holds .* of layers 0, but its metadata states .* of layers 0, 1"):
+    with pytest.raises(StorageError, match=r"it holds .* of layer 0, but its metadata states .* of layers 0, 1"):
         KeptPoints.of_file({"n_layers": 2}, (0,), POINTS)
-    with pytest.raises(StorageError, match="it holds residual_out of layers 1, but its metadata states residual_in"):
+    with pytest.raises(StorageError, match="it holds residual_out of layer 1, but its metadata states residual_in"):
         KeptPoints.of_file({"n_layers": 2, "layers": [1], "points": ["residual_in"]}, (1,), ["residual_out"])
 
 

@@ -46,7 +46,7 @@ class TlcaptureError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return named(super().__str__())
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in named(super().__str__()))
 
     def _render_traceback_(self) -> list[str]:
         """The traceback in IPython and notebooks: the user's own lines that led here, and the message, in one line."""
@@ -106,6 +106,14 @@ class NoSpaceError(StorageError):
 
 class VectorError(TlcaptureError):
     """A trait vector is missing or malformed, or does not fit the activations to be projected."""
+
+
+class NotKeptError(VectorError):
+    """A capture does not keep the activations that a vector at a layer projects."""
+
+    def __init__(self, message: str, layer: int = -1):  # pickle passes the message alone, and sets `layer` afterwards
+        super().__init__(message)
+        self.layer = layer
 
 
 class NumericalError(TlcaptureError):

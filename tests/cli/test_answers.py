@@ -51,6 +51,13 @@ def test_an_answer_of_which_nothing_stands_out_is_plain_and_says_so(
     assert shown == "answer 1: no trait stands out from chance, so it is not coloured\nTides rise.\n\n"
 
 
+def test_an_answer_of_which_chance_is_unknown_says_that(capsys: pytest.CaptureFixture[str]) -> None:
+    top = TopTrait("1", "style/formality", 3.0, None, None, None, None, "Tides rise.", pieces=PIECES)
+    show_answers(Console(), Layout(Path(), "exp"), "adhoc", ["1"], [top])
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said == "answer 1: whether a trait stands out is unknown, so it is not coloured"
+
+
 def test_an_answer_without_text_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     top = TopTrait("1", "style/formality", 0.0, 2.0, None, None, None, "\n", pieces=[])
     show_answers(Console(), Layout(Path(), "exp"), "adhoc", ["1"], [top])
@@ -81,6 +88,7 @@ def test_a_set_that_is_projected_onto_nothing_shows_its_answers(
         (line,) = [line for line in done.stdout.splitlines() if line.split()[:1] == [each.name]]
         assert line.split(maxsplit=1)[1] == printable(each.response.text).strip()
     assert "rise" not in done.stdout
+    assert done.stdout.splitlines().count("short: projected onto no trait") == 1
     again = capture("--replay", "--logit-lens")
     assert not [line for line in again.stdout.splitlines() if line.split()[:1] == [captures[0].name]]
 

@@ -331,7 +331,7 @@ def test_nothing_that_exists_is_replaced(made: Path, export: Run, tlcapture: Run
     ("words", "said"),
     [
         (("--prompt-set", "shirt"), "of prompt set 'shirt': did you mean 'short'? captured sets: other, short"),
-        (("--activations", "17"), "no capture of experiment 'exp' holds residual_out of layers 17"),
+        (("--activations", "17"), "no capture of experiment 'exp' holds residual_out of layer 17"),
         (("--activations", "x"), "is not a list of layer numbers"),
         (("--points", "resid"), "is not a list of residual points"),
     ],

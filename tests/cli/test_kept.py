@@ -154,9 +154,11 @@ def test_a_vector_whose_layer_or_point_was_not_kept_is_an_error_for_its_trait(
     extract()
     done = capture("--layers", "0,2", *LAYER_1)
     assert done.exit_code == 1
-    message = "tone/loud: the probe vector of tone/loud is of layer 1, but only layers 0, 2 were kept"
+    message = "tone/loud: the probe vector of tone/loud is of layer 1, but the capture has only layers 0, 2"
     assert message in done.output
     assert not projected.exists()
+    assert "next: tlcapture view" in done.stdout  # extracting again would not help
+    assert "but the capture has only layer 0" in capture("--layers", "0", *LAYER_1).output
     done = capture("--points", "residual_in", *LAYER_1)
     assert done.exit_code == 1
     assert "projects residual_out, but only residual_in was kept" in done.output

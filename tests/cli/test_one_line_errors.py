@@ -11,6 +11,7 @@ import pytest
 from click.testing import Result
 
 from tests.cli.test_places import STORED
+from tlcapture.errors import StorageError
 from tlcapture.text import first_lines
 
 Command = Callable[..., Result]
@@ -84,3 +85,9 @@ def test_the_failures_of_a_large_run_are_in_its_record(tlcapture: Command, root:
     assert (result.exit_code, len(failures)) == (1, 101)
     place = failures[-1].removeprefix("failed: and 10 more: all are in ")
     assert len(json.loads(Path(place).read_text())["failures"]) == 110
+
+
+def test_an_error_is_one_line_whatever_a_file_holds() -> None:
+    assert str(StorageError("1.json: its metadata names prompt a\nb\x1b[2J\u2028: it was moved")) == (
+        r"1.json: its metadata names prompt a\nb\x1b[2J\u2028: it was moved"
+    )

@@ -437,6 +437,14 @@ def test_vectors_that_an_extraction_removes_are_counted(extract: Run) -> None:
     assert "4 files of earlier runs removed and not written again" in again.stdout  # two layers of two traits
 
 
+def test_a_component_without_vectors_is_an_error(capture: Run, extract: Run, tlcapture: Run) -> None:
+    assert extract("--methods", "mean_diff", "--component", "residual").exit_code == 0
+    capture("--capture-attn")
+    done = tlcapture("project", "--experiment", "exp", "--prompt-set", "short", "--component", "attn_out")
+    assert done.exit_code == 2
+    assert done.output.startswith("error: no attn_out vectors in ")
+
+
 def test_two_prompts_are_compared_with_themselves(capture: Run, extract: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(top_traits, "FEWEST_TO_COMPARE", 3)
     assert extract("--methods", "probe").exit_code == 0

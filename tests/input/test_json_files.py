@@ -413,5 +413,7 @@ def test_damaged_logit_lens_files_are_refused_or_read_correctly(tmp_path: Path, 
                 assert all(is_number(top["prob"]) and 0 <= top["prob"] <= 1 for top in cell["top_k"])
 
     try_all(evidence, "logit-lens file", damaged_json(logit_lens()), check)
+    nested = {**logit_lens(), "predictions": [logit_lens()["predictions"]]}
+    check(Damaged("wrong shapes", json.dumps(nested).encode()))
     path.write_text(json.dumps(logit_lens()))
     assert len(read_lens(path).numbers().top_probs) == N_LAYERS

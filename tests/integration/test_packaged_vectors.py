@@ -103,6 +103,31 @@ def test_other_commands_take_them_too(captured: tuple[Path, Result], tmp_path: P
     assert len(cap.projected()) == 10
 
 
+@pytest.mark.parametrize(
+    ("options", "left_out", "remedy"),
+    [
+        (["--layers", "12"], "9 of 10 packaged vectors left out", "capture with --layers 12,14,16,17,18,19,21"),
+        (["--points", "residual_in"], "10 of 10 packaged", "capture with --points residual_in,residual_out"),
+    ],
+)
+def test_those_whose_activations_are_not_kept_are_left_out(
+    tmp_path: Path, options: list[str], left_out: str, remedy: str
+) -> None:
+    from click.testing import CliRunner
+
+    from tlcapture.cli.main import main
+
+    arguments = ["capture", "--root", str(tmp_path), "--prompt", "Hi", "--max-new-tokens", "1", *options]
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, result.output.count(left_out)) == (0, 1)
+    assert remedy in result.output
+    assert "failed" not in result.output
+
+    named = CliRunner().invoke(main, ["project", "--root", str(tmp_path), "--prompt-set", "adhoc", "--layer", "14"])
+    assert named.exit_code == 1
+    assert "failed: affect/empathy" in named.output
+
+
 def test_vectors_of_its_own_and_the_roots_come_first(captured: tuple[Path, Result], tmp_path: Path) -> None:
     from tlcapture.traits.choice import VectorChoice
     from tlcapture.traits.packaged_vectors import vectors_layout

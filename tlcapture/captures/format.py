@@ -15,7 +15,7 @@ from tlcapture.names import PromptId, is_prompt_set, is_safe_name, prompt_id_pro
 from tlcapture.prompts.spans import TokenSpan, check_spans
 from tlcapture.storage.tensors import described, is_plain
 from tlcapture.storage.validation import Count, FileContent, Layer, checked
-from tlcapture.text import as_ranges
+from tlcapture.text import layers_named
 from tlcapture.views.hooks import POINTS
 from tlcapture.views.kept_points import KeptPoints, point_index
 from tlcapture.views.kept_tokens import stated_positions
@@ -189,7 +189,7 @@ class CaptureContent(FileContent):
         for part in (self.prompt, self.response):
             if part.output_layers not in ((), with_attention):
                 raise ValueError(
-                    f"attn_out of layers {as_ranges(part.output_layers)}: expected layers {as_ranges(with_attention)}"
+                    f"attn_out of {layers_named(part.output_layers)}: expected {layers_named(with_attention)}"
                 )
         return self
 

@@ -60,6 +60,8 @@ def show_unprojected(console: Console, layout: Layout, prompt_set: str, ids: Seq
                 rows.append((str(prompt_id), captured_tokens(raw)["text"]))
     if rows:
         console.line()
+        console.line(f"{prompt_set}: projected onto no trait")
+        console.line()
         console.table([Column("prompt", right=True), Column("response")], rows)
         console.line()
 
@@ -67,7 +69,8 @@ def show_unprojected(console: Console, layout: Layout, prompt_set: str, ids: Seq
 def _show(console: Console, top: TopTrait) -> None:
     answer = f"answer {top.prompt_id}" + ("" if top.samples is None else ", the first sample")
     if not top.stands_out:
-        console.line(f"{answer}: no trait stands out from chance, so it is not coloured")
+        none = "no trait stands out from chance" if top.chance is not None else "whether a trait stands out is unknown"
+        console.line(f"{answer}: {none}, so it is not coloured")
         _plain(console, top.response)
     elif not _has_colours(as_json=console.as_json):
         console.line(f"{answer}: {top.trait} stands out (a terminal shows it in colour)")

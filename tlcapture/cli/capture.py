@@ -238,14 +238,14 @@ def capture(
         for prompt_set in sets if not options.replay else ():
             name = options.capture_set(prompt_set.name)
             show_top_traits(console, layout, name, "residual", report, ids)
-        console.next = _next_step(location, sets, options)
+        console.next = _next_step(location, options, load.name)
 
 
-def _next_step(location: Location, sets: Sequence[PromptSet], options: CaptureOptions) -> str:
-    """The page, or the extraction of vectors where there are none to project onto."""
-    names = [options.capture_set(each.name) for each in sets]
-    is_projected = any(location.layout.projection_folders(name) for name in names)
-    return location.command("extract" if options.projects and not is_projected else "view")
+def _next_step(location: Location, options: CaptureOptions, model: str) -> str:
+    """The page, or the extraction of vectors if there are none to project onto."""
+    vectors = options.vectors.or_packaged(location.layout, model)
+    has_vectors = bool(vectors.layout(location.layout).traits())
+    return location.command("view" if has_vectors or not options.projects else "extract")
 
 
 def _given(chosen: PromptSetOptions, settings: _Settings) -> PromptSet | None:

@@ -27,7 +27,7 @@ from tlcapture.extraction.methods import FITS
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import rounded_or_none
-from tlcapture.text import as_ranges
+from tlcapture.text import layers_named
 from tlcapture.traits.critical_values import critical_value
 from tlcapture.traits.evaluation_files import EvaluationRow
 from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles
@@ -153,16 +153,16 @@ def doubts(rows: Sequence[Row]) -> list[str]:
         for name in perfect
     ]
     notes += [
-        f"{name} is no better than the best vector of shuffled labels at layers {as_ranges(at)}"
+        f"{name} is no better than the best vector of shuffled labels at {layers_named(at)}"
         for name, at in no_better.items()
     ]
     notes += [
-        f"the effect size of {name} is undefined at layers {as_ranges(at)}: it needs two held-out examples a side that "
+        f"the effect size of {name} is undefined at {layers_named(at)}: it needs two held-out examples a side that "
         "differ"
         for name, at in undefined.items()
     ]
     return notes + [
-        f"the interval of the effect size of {name} includes zero at layers {as_ranges(at)}"
+        f"the interval of the effect size of {name} includes zero at {layers_named(at)}"
         for name, at in with_zero.items()
     ]
 

@@ -29,7 +29,7 @@ from tlcapture.storage.config import read_config
 from tlcapture.storage.files import write_folder
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.missing_captures import no_captures
-from tlcapture.text import as_ranges, dtype_name
+from tlcapture.text import dtype_name, layers_named
 from tlcapture.version import __version__
 from tlcapture.views.hooks import POINTS
 
@@ -165,7 +165,7 @@ def _look(layout: Layout, files: list[tuple[str, str]], wanted: Wanted) -> _Seen
 
 def _check_activations(layout: Layout, wanted: Wanted, seen: _Seen) -> None:
     if (wanted.layers or wanted.all_layers) and not seen.activations:
-        layers = "all layers" if wanted.all_layers else f"layers {as_ranges(wanted.layers)}"
+        layers = "all layers" if wanted.all_layers else f"{layers_named(wanted.layers)}"
         raise InputError(
             f"no capture of experiment {layout.experiment!r} holds {', '.join(wanted.points)} of {layers}: leave out "
             "--activations, or name what was captured"

@@ -19,7 +19,7 @@ from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import settle_model, update_config
 from tlcapture.storage.files import read_bytes
 from tlcapture.storage.layout import Layout
-from tlcapture.text import as_ranges
+from tlcapture.text import as_ranges, layers_named
 from tlcapture.traits.layer_conventions import Placed, place
 from tlcapture.traits.other_tools import ToolVectors, read_tool_vectors
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
@@ -101,7 +101,7 @@ def _check_free(files: VectorFiles, component: str, overwrite: bool) -> None:
     existing = files.available(component).get(IMPORTED)
     if existing and not overwrite:
         raise InputError(
-            f"{files.trait} has imported {component} vectors already, at layers {as_ranges(existing)}: pass "
+            f"{files.trait} has imported {component} vectors already, at {layers_named(existing)}: pass "
             "--overwrite to replace them, or import as another trait"
         )
 

@@ -38,13 +38,14 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.centring import Centred
 from tlcapture.traits.choice import ChosenVector, VectorChoice
 from tlcapture.traits.mean_activations import check_means
+from tlcapture.traits.missing_vectors import no_component_vectors
 from tlcapture.traits.packaged_vectors import PROJECTED_ONTO_PACKAGED
 from tlcapture.traits.projection import dynamics_of_file, movement_of_file
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.saved_projections import SavedProjection, projections_saved
 from tlcapture.traits.span_dynamics import by_span
-from tlcapture.traits.vector_files import traits_with_vectors
+from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,15 @@ def run_project(
         remember(layout, run.report.learned)
         return run.report
     options = replace(options, vectors=options.vectors.or_packaged(layout, read_config(layout).inference_model))
-    traits = traits_with_vectors(options.vectors.layout(layout), options.vectors.traits)
-    options.vectors.check(options.vectors.layout(layout), options.component)
+    source = options.vectors.layout(layout)
+    traits = traits_with_vectors(source, options.vectors.traits)
+    if not any(VectorFiles(source, trait).available(options.component) for trait in traits):
+        raise no_component_vectors(source, options.component)
+    options.vectors.check(source, options.component)
     if options.vectors.is_fallback:
         run.line(f"{layout.experiment}: {PROJECTED_ONTO_PACKAGED}")
     if options.centered:
-        check_means(options.vectors.layout(layout), traits, options.component)
+        check_means(source, traits, options.component)
     with ExitStack() as stack:
         stack.callback(remember, layout, run.report.learned)
         for name in sorted(prompt_sets):
@@ -109,7 +113,7 @@ def run_project(
                 size=lambda task: len(task.ids),
                 unit="prompt",
                 split=SavedPrompts.split,
-                reads=[options.vectors.layout(layout)],
+                reads=[source],
                 inputs=lambda task: [layout.residual(task.prompt_set, each) for each in task.ids],
                 overwrite=options.overwrite,
             ),

@@ -85,6 +85,8 @@ def report_choice(run: Run, chosen: ChosenVectors) -> None:
     """Report the failures and warnings of a choice of vectors on a run."""
     for trait, error in chosen.failures:
         run.failed(str(trait), error)
+    if chosen.warning:
+        run.warn(chosen.warning)
     _warn_together([(each.vector.trait, each.selection.warning) for each in chosen.vectors], run)
 
 

@@ -19,7 +19,7 @@ from tlcapture.models.loading import Model
 from tlcapture.models.memory import batch_bytes, free_memory
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import TokenizedPrompt
-from tlcapture.text import as_ranges
+from tlcapture.text import layers_named
 from tlcapture.traits.resolved_interventions import ResolvedIntervention, of_records
 from tlcapture.views.hooks import is_pattern
 
@@ -57,7 +57,7 @@ def check_replayable(capture: Capture, wanted: Outputs, model: Model) -> None:
             f"{model.name!r} ({model.fingerprint}): replay it with the same model"
         )
     if wanted.logit_lens and not capture.kept.has_outputs(wanted.parts.lens_layers):
-        which = f"layers {as_ranges(wanted.parts.lens_layers)}" if wanted.parts.lens_layers else "every layer"
+        which = f"{layers_named(wanted.parts.lens_layers)}" if wanted.parts.lens_layers else "every layer"
         raise InputError(
             f"the logit lens needs residual_out of {which}, but {capture.kept.described()}: "
             "capture it again with --logit-lens"

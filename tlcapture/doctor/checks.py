@@ -25,7 +25,7 @@ from tlcapture.models.finite_weights import not_finite, remedy, said_of
 from tlcapture.models.loading import Model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, tokenize
-from tlcapture.text import as_ranges, dtype_name, n_shared
+from tlcapture.text import dtype_name, layers_named, n_shared
 from tlcapture.traits.massive_dimensions import massive_dimensions, norm_share
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.hooks import hook
@@ -159,7 +159,7 @@ def check_attention(model: Model, runs: Sequence[ReferenceRun]) -> Check:
     names = attention_hooks(model.n_layers, model.hook_names)
     cache = _forced(model, run, names)
     found = deviation(torch.stack([cache[name].float() for name in names]), run.patterns)
-    where = "" if model.with_attention is None else f" at layers {as_ranges(layers)}, the others have no attention"
+    where = "" if model.with_attention is None else f" at {layers_named(layers)}, the others have no attention"
     bound = allowed(model.dtype, run.pattern_rounding)
     detail = f"deviation of patterns from Hugging Face {found:.1e}, {bound:.1e} allowed{where}"
     return Check("attention", _within(found, bound), detail)
@@ -248,7 +248,7 @@ def check_massive_dimensions(model: Model, prompts: Sequence[TokenizedPrompt]) -
     if not layers_of:
         return Check("massive", OK, "none")
     common = sorted(layers_of, key=lambda dimension: (-len(layers_of[dimension]), dimension))
-    named = ", ".join(f"{each} (layers {as_ranges(layers_of[each])})" for each in common[:_MOST_NAMED])
+    named = ", ".join(f"{each} ({layers_named(layers_of[each])})" for each in common[:_MOST_NAMED])
     more = f" and {len(common) - _MOST_NAMED} more" if len(common) > _MOST_NAMED else ""
     middle = model.n_layers // 2
     share = norm_share(tokens[middle], massive_dimensions(tokens[middle]))

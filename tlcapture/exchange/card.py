@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tlcapture.exchange.manifest import Manifest
-from tlcapture.text import as_ranges, counted
+from tlcapture.text import counted, layers_named
 
 _COLUMNS = (
     (
@@ -49,7 +49,7 @@ def card(manifest: Manifest, scores: Sequence[str], provenance: Sequence[tuple[s
     ]
     if manifest.layers:
         lines += [
-            f"| `{point}_L...` | activations `[d_model]` of layers {as_ranges(manifest.layers)}, stored as "
+            f"| `{point}_L...` | activations `[d_model]` of {layers_named(manifest.layers)}, stored as "
             f"{'uint16, the bits of bfloat16' if manifest.dtype == 'bfloat16' else manifest.dtype} |"
             for point in manifest.points
         ]

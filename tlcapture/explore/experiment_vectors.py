@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
-from tlcapture.text import as_ranges, did_you_mean
+from tlcapture.text import did_you_mean, layers_named
 from tlcapture.traits.missing_vectors import no_vectors_by_method, no_vectors_of_trait
 from tlcapture.traits.selection import Selection, n_layers_of_origin, select
 from tlcapture.traits.vector_files import VectorFiles
@@ -160,7 +160,7 @@ class TraitVectors:
     def __repr__(self) -> str:
         by_method = self._files.available(self.component)
         shown = {self.method: by_method[self.method]} if self.method else by_method
-        each = ", ".join(f"{method} at layers {as_ranges(layers)}" for method, layers in shown.items())
+        each = ", ".join(f"{method} at {layers_named(layers)}" for method, layers in shown.items())
         selected = self.selected
         used = f"used: {selected.method} at layer {selected.layer}, by {selected.selected_by}"
         return f"TraitVectors({self.trait}, {self.component}: {each}; {used})"

@@ -12,9 +12,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
-from tlcapture.errors import TlcaptureError
+from tlcapture.errors import NotKeptError, TlcaptureError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
+from tlcapture.text import as_ranges
 from tlcapture.traits.missing_vectors import PACKAGED
 from tlcapture.traits.origin import check_origin, origin_notes
 from tlcapture.traits.packaged_vectors import takes_packaged, vectors_layout
@@ -63,7 +64,12 @@ class VectorChoice:
     @property
     def is_default(self) -> bool:
         """Whether nothing is asked for."""
-        return self in (VectorChoice(), VectorChoice(experiment=PACKAGED, is_fallback=True))
+        return self == VectorChoice() or self.takes_what_fits
+
+    @property
+    def takes_what_fits(self) -> bool:
+        """Whether the packaged vectors were not asked for: those whose activations were not kept are left out."""
+        return self == VectorChoice(experiment=PACKAGED, is_fallback=True)
 
 
 @runtime_checkable
@@ -105,10 +111,14 @@ class ChosenVector:
 
 @dataclass(frozen=True, eq=False)
 class ChosenVectors:
-    """A vector per trait, in the order of the traits, and why others have none."""
+    """A vector per trait, in the order of the traits, and why others have none.
+
+    `warning` is of packaged vectors that nobody asked for, and that are left out.
+    """
 
     vectors: Sequence[ChosenVector]
     failures: Sequence[tuple[Trait, TlcaptureError]]
+    warning: str | None = None
 
 
 def choose_vectors(source: Layout, choice: VectorChoice, subject: Subject, component: str) -> ChosenVectors:
@@ -124,6 +134,7 @@ def choose_vectors(source: Layout, choice: VectorChoice, subject: Subject, compo
     traits = traits_with_vectors(source, choice.traits) if is_asked_for else source.traits()
     vectors: list[ChosenVector] = []
     failures: list[tuple[Trait, TlcaptureError]] = []
+    left_out: list[int] = []  # their layers
     for trait in traits:
         files = VectorFiles(source, trait)
         if not choice.traits and not files.available(component):
@@ -133,8 +144,25 @@ def choose_vectors(source: Layout, choice: VectorChoice, subject: Subject, compo
         try:
             vectors.append(choose_vector(files, choice, subject, component))
         except TlcaptureError as error:
-            failures.append((trait, error))
-    return ChosenVectors(vectors, failures)
+            if choice.takes_what_fits and isinstance(error, NotKeptError):
+                left_out.append(error.layer)
+            else:
+                failures.append((trait, error))
+    return ChosenVectors(vectors, failures, _warning_of(left_out, len(vectors), subject.kept) if left_out else None)
+
+
+def _warning_of(left_out: Sequence[int], n_others: int, kept: KeptPoints) -> str:
+    """A warning of the packaged vectors at the layers `left_out`, each of which was not kept, with what to do."""
+    layers = sorted(set(left_out))
+    if set(layers) <= set(kept.layers):
+        remedy = f"capture with --points {','.join([*kept.points, 'residual_out'])}"
+    else:
+        remedy = f"capture with --layers {','.join(map(str, sorted({*layers, *kept.layers})))}"
+        remedy += ", or choose a layer that was kept with --layer"
+    return (
+        f"{len(left_out)} of {len(left_out) + n_others} packaged vectors left out, since residual_out of their "
+        f"{'layers' if len(layers) > 1 else 'layer'} {as_ranges(layers)} was not kept: {remedy}"
+    )
 
 
 def choose_vector(files: VectorFiles, choice: VectorChoice, subject: Subject, component: str) -> ChosenVector:

@@ -20,11 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcapture.coloured_tokens import ColouredTokens
-from tlcapture.errors import InputError, NumericalError, VectorError
+from tlcapture.errors import InputError, NotKeptError, NumericalError, VectorError
 from tlcapture.products import linear
 from tlcapture.shapes import Trajectory, Vector, Vectors
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant, rounded_for_json
-from tlcapture.text import as_ranges
+from tlcapture.text import layers_named
 from tlcapture.traits.calibration import recorded_calibration, shifted
 from tlcapture.traits.centring import Centred, subtract_means
 from tlcapture.traits.chance import ChanceLevel, RandomDirections, with_gaps
@@ -286,24 +286,27 @@ def check_fits(vector: TraitVector, n_layers: int, d_model: int) -> None:
 
 
 def check_kept(vector: TraitVector, kept: KeptPoints, with_attention: Sequence[int] | None = None) -> None:
-    """Raise `VectorError` if a capture does not keep the activations of a vector's trajectory.
+    """Raise `NotKeptError` if a capture does not keep the activations of a vector's trajectory, `VectorError` if the
+    layer has none.
 
     `with_attention` are the layers that have `attn_out`; `None` where all have it.
     """
     origin = f"the {vector.method} vector of {vector.trait} is of layer {vector.layer}"
     if vector.layer not in kept.layers:
-        raise VectorError(
-            f"{origin}, but only layers {as_ranges(kept.layers)} were kept: choose another with --layer, or recapture "
-            f"with --layers {','.join(map(str, sorted({*kept.layers, vector.layer})))}"
+        raise NotKeptError(
+            f"{origin}, but the capture has only {layers_named(kept.layers)}: choose another with --layer, or "
+            f"recapture with --layers {','.join(map(str, sorted({*kept.layers, vector.layer})))}",
+            vector.layer,
         )
     if vector.component == "attn_out" and with_attention is not None and vector.layer not in with_attention:
         raise VectorError(
-            f"{origin}, which has no attention: choose one of layers {as_ranges(with_attention)} with --layer"
+            f"{origin}, which has no attention: choose one of {layers_named(with_attention)} with --layer"
         )
     if vector.component == "residual" and "residual_out" not in kept.points:
-        raise VectorError(
+        raise NotKeptError(
             f"{origin} and projects residual_out, but only {', '.join(kept.points)} was kept: capture again with "
-            f"--points {','.join([*kept.points, 'residual_out'])}"
+            f"--points {','.join([*kept.points, 'residual_out'])}",
+            vector.layer,
         )
 
 

@@ -18,7 +18,7 @@ from tlcapture.prompts.spans import TokenSpan, check_spans
 from tlcapture.storage.files import read_json
 from tlcapture.storage.projection_places import ProjectionPlace, place_of_projection
 from tlcapture.storage.validation import Count, FileContent, Layer, Number, Share, checked
-from tlcapture.text import as_ranges
+from tlcapture.text import as_ranges, layers_named
 from tlcapture.traits.calibration import Calibration, CalibrationRecord
 from tlcapture.views.hooks import POINTS
 from tlcapture.views.kept_tokens import Positions, spread_rows, stated_positions
@@ -336,7 +336,7 @@ class ProjectionFile(Labelled):
             raise ValueError(f"a vector of layer {layer}, but scores of {n_layers} layers")
         if layer not in self.layers or sorted(self.metadata.layers or self.layers) != self.layers:
             stated = "" if self.metadata.layers is None else f", and metadata states {as_ranges(self.metadata.layers)}"
-            raise ValueError(f"a vector of layer {layer}, but scores of layers {as_ranges(self.layers)}{stated}")
+            raise ValueError(f"a vector of layer {layer}, but scores of {layers_named(self.layers)}{stated}")
         if sublayers is not None and len(sublayers) != n_sublayers:
             raise ValueError(f"{n_sublayers} scores per layer, but {len(sublayers)} sublayers")
         if sublayers is not None and len({*sublayers}) < len(sublayers):

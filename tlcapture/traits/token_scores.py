@@ -19,7 +19,7 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId, capture_name, of_variant
 from tlcapture.prompts.spans import TokenSpan
 from tlcapture.storage.projection_places import place_of_projection
-from tlcapture.text import as_ranges
+from tlcapture.text import layers_named
 from tlcapture.traits.calibration import Calibration
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS, peak_of
@@ -79,7 +79,7 @@ class TokenScores:
         if not 0 <= self.layer < self.n_layers:
             raise StorageError(f"a vector of layer {self.layer}, but scores of {self.n_layers} layers")
         if self.layer not in self.layers or not set(self.layers) <= set(range(self.n_layers)):
-            raise StorageError(f"a vector of layer {self.layer}, but scores of layers {as_ranges(self.layers)}")
+            raise StorageError(f"a vector of layer {self.layer}, but scores of {layers_named(self.layers)}")
         if not np.isfinite(self.scores[np.ix_(self.kept_tokens, list(self.layers))]).all():
             raise StorageError("a score is NaN or inf")
         if self.commitment_point is not None and not 0 <= self.commitment_point < len(self.tokens):
@@ -134,7 +134,7 @@ class TokenScores:
         Raises `InputError` for a layer or a sublayer that the projection does not have.
         """
         if layer not in self.layers:
-            raise InputError(f"no layer {layer}: the projection has layers {as_ranges(self.layers)}")
+            raise InputError(f"no layer {layer}: the projection has {layers_named(self.layers)}")
         return self.by_layer(sublayer)[:, layer]
 
     def by_layer(self, sublayer: str | None = None) -> Scores:

@@ -26,7 +26,7 @@ from tlcapture.storage.files import read_bytes, read_json, remove, write_json
 from tlcapture.storage.folders import stems_in
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import FileContent, Layer, Number, checked
-from tlcapture.text import as_ranges, beside
+from tlcapture.text import beside, layers_named
 from tlcapture.traits.calibration import CalibrationRecord
 from tlcapture.traits.missing_vectors import no_vectors, no_vectors_of_trait
 
@@ -170,4 +170,4 @@ def check_available(
     there = sorted(set(chain.from_iterable(by_method)))
     for layer in layers if there else ():
         if layer not in there:
-            raise InputError(f"{options[1]} {layer}: there are vectors of layers {as_ranges(there)}")
+            raise InputError(f"{options[1]} {layer}: there are vectors of {layers_named(there)}")

@@ -22,7 +22,7 @@ from tlcapture.storage.files import read_json
 from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.remote_roots import local
 from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem, not_valid
-from tlcapture.text import as_ranges
+from tlcapture.text import as_ranges, layers_named
 from tlcapture.views.kept_tokens import Positions, stated_positions
 
 Measure = Annotated[int, Field(ge=1, le=10_000)]
@@ -260,7 +260,7 @@ _PATTERN = TypeAdapter(Pattern)
 def no_weights(layer: int, kept: Sequence[int] | None, present: Sequence[int]) -> InputError:
     """The error for a layer without weights: it was not among those `kept`, or has no attention."""
     if kept is not None and layer not in kept:
-        return InputError(f"layer {layer} was not kept: attention was kept at layers {as_ranges(kept)}")
+        return InputError(f"layer {layer} was not kept: attention was kept at {layers_named(kept)}")
     return InputError(f"layer {layer} has no attention: layers {as_ranges(present)} have")
 
 

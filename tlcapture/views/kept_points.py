@@ -17,7 +17,7 @@ from operator import index
 from typing import Any, SupportsIndex
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.text import as_ranges, layers_named
+from tlcapture.text import layers_named
 from tlcapture.views.hooks import POINTS
 
 
@@ -80,8 +80,8 @@ class KeptPoints:
         stated = (list(metadata.get("layers") or range(n_layers)), list(metadata.get("points") or POINTS))
         if found != stated:
             raise StorageError(
-                f"it holds {', '.join(found[1])} of layers {as_ranges(found[0])}, but its metadata states "
-                f"{', '.join(stated[1])} of layers {as_ranges(stated[0])}"
+                f"it holds {', '.join(found[1])} of {layers_named(found[0])}, but its metadata states "
+                f"{', '.join(stated[1])} of {layers_named(stated[0])}"
             )
         return cls(n_layers, tuple(found[0]), tuple(found[1]))
 

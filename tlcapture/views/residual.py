@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tlcapture.errors import InputError
 from tlcapture.shapes import LayerOutputs, Residual, ResidualPoints
-from tlcapture.text import as_ranges, dtype_name
+from tlcapture.text import dtype_name, layers_named
 from tlcapture.views.cache import Cache, stacked
 from tlcapture.views.hooks import COMPONENTS, attention_layers, hook, mixer_hook
 from tlcapture.views.kept_points import KeptPoints
@@ -85,7 +85,7 @@ class ResidualStream:
             if self.attn_out is None:
                 raise InputError("attn_out was not captured: capture again with --capture-attn")
             if layer not in self.output_layers:
-                raise InputError(f"layer {layer} has no attention: attn_out has layers {as_ranges(self.output_layers)}")
+                raise InputError(f"layer {layer} has no attention: attn_out has {layers_named(self.output_layers)}")
             return self._row("attn_out", self.attn_out, self.output_layers.index(layer))
         return self._row("points", self.points, self.kept.row(layer, point))
 

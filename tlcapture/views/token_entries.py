@@ -21,6 +21,7 @@ import orjson
 from tlcapture.errors import InputError, StorageError
 from tlcapture.storage.remote_roots import local
 
+_LISTS = ("attention", "predictions")  # the keys of the entries
 _ENTRY_START = re.compile(rb'\{\s*"token_idx"\s*:\s*(\d{1,9})')
 
 
@@ -88,7 +89,10 @@ def _scan(path: Path, _modified: int, size: int, _inode: int) -> tuple[dict[int,
             end = last + _length_of_first_value(data[last:])
             stops = [start for start, _ in starts[1:]] + [end]
             tokens, rest = [token for _, token in starts], data[: starts[0][0]] + data[end:]
-            if tokens != list(range(len(starts))) and not _are_kept(tokens, _parse(path, rest)):
+            others = _parse(path, rest)
+            if all(others.get(name) != [] for name in _LISTS):
+                raise StorageError(f"{path}: its entries do not lie in a list under {' or '.join(_LISTS)}")
+            if tokens != list(range(len(starts))) and not _are_kept(tokens, others):
                 raise StorageError(f"{path}: its entries are not for tokens 0, 1, 2, ... nor for its positions")
             spans = {token: (start, stop) for (start, token), stop in zip(starts, stops, strict=True)}
             return spans, rest
