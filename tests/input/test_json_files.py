@@ -390,6 +390,8 @@ def test_damaged_attention_files_are_refused_or_read_correctly(tmp_path: Path, e
                 assert patterns[head, token, : token + 1].tolist() == pytest.approx(weights, abs=1e-6)
 
     try_all(evidence, "attention file", damaged_json(attention()), check)
+    without_weights = [{**entry, "by_layer": [None] * N_LAYERS} for entry in attention()["attention"]]
+    check(Damaged("wrong shapes", json.dumps({**attention(), "attention": without_weights}).encode()))
     path.write_text(json.dumps(attention()))
     assert read_attention(path).heads(1).shape[0] == N_HEADS
 

@@ -219,7 +219,9 @@ class CompareWorker:
 
     def _chosen(self, source: Layout, capture: Capture) -> dict[str, ChosenVector]:
         if source not in self._choosers:
-            choice = replace(self._options.choice, experiment=None)
+            asked = self._options.choice
+            leaves_out = asked.is_default and is_in_package(source)
+            choice = replace(asked, experiment=None, leaves_out_others=leaves_out)
             self._choosers[source] = VectorChooser(source, choice, on_chosen=partial(report_choice, self._run))
         chosen: Sequence[ChosenVector] = self._choosers[source].vectors(capture, "residual")
         return {str(each.vector.trait): each for each in chosen}

@@ -36,6 +36,7 @@ class VectorChoice:
         experiment: the experiment to take vectors from, if it is not the capture's own.
         traits: all traits with vectors where none is named.
         is_fallback: the packaged vectors' experiment was not asked for, so only captures of its model are projected.
+        leaves_out_others: vectors whose activations a capture does not keep are left out with a warning, not failures.
     """
 
     layer: int | str = "auto"
@@ -43,6 +44,7 @@ class VectorChoice:
     experiment: str | None = None
     traits: tuple[Trait, ...] = ()
     is_fallback: bool = False
+    leaves_out_others: bool = False
 
     def layout(self, layout: Layout) -> Layout:
         """The experiment that vectors are taken from, for captures in `layout`."""
@@ -52,7 +54,7 @@ class VectorChoice:
         """The packaged vectors, if `layout` has none, its model is theirs, and no other experiment is asked for."""
         if self.experiment is not None or not takes_packaged(layout, model):
             return self
-        return replace(self, experiment=PACKAGED, is_fallback=True)
+        return replace(self, experiment=PACKAGED, is_fallback=True, leaves_out_others=self.is_default)
 
     def check(self, source: Layout, component: str) -> None:
         """Raise `InputError` for a method or layer of which no trait has a vector in the experiment `source`."""
@@ -64,12 +66,9 @@ class VectorChoice:
     @property
     def is_default(self) -> bool:
         """Whether nothing is asked for."""
-        return self == VectorChoice() or self.takes_what_fits
-
-    @property
-    def takes_what_fits(self) -> bool:
-        """Whether the packaged vectors were not asked for: those whose activations were not kept are left out."""
-        return self == VectorChoice(experiment=PACKAGED, is_fallback=True)
+        return (self.layer, self.method, self.traits) == ("auto", None, ()) and (
+            self.experiment is None or self.is_fallback
+        )
 
 
 @runtime_checkable
@@ -144,7 +143,7 @@ def choose_vectors(source: Layout, choice: VectorChoice, subject: Subject, compo
         try:
             vectors.append(choose_vector(files, choice, subject, component))
         except TlcaptureError as error:
-            if choice.takes_what_fits and isinstance(error, NotKeptError):
+            if choice.leaves_out_others and isinstance(error, NotKeptError):
                 left_out.append(error.layer)
             else:
                 failures.append((trait, error))

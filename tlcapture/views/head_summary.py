@@ -88,7 +88,7 @@ def weights_of(saved: SavedAttention, layer: int, head: int | None) -> Iterator[
         StorageError: the file is damaged.
     """
     if layer not in saved.present_layers:
-        raise no_weights(layer, saved.head.layers, saved.present_layers)
+        raise no_weights(saved.path, layer, saved.head.layers, saved.present_layers)
     if head is not None and head >= saved.head.n_heads:
         raise InputError(f"no head {head}: layer {layer} has heads 0 to {saved.head.n_heads - 1}")
     for _, query, weights in saved.rows([layer]):

@@ -22,7 +22,7 @@ from tlcapture.storage.files import read_json
 from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.remote_roots import local
 from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem, not_valid
-from tlcapture.text import as_ranges, layers_named
+from tlcapture.text import layers_named
 from tlcapture.views.kept_tokens import Positions, stated_positions
 
 Measure = Annotated[int, Field(ge=1, le=10_000)]
@@ -257,11 +257,13 @@ class LensOverview(_Entry):
 _PATTERN = TypeAdapter(Pattern)
 
 
-def no_weights(layer: int, kept: Sequence[int] | None, present: Sequence[int]) -> InputError:
+def no_weights(path: Path, layer: int, kept: Sequence[int] | None, present: Sequence[int]) -> InputError:
     """The error for a layer without weights: it was not among those `kept`, or has no attention."""
     if kept is not None and layer not in kept:
-        return InputError(f"layer {layer} was not kept: attention was kept at {layers_named(kept)}")
-    return InputError(f"layer {layer} has no attention: layers {as_ranges(present)} have")
+        return InputError(f"{path}: layer {layer} was not kept: attention was kept at {layers_named(kept)}")
+    return InputError(
+        f"{path}: layer {layer} has no attention: {layers_named(present)} {'has' if len(present) == 1 else 'have'} it"
+    )
 
 
 def pattern_of_layer(entry: Any, layer: int, path: Path, kept: Sequence[int] | None = None) -> Pattern:
@@ -271,7 +273,10 @@ def pattern_of_layer(entry: Any, layer: int, path: Path, kept: Sequence[int] | N
     """
     try:
         if entry["by_layer"][layer] is None:
-            raise no_weights(layer, kept, [n for n, pattern in enumerate(entry["by_layer"]) if pattern is not None])
+            present = [number for number, pattern in enumerate(entry["by_layer"]) if pattern is not None]
+            if not present:
+                raise StorageError(f"{path}: token {entry['token_idx']} has no weights in any layer")
+            raise no_weights(path, layer, kept, present)
         return _PATTERN.validate_python(entry["by_layer"][layer], strict=True)
     except ValidationError as error:
         raise StorageError(f"{path}: no weights of layer {layer}: {first_problem(error)}") from None

@@ -157,7 +157,7 @@ class _CompactAttention(SavedAttention):
     def rows(self, layers: Sequence[int]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         for layer in layers:
             if layer not in self._present:
-                raise no_weights(layer, self.head.layers, self._present)
+                raise no_weights(self.path, layer, self.head.layers, self._present)
             weights = self._array(layer)
             for row, query in enumerate(self._held.kept):
                 own = self._checked(weights[self._ends[row] : self._ends[row + 1]])
