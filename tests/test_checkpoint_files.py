@@ -139,6 +139,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         states("config.json", num_hidden_layers=0),
         "has 0 layers by its config.json: expected at least one$",
     ),
+    "no positions": (
+        states("config.json", max_position_embeddings=-1),
+        "has -1 positions by its config.json: expected at least one$",
+    ),
     "other shapes": (
         states("config.json", intermediate_size=17),
         r"other shapes .*: model\.layers\.0\.mlp\.down_proj\.weight is \[32, 64\], expected \[32, 17\]: check",

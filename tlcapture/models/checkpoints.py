@@ -65,9 +65,10 @@ def fetch_config(name: str, source: str) -> Any:
         quantised.forget(config)
     found = text_config_of(config)
     name_class(found)
-    n_layers = getattr(found, "num_hidden_layers", 1)
-    if isinstance(n_layers, int) and n_layers < 1:
-        raise ModelError(f"model {name!r} has {n_layers} layers by its config.json: expected at least one")
+    for what, key in (("layers", "num_hidden_layers"), ("positions", "max_position_embeddings")):
+        stated = getattr(found, key, 1)
+        if isinstance(stated, int) and stated < 1:
+            raise ModelError(f"model {name!r} has {stated} {what} by its config.json: expected at least one")
     return found
 
 
