@@ -264,6 +264,12 @@ def test_an_implementation_of_attention_that_the_config_asks_for_is_not_needed(s
     assert load_model(str(folder)).fingerprint == load_model(str(sound)).fingerprint
 
 
+def test_outputs_that_the_config_asks_for_are_left_out(sound: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sound, tmp_path / "model")
+    states("config.json", return_dict=False, output_attentions=True, output_router_logits=True)(folder)
+    assert load_model(str(folder), engine="bridge").hf_config.return_dict
+
+
 def test_a_context_shorter_than_the_quick_check_s_prompt_is_checked_with_fewer_tokens(
     sound: Path, tmp_path: Path
 ) -> None:

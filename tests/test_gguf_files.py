@@ -189,7 +189,7 @@ TEXTS = [
 def known_rules() -> dict[str, Any]:
     """The rules of some names, as others have them: the original tokenizers, and transformers."""
     from tokenizers import Regex
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    from transformers.integrations.gguf import gguf_tokenizer_mapping
     from transformers.models.cohere import CohereTokenizer
 
     as_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -197,7 +197,7 @@ def known_rules() -> dict[str, Any]:
     in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     of_transformers = {
         name: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), in_bytes])
-        for name, pattern in GGUF_PRE_TOKENIZER_SPLITS.items()
+        for name, pattern in getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", {}).items()  # none in 5.17
     }
     cohere = CohereTokenizer(vocab={"a": 0}, merges=[]).backend_tokenizer.pre_tokenizer
     return {**of_transformers, "gpt-2": as_gpt2, "smollm": digits, "starcoder": digits, "command-r": cohere}

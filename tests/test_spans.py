@@ -373,7 +373,8 @@ def test_a_response_after_a_closing_marker_alone_is_the_answer() -> None:
     template = (
         "{% for m in messages %}<turn>{{ m.role }}\n{% if m.role == 'assistant' %}<think>{{ m.reasoning_content }}"
         "</think>{% endif %}{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<turn>assistant\n{{ '</think>' if enable_thinking is false else '<think>' }}{% endif %}"
+        "{% if add_generation_prompt %}<turn>assistant\n{{ '</think>' if enable_thinking is false else '<think>' }}"
+        "{% endif %}"
     )
     for switch in (True, False):
         prompt = prompt_of(tokenizer_with(template), [USER], template_args={"enable_thinking": switch})

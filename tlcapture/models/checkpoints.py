@@ -23,6 +23,13 @@ from tlcapture.version import installed
 
 _TOKENIZER_FILES = ("*tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.gguf")
 _ATTENTION = "eager"  # the only implementation that returns attention patterns
+# What a config may ask a model to return besides its logits, and in which form.
+_OUTPUTS = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "output_router_logits": False,
+}
 _UNQUANTISED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -114,6 +121,9 @@ def fetch_weights(
         return adapters.merged(fetch_weights(adapter.base, base, n_devices=n_devices, warn=warn), adapter, name)
     # Not whatever implementation the file asks for, which need not be installed.
     config = fetch(name, "AutoConfig", source, attn_implementation=_ATTENTION)
+    for part in (config, config.get_text_config()):
+        for key in _OUTPUTS.keys() & vars(part).keys():
+            setattr(part, key, _OUTPUTS[key])
     if fault := generation_config_fault(Path(source)):
         raise ModelError(f"model {name!r} cannot be loaded: {fault}")
     model, found = fetch(

@@ -49,7 +49,7 @@ def load_gguf(source: Path) -> Any:
     _complete(config, file)
     with redirect_stderr(io.StringIO()):  # the only way to suppress its progress bar
         model, found = AutoModelForCausalLM.from_pretrained(
-            str(source.parent), config=config, output_loading_info=True, **options
+            str(source.parent), config=config, output_loading_info=True, attn_implementation="eager", **options
         )
     if missing := sorted(found.get("missing_keys", ())):
         raise ModelError(f"{source}: it has no {listed(missing)}, which would be random: use the original weights")
