@@ -20,6 +20,7 @@ from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints import quiet_loading
 from tlcapture.models.gguf_files import load_gguf
 from tlcapture.models.gguf_tokenizers import _PATTERNS, _split, load_gguf_tokenizer
+from tlcapture.models.loading import load_model
 
 SMALL = {**tiny._GROUPED, "num_hidden_layers": 2}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -218,6 +219,17 @@ def test_a_file_whose_rule_is_not_known_is_refused(tmp_path: Path) -> None:
         pytest.raises(ModelError, match=r"split into words by the rule 'kimi-k2'"),
     ):
         load_gguf_tokenizer(path)
+
+
+@pytest.mark.parametrize(("rule", "n_notes"), [(None, 1), ("default", 1), ("gpt-2", 0)])
+def test_a_file_that_names_no_rule_says_so_on_every_load(rule: str | None, n_notes: int, tmp_path: Path) -> None:
+    metadata = {} if rule is None else {"tokenizer.ggml.pre": rule}
+    path = write_gguf(tmp_path / "x.gguf", tiny.hf_model("llama"), metadata=metadata, vocabulary=BYTE_LEVEL)
+    notes: list[str] = []
+    for _ in range(2):
+        load_model(str(path), check=False, warn=notes.append)
+    assert len(notes) == 2 * n_notes
+    assert all("it names no rule by which text is split into words (tokenizer.ggml.pre)" in note for note in notes)
 
 
 def test_the_embedded_model_reads_digits_one_by_one_and_the_spaces_before_them_together(smollm2: Any) -> None:
