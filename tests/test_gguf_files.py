@@ -65,6 +65,8 @@ STATED: dict[str, tuple[Any, dict[str, Any], dict[str, np.ndarray]]] = {
         },
     ),
     "biases": (lambda: transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True), {}, {}),
+    "width of heads": (lambda: transformers.LlamaConfig(**SMALL, head_dim=16), {}, {}),  # Mistral NeMo
+    "width": (lambda: transformers.Qwen3Config(**SMALL, head_dim=16), {}, {}),
     "window": (lambda: transformers.Phi3Config(**SMALL, sliding_window=8), {"attention.sliding_window": 8}, {}),
     "gemma2": (
         lambda: transformers.Gemma2Config(
@@ -128,8 +130,9 @@ def test_a_file_is_the_model_that_it_was_written_from(stated: str, tmp_path: Pat
         ),
         (
             {"tensors": {"blk.0.attn_norm.bias": np.ones(32, np.float32)}},
-            r"biases that .* does not load: blk\.0\.attn_norm",
+            r"weights that transformers does not load: blk\.0\.attn_norm\.bias$",
         ),
+        ({"tensors": {"blk.0.ffn_up.scale": np.ones(1, np.float32)}}, r"does not load: blk\.0\.ffn_up\.scale$"),
         ({"tensors": {"rope_freqs.weight": np.array([1, 2, 3, 4], np.float32)}}, "other than those of Llama 3"),
         ({"metadata": {"rope.scaling.type": "yarn", "rope.scaling.yarn_log_multiplier": 0.1}}, "of type 'yarn'"),
         ({"metadata": {"attention.sliding_window": 8}}, "a sliding window of 8 tokens"),
@@ -141,6 +144,13 @@ def test_what_would_be_left_out_is_refused(written: dict[str, Any], message: str
     path = write_gguf(tmp_path / "tiny.gguf", tiny.hf_model("llama"), **written)
     with quiet_loading(), pytest.raises(ModelError, match=rf"tiny\.gguf: .*{message}"):
         load_gguf(path)
+
+
+def test_a_layer_that_predicts_tokens_further_on_is_left_out(tmp_path: Path) -> None:
+    hf, ones = tiny.hf_model("llama"), np.ones((32, 64), np.float32)
+    extra = {f"blk.{hf.config.num_hidden_layers}.{name}.weight": ones for name in ("nextn.eh_proj", "ffn_up")}
+    with quiet_loading():
+        load_gguf(write_gguf(tmp_path / "tiny.gguf", hf, tensors=extra))
 
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

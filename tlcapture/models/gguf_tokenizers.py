@@ -85,8 +85,8 @@ def note_on_splitting(source: Path) -> str | None:
     if model != "gpt2" or rule not in _BY_DEFAULT:
         return None
     return (
-        f"{source}: it names no rule by which text is split into words (tokenizer.ggml.pre), which is therefore split as "
-        "by GPT-2: a model of another kind gets other tokens: use a file that names it, or the original weights"
+        f"{source}: it names no rule by which text is split into words (tokenizer.ggml.pre), so that it is split as "
+        "GPT-2 does: a model of another kind gets other tokens: use a file that names it, or the original weights"
     )
 
 
