@@ -270,6 +270,18 @@ def test_outputs_that_the_config_asks_for_are_left_out(sound: Path, tmp_path: Pa
     assert load_model(str(folder), engine="bridge").hf_config.return_dict
 
 
+@pytest.mark.parametrize(("dtype", "n_notes"), [("bfloat16", 1), ("float32", 0), (None, 0)])
+def test_weights_that_the_config_has_rounded_are_said_to_be(
+    dtype: str | None, n_notes: int, sound: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(sound, tmp_path / "model")
+    states("config.json", dtype=dtype)(folder)
+    notes: list[str] = []
+    load_model(str(folder), check=False, warn=notes.append)
+    assert len(notes) == n_notes
+    assert all("weights in 32 bits that are rounded to bfloat16" in note for note in notes)
+
+
 def test_a_context_shorter_than_the_quick_check_s_prompt_is_checked_with_fewer_tokens(
     sound: Path, tmp_path: Path
 ) -> None:

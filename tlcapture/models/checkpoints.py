@@ -14,11 +14,18 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models import adapters, embedded, quantised
-from tlcapture.models.checkpoint_files import damage, generation_config_fault, processor_template, stored_types
+from tlcapture.models.checkpoint_files import (
+    PLAIN_TYPES,
+    damage,
+    generation_config_fault,
+    processor_template,
+    stored_types,
+)
 from tlcapture.models.processes import no_processes
 from tlcapture.models.sources import source_of
 from tlcapture.models.text_models import auto_class_of, name_class, text_config_of
 from tlcapture.models.untaken import listed, untaken
+from tlcapture.text import dtype_name
 from tlcapture.version import installed
 
 _TOKENIZER_FILES = ("*tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.gguf")
@@ -30,6 +37,7 @@ _OUTPUTS = {
     "output_attentions": False,
     "output_router_logits": False,
 }
+_EXACT = frozenset([PLAIN_TYPES["torch.float32"], PLAIN_TYPES["torch.float64"]])
 _UNQUANTISED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -164,6 +172,11 @@ def fetch_weights(
             raise ModelError(
                 f"model {name!r} has weights of a type that only quantised checkpoints have ({listed(rounded)}): "
                 "expected a quantization_config in config.json, or weights of floating point"
+            )
+        if types and {*types.values()} <= _EXACT and model.dtype in (torch.float16, torch.bfloat16):
+            warn(
+                f"model {name!r} has weights in 32 bits that are rounded to {dtype_name(model.dtype)}, since its "
+                "config.json says so: change dtype there to use them as they are"
             )
     if extra:
         warn(
