@@ -67,8 +67,10 @@ def converted(source: Path) -> Path:
     except (TlcaptureError, MemoryError):
         raise
     except Exception as error:  # transformers and gguf raise many kinds for files that they cannot read
+        from tlcapture.models.gguf_files import gguf_fault
+
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{source}: transformers cannot read this GGUF file: {reason}") from None
+        raise ModelError(gguf_fault(source) or f"{source}: transformers cannot read this GGUF file: {reason}") from None
 
 
 def notes_on(folder: Path) -> list[str]:

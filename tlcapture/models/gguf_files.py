@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tlcapture.errors import ModelError
+from tlcapture.models.checkpoint_files import pointer_fault
 from tlcapture.models.untaken import listed
 
 _ROPE_FREQS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
@@ -64,6 +65,24 @@ def load_gguf(source: Path) -> Any:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
+
+
+def gguf_fault(source: Path) -> str | None:
+    """What is wrong with a file that cannot be read as GGUF; `None` if nothing is known to be."""
+    from gguf import GGUFReader
+
+    size = source.stat().st_size
+    with source.open("rb") as file:
+        start = file.read(8)
+    if not start.startswith(b"GGUF"):
+        return pointer_fault(source) or f"{source}: not a GGUF file"
+    if int.from_bytes(start[4:], "little") >= 2**16:  # the version
+        return f"{source}: a GGUF file for big-endian machines, which is not read: use one that is little-endian"
+    try:
+        GGUFReader(source)
+    except Exception:  # of many kinds
+        return f"{source}: damaged or cut off ({size} bytes): fetch it again"
+    return None
 
 
 def _untaken(file: _File, model: Any) -> list[str]:
