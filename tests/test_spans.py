@@ -408,6 +408,12 @@ def test_channels_other_than_analysis_are_the_answer() -> None:
     )
     assert of_response(tokenizer, opening, response)[0] == ("Hm.", '{"x": 1}')
     assert of_response(tokenizer, opening, "<|channel|>final<|message|>Yes<|return|>")[0] == (None, "Yes")
+    # Some copies of the template begin the answer in the prompt.
+    end = "<|channel|>final<|message|>"
+    final = f"{PUBLISHED['gptoss'].rstrip().removesuffix('{%- endif -%}').rstrip()}{end}{{%- endif -%}}"
+    prompt = prompt_of(tokenizer_with(final), [USER])
+    assert (prompt.opening.endswith(end), prompt.thinks) == (True, False)
+    assert of_response(tokenizer_with(final), prompt.opening, "Yes<|return|>")[0] == (None, "Yes")
 
 
 @pytest.mark.parametrize(

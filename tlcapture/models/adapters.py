@@ -231,8 +231,8 @@ def _adapted_twice(adapted: Any) -> str | None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in adapted.named_modules():
-        inner = module.base_layer.modules() if isinstance(module, BaseTunerLayer) else ()
-        if any(isinstance(each, BaseTunerLayer) for each in inner):
+        parts = module.modules() if isinstance(module, BaseTunerLayer) else ()
+        if any(isinstance(each, BaseTunerLayer) and each is not module for each in parts):
             return str(name.rpartition(".")[2])
     return None
 

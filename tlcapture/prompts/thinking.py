@@ -79,6 +79,9 @@ class ThinkingMarkers:
         opened, closed = self._last(opening)
         if opened >= 0:
             return closed <= opened
+        answers = [match for each in self.fields if each.kind == "answer" for match in each.open.finditer(opening)]
+        if any(match.end() == len(opening.rstrip()) for match in answers):
+            return False
         return self.source != TABLE and not self.opened_by_prompt
 
     def is_open(self, opening: str, response: str) -> bool:
@@ -338,7 +341,7 @@ def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
         return ThinkingMarkers(REASONING_CONTENT, (_literal("thinking", opening, close),))
     after = _TAG.search(whole, answer + len(_ANSWER))
     ends = [close, *([after[0]] if after else [])]
-    if opening.startswith("<|channel|>"):
+    if whole[:thought].endswith("<|channel|>analysis<|message|>"):
         return _channels(REASONING_CONTENT)
     fields = (_literal("thinking", opening, close), _literal("answer", following, *ends))
     return ThinkingMarkers(REASONING_CONTENT, fields, rest="template")
