@@ -230,11 +230,9 @@ def _adapted_twice(adapted: Any) -> str | None:
     """The name of a module with LoRA around trained tokens, such as a tied unembedding; `None` without one."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, module in adapted.named_modules():
-        parts = module.modules() if isinstance(module, BaseTunerLayer) else ()
-        if any(isinstance(each, BaseTunerLayer) and each is not module for each in parts):
-            return str(name.rpartition(".")[2])
-    return None
+    names = {name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
+    around = (name[: at.start()] for name in names for at in re.finditer(r"\.", name))
+    return next((name.rpartition(".")[2] for name in around if name in names), None)
 
 
 def _separate(adapted: Any) -> None:

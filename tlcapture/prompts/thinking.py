@@ -326,6 +326,8 @@ def _closes_if_off(tokenizer: Any) -> bool:
 def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
     """The markers in a rendering of a thought and an answer; `prompt` and `bare` are of the question alone."""
     thought, answer = whole.index(_THOUGHT), whole.index(_ANSWER)
+    if whole[:thought].endswith("<|channel|>analysis<|message|>"):
+        return _channels(REASONING_CONTENT)
     before = _start_of_tag(whole, n_shared(whole[:thought], prompt))
     asked = whole.rfind(_QUESTION, 0, thought) + len(_QUESTION)
     opening = whole[before:thought].strip() or _opener(whole[asked:thought], whole[asked:])
@@ -341,8 +343,6 @@ def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
         return ThinkingMarkers(REASONING_CONTENT, (_literal("thinking", opening, close),))
     after = _TAG.search(whole, answer + len(_ANSWER))
     ends = [close, *([after[0]] if after else [])]
-    if whole[:thought].endswith("<|channel|>analysis<|message|>"):
-        return _channels(REASONING_CONTENT)
     fields = (_literal("thinking", opening, close), _literal("answer", following, *ends))
     return ThinkingMarkers(REASONING_CONTENT, fields, rest="template")
 
