@@ -58,7 +58,8 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(width)
     writer.add_vocab_size(config.vocab_size)
-    for name, value in (metadata or {}).items():
+    rule = {} if vocabulary else {"tokenizer.ggml.pre": "gpt-2"}
+    for name, value in (rule | dict(metadata or {})).items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
         add[type(value)](name if name.startswith(("split.", "tokenizer.")) else f"{architecture}.{name}", value)
     tokens = tiny.tokenizer().get_vocab()

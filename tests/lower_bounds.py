@@ -34,7 +34,8 @@ ENVIRONMENT = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 # What is run with the lower bound of each package of an extra, and of all requirements together.
 COMMANDS: dict[str, tuple[str, ...]] = {
     REQUIREMENTS: (
-        *PYTEST, "tests/test_models.py", "tests/test_parity.py", "tests/test_sources.py", "tests/test_figures.py",
+        *PYTEST, "tests/test_models.py", "tests/test_parity.py", "tests/test_sources.py", "tests/test_gguf_files.py",
+        "tests/test_figures.py",
         "tests/test_projection_frames.py", "tests/test_locks.py", "tests/test_storage.py", "tests/traits", "tests/page",
         "tests/input/test_json_files.py", "tests/cli/test_capture.py", "tests/cli/test_import_vectors.py",
         "tests/integration/test_page.py", "tests/extraction/test_intervals.py",

@@ -192,6 +192,41 @@ def test_added_tokens_get_the_rows_of_the_adapter(tmp_path: Path) -> None:
     assert_equals_merged(model, tuned.merge_and_unload(), [*IDS, tiny.VOCABULARY, tiny.VOCABULARY + 1])
 
 
+def with_trained_tokens(folder: Path, n_tokens: int, targets: list[str]) -> Any:
+    """The tiny Gemma, whose embedding is tied, with LoRA and two tokens that are trained alone; saved as an adapter."""
+    import peft
+
+    base, model = write_base(folder / "base", "gemma"), copy.deepcopy(tiny.hf_model("gemma"))
+    if n_tokens > tiny.VOCABULARY:
+        model.resize_token_embeddings(n_tokens, mean_resizing=False)
+    config = peft.LoraConfig(target_modules=targets, trainable_token_indices=[IDS[3], n_tokens - 1])
+    tuned = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "trainable_tokens_delta" in name or "lora_B" in name:
+                weight.add_(torch.randn_like(weight))
+    tuned.peft_config["default"].base_model_name_or_path = str(base)
+    tuned.save_pretrained(folder / "adapter")
+    return tuned.eval()
+
+
+@needs_peft
+def test_tokens_trained_alone_in_a_larger_tied_embedding_are_merged(tmp_path: Path) -> None:
+    """peft writes them twice."""
+    tuned = with_trained_tokens(tmp_path, tiny.VOCABULARY + 2, ["q_proj"])
+    assert_equals_merged(load_model(str(tmp_path / "adapter")), tuned, [*IDS, tiny.VOCABULARY + 1])
+
+
+@needs_peft
+def test_lora_around_tokens_that_are_trained_alone_is_refused(tmp_path: Path) -> None:
+    """What peft merges differs from what it computes without merging."""
+    tuned, ids = with_trained_tokens(tmp_path, tiny.VOCABULARY, ["q_proj", "lm_head"]), torch.tensor([IDS])
+    assert "its adapter adapts lm_head in two ways" in one_line(str(tmp_path / "adapter"))
+    with torch.no_grad():
+        before = tuned(ids).logits
+        assert deviation(tuned.merge_and_unload()(ids).logits[0], before[0]) > 1e-2
+
+
 @pytest.mark.usefixtures("quick_collections")
 @needs_peft
 def test_doctor_compares_with_the_merged_model(tmp_path: Path) -> None:

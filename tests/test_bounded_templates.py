@@ -62,6 +62,7 @@ HARMLESS = (
     "{{ [1, 2] | join(', ') }}{{ {'a': 12345678901} | tojson(indent=2) }}{{ none | default(12345678901) }}"
     "{{ 12345678901 | string }}{{ 2.345 | round(2) }}{{ [1, 2, 3] | batch(2, 0) | list }}{{ ', '.join(['a', 'b']) }}"
     "{% set t %}{{ 1 }}-{{ 2 }}{% endset %}{{ t }}{{ strftime_now('%Y') | length }}{{ missing ~ 'x' }}{{ -1 * 'x' }}"
+    "{% macro tool(function, context) %}{{ function }}{{ context }}{% endmacro %}{{ tool(function='f', context=2) }}"
 )
 
 

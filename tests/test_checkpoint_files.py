@@ -139,6 +139,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         states("config.json", num_hidden_layers=0),
         "has 0 layers by its config.json: expected at least one$",
     ),
+    "no positions": (
+        states("config.json", max_position_embeddings=-1),
+        "has -1 positions by its config.json: expected at least one$",
+    ),
     "other shapes": (
         states("config.json", intermediate_size=17),
         r"other shapes .*: model\.layers\.0\.mlp\.down_proj\.weight is \[32, 64\], expected \[32, 17\]: check",
@@ -258,6 +262,24 @@ def test_an_implementation_of_attention_that_the_config_asks_for_is_not_needed(s
     folder = shutil.copytree(sound, tmp_path / "model")
     states("config.json", _attn_implementation="flash_attention_2")(folder)
     assert load_model(str(folder)).fingerprint == load_model(str(sound)).fingerprint
+
+
+def test_outputs_that_the_config_asks_for_are_left_out(sound: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sound, tmp_path / "model")
+    states("config.json", return_dict=False, output_attentions=True, output_router_logits=True)(folder)
+    assert load_model(str(folder), engine="bridge").hf_config.return_dict
+
+
+@pytest.mark.parametrize(("dtype", "n_notes"), [("bfloat16", 1), ("float32", 0), (None, 0)])
+def test_weights_that_the_config_has_rounded_are_said_to_be(
+    dtype: str | None, n_notes: int, sound: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(sound, tmp_path / "model")
+    states("config.json", dtype=dtype)(folder)
+    notes: list[str] = []
+    load_model(str(folder), check=False, warn=notes.append)
+    assert len(notes) == n_notes
+    assert all("weights in 32 bits that are rounded to bfloat16" in note for note in notes)
 
 
 def test_a_context_shorter_than_the_quick_check_s_prompt_is_checked_with_fewer_tokens(

@@ -301,11 +301,19 @@ def test_gguf_files_of_equal_name_and_size_are_not_confused(
 
 
 def test_a_damaged_gguf_file_and_a_folder_with_several_are_refused_in_one_line(gguf: Path, tmp_path: Path) -> None:
-    damaged = tmp_path / "damaged.gguf"
-    damaged.write_bytes(gguf.read_bytes()[:1000])
-    with pytest.raises(ModelError, match=r"damaged\.gguf: transformers cannot read this GGUF file") as caught:
-        source_of(str(damaged))
-    assert "\n" not in str(caught.value)
+    damaged, whole = tmp_path / "damaged.gguf", gguf.read_bytes()
+    for content, fault in (
+        (whole[:1000], r"damaged or cut off \(1000 bytes\): fetch it again"),
+        (whole[:-100], r"damaged or cut off \(\d+ bytes\): fetch it again"),
+        (b"hello" * 99, "not a GGUF file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (whole[:4] + whole[7:3:-1] + whole[8:], "a GGUF file for big-endian machines, which is not read"),
+        (whole.replace(b"llama", b"other"), "transformers cannot read this GGUF file"),
+    ):
+        damaged.write_bytes(content)
+        with pytest.raises(ModelError, match=rf"damaged\.gguf: {fault}") as caught:
+            source_of(str(damaged))
+        assert "\n" not in str(caught.value)
     (tmp_path / "second.gguf").touch()
     with pytest.raises(ModelError, match=r"several GGUF files: name one: damaged\.gguf, second\.gguf"):
         check_name(str(tmp_path))

@@ -33,7 +33,7 @@ from tlcapture.prompts.conversations import check_messages
 from tlcapture.prompts.prompt_sets import Prompt
 from tlcapture.prompts.spans import NO_OFFSETS, Piece, TokenSpan, check_spans, labels_of, spans_of_text
 from tlcapture.prompts.template_args import has_switch, template_args
-from tlcapture.prompts.thinking import RESPONSE_TEMPLATE, response_spans, thinks
+from tlcapture.prompts.thinking import RESPONSE_TEMPLATE, is_thinking, response_spans, thinks
 from tlcapture.prompts.tokenization import TokenizedPrompt, token_texts, tokenize
 
 CONVERSATIONS = {
@@ -336,6 +336,70 @@ def test_what_metadata_cannot_record_is_refused(value: Any) -> None:
         template_args(tokenizer_with(PUBLISHED["qwen3"]), None, {"tools": [value]})
 
 
+TAGGED = (  # each part between tags that occur elsewhere, too, as in Kimi K3
+    "{% for m in messages %}<open>{{ m.role }}<sep>{% if m.role == 'assistant' %}{% if thinking is not false %}"
+    "<open>think<sep>{{ m.reasoning_content }}<close>think<sep>{% endif %}<open>response<sep>{{ m.content }}"
+    "<close>response<sep>{% else %}{{ m.content }}{% endif %}<close>{{ m.role }}<sep>{% endfor %}"
+    "{% if add_generation_prompt %}<open>assistant<sep><open>{{ 'think' if thinking is not false else 'response' }}"
+    "<sep>{% endif %}"
+)
+IN_WORDS = (  # without tags, as in Apriel 1.6
+    "{% for m in messages %}<turn>{{ m.role }}\n{% if m.reasoning_content %}My reasoning steps:\n"
+    "{{ m.reasoning_content }}\n[BEGIN FINAL RESPONSE]\n{% endif %}{{ m.content }}</turn>{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant\nMy reasoning steps:\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "thinking", "response", "expected"),
+    [
+        (TAGGED, True, "So.<close>think<sep><open>response<sep>Yes.<close>response<sep>", ("So.", "Yes.")),
+        (TAGGED, False, "Yes.<close>response<sep><close>assistant<sep>", (None, "Yes.")),
+        (IN_WORDS, True, "So.\n[BEGIN FINAL RESPONSE]\nYes.", ("So.", "Yes.")),
+    ],
+)
+def test_markers_may_be_several_tags_or_words(
+    template: str, thinking: bool, response: str, expected: tuple[str | None, str | None]
+) -> None:
+    tokenizer = tokenizer_with(template)
+    prompt = prompt_of(tokenizer, [USER], template_args={} if thinking else {"thinking": False})
+    found, markers = of_response(tokenizer, prompt.opening, response)
+    assert (found, markers["markers"], prompt.thinks) == (expected, "reasoning_content", thinking)
+    assert not is_thinking(tokenizer, prompt.opening, response)
+
+
+def test_a_response_after_a_closing_marker_alone_is_the_answer() -> None:
+    """GLM-4.7 closes thinking in the prompt without opening it, where it is off."""
+    template = (
+        "{% for m in messages %}<turn>{{ m.role }}\n{% if m.role == 'assistant' %}<think>{{ m.reasoning_content }}"
+        "</think>{% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<turn>assistant\n{{ '</think>' if enable_thinking is false else '<think>' }}"
+        "{% endif %}"
+    )
+    for switch in (True, False):
+        prompt = prompt_of(tokenizer_with(template), [USER], template_args={"enable_thinking": switch})
+        assert prompt.thinks is switch
+
+
+def test_a_template_that_closes_thinking_only_where_it_is_off_makes_the_model_think() -> None:
+    """SmolLM3's renders no `reasoning_content`, and leaves opening the thinking to the model."""
+    template = TURNS + (
+        "{% if add_generation_prompt %}<turn>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n"
+        "{% endif %}{% endif %}"
+    )
+    tokenizer = tokenizer_with(template)
+    assert prompt_of(tokenizer, [USER]).thinks
+    assert not prompt_of(tokenizer, [USER], template_args={"enable_thinking": False}).thinks
+    assert not prompt_of(tokenizer_with(TURNS), [USER]).thinks
+
+
+@pytest.mark.parametrize("tags", [("<|channel>thought\n", "<channel|>"), ("<thought>", "</thought>")])
+def test_thinking_of_an_earlier_message_that_its_template_takes_out_is_dropped(tags: tuple[str, str]) -> None:
+    template = TURNS.replace("m.content", f"(m.content.split({tags[1]!r}) | last)")
+    answer = {"role": "assistant", "content": f"{tags[0]}so{tags[1]}yes"}
+    assert prompt_of(tokenizer_with(template), [USER, answer, AGAIN]).dropped == ("thinking of message 2",)
+
+
 def test_channels_other_than_analysis_are_the_answer() -> None:
     tokenizer, opening = tokenizer_with(PUBLISHED["gptoss"]), "<|end|><|start|>assistant"
     response = (
@@ -344,6 +408,12 @@ def test_channels_other_than_analysis_are_the_answer() -> None:
     )
     assert of_response(tokenizer, opening, response)[0] == ("Hm.", '{"x": 1}')
     assert of_response(tokenizer, opening, "<|channel|>final<|message|>Yes<|return|>")[0] == (None, "Yes")
+    # Some copies of the template begin the answer in the prompt.
+    end = "<|channel|>final<|message|>"
+    final = f"{PUBLISHED['gptoss'].rstrip().removesuffix('{%- endif -%}').rstrip()}{end}{{%- endif -%}}"
+    prompt = prompt_of(tokenizer_with(final), [USER])
+    assert (prompt.opening.endswith(end), prompt.thinks) == (True, False)
+    assert of_response(tokenizer_with(final), prompt.opening, "Yes<|return|>")[0] == (None, "Yes")
 
 
 @pytest.mark.parametrize(
@@ -362,6 +432,8 @@ def test_channels_other_than_analysis_are_the_answer() -> None:
         ),
         ("<turn>assistant\n", "<seed:think>so</seed:think>yes", ("so", "yes")),
         ("<turn>assistant\n", "◁think▷so◁/think▷yes", ("so", "yes")),
+        ("<turn>assistant\n<thought>\n", "so\n</thought>\n\nyes", ("so", "yes")),  # EXAONE Deep
+        ("<turn>assistant\n", "<|inner_prefix|>so<|inner_suffix|>yes", ("so", "yes")),  # Apertus
         ("<turn>assistant\n", "<thi", (None, "<thi")),
         ("<turn>assistant\n<think>\n", "\u6d77\u6c34\U0001f30a</think>\u76d0", ("\u6d77\u6c34\U0001f30a", "\u76d0")),
         ("", "yes", (None, "yes")),

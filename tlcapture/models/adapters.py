@@ -31,6 +31,7 @@ NOT_BY_TRANSFORMERS = {"adapter_kwargs": {"subfolder": "merged-by-tlcapture"}}
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
 _OWN_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _LORA = "lora_"  # in the names of weights that are added
+_TOKENS = ".trainable_tokens_delta"  # at the end of the names of tokens that are trained alone
 # Ways to initialise LoRA that take something random, or a gradient, out of the weights that are adapted.
 _CHANGED_BY = ("pissa_niter_", "lora_ga")
 _IN_A_LAYER = re.compile(r"\.\d+\.")
@@ -209,11 +210,29 @@ def _merged(model: Any, adapter: Adapter, name: str) -> Any:
     found = adapted.load_adapter(adapter.source, "default", torch_device=device)
     # peft writes the modules of a model whose vocabulary was extended twice.
     extra = {key for key in found.unexpected_keys if key.replace(".modules_to_save.", ".") not in {*weights} - {key}}
+    # Of a tied embedding, peft writes the trained tokens twice as well.
+    extra -= {key for key in extra if key.endswith(_TOKENS) and _is_repeated(key, weights)}
     wrong = sorted({*found.missing_keys, *extra})
     if wrong:
         raise ModelError(f"model {name!r}: its adapter does not fit {adapter.base!r}: {listed(wrong)}")
+    if twice := _adapted_twice(adapted):
+        raise ModelError(f"model {name!r}: its adapter adapts {twice} in two ways, which peft merges wrongly")
     _separate(adapted)
     return adapted.merge_and_unload()
+
+
+def _is_repeated(key: str, weights: dict[str, Any]) -> bool:
+    others = (weight for name, weight in weights.items() if name.endswith(_TOKENS) and name != key)
+    return any(weight.shape == weights[key].shape and bool((weight == weights[key]).all()) for weight in others)
+
+
+def _adapted_twice(adapted: Any) -> str | None:
+    """The name of a module with LoRA around trained tokens, such as a tied unembedding; `None` without one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names = {name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
+    around = (name[: at.start()] for name in names for at in re.finditer(r"\.", name))
+    return next((name.rpartition(".")[2] for name in around if name in names), None)
 
 
 def _separate(adapted: Any) -> None:

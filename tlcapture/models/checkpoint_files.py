@@ -197,6 +197,11 @@ def _header(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def pointer_fault(path: Path) -> str | None:
+    """What is wrong with a file that is a pointer of Git LFS; `None` for any other."""
+    return _pointer(path, _start(path))
+
+
 def _pointer(path: Path, start: bytes) -> str | None:
     is_pointer = start.startswith(_GIT_LFS)
     return f"{path}: a pointer of Git LFS, not the file itself: fetch it with git lfs pull" if is_pointer else None

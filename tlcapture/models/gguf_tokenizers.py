@@ -76,6 +76,20 @@ _SPECIAL = {
 }
 
 
+def note_on_splitting(source: Path) -> str | None:
+    """What to know before relying on the tokens of a GGUF file; `None` if it names the rule that it needs."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(source)
+    model, rule = ((field := reader.get_field(_KEY + name)) and field.contents() for name in ("model", "pre"))
+    if model != "gpt2" or rule not in _BY_DEFAULT:
+        return None
+    return (
+        f"{source}: it names no rule by which text is split into words (tokenizer.ggml.pre), so that it is split as "
+        "GPT-2 does: a model of another kind gets other tokens: use a file that names it, or the original weights"
+    )
+
+
 def load_gguf_tokenizer(source: Path) -> Any:
     """The Hugging Face tokenizer of a GGUF file.
 

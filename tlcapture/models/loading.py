@@ -162,6 +162,8 @@ def _load(
     check_devices(n_devices, target)
     with quiet_loading():
         source = source_of(name) if sources.model is None else str(sources.model)
+        for note in embedded.notes_on(Path(source)):
+            warn(note)
         adapter = sources.adapter_of(source)
         config = fetch_config(name, source)
         chosen = pick_engine(name, engine, config)

@@ -57,7 +57,7 @@ def bound_templates() -> None:
             _check(_size_of_operation(operator, left, right))
             return super().call_binop(context, operator, left, right)
 
-        def call(self, context: Context, function: Any, *args: Any, **options: Any) -> Any:
+        def call(self, context: Context, function: Any, /, *args: Any, **options: Any) -> Any:
             _check(_size_of_call(function, [*args, *options.values()]))
             return super().call(context, function, *args, **options)
 

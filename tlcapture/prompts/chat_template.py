@@ -21,6 +21,7 @@ from tlcapture.text import BYTE_ORDER_MARK, first_line
 ADVICE = "use --no-chat-template"
 
 MAX_STEPS = 2_000_000  # lines of Python that one rendering may run; published templates take hundreds a message
+SWITCHES = ("enable_thinking", "thinking", "reasoning")  # of the thinking, in the templates of published models
 NO_ARGS: Mapping[str, Any] = MappingProxyType({})
 
 _PROBE, _THOUGHT = "tlcapture", "thought"
@@ -101,10 +102,16 @@ def render_chat(
     raise InputError(f"the model's chat template {reasons[0]}: {ADVICE}")
 
 
-def rendered_or_none(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str | None:
+def rendered_or_none(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    template_args: Mapping[str, Any] = NO_ARGS,
+) -> str | None:
     """The rendering of messages as they are, unchecked; `None` where the template fails or does not end."""
     try:
-        return _render(tokenizer, _as_given(messages), add_generation_prompt, NO_ARGS)
+        return _render(tokenizer, _as_given(messages), add_generation_prompt, template_args)
     except (_RenderingError, InputError):
         return None
 

@@ -18,7 +18,21 @@ from typing import Any, NamedTuple
 
 Message = Mapping[str, Any]  # role and content, and further keys that a template may read
 
-_THINKING_TAG = re.compile(r"</?think(?:ing)?>|</?seed:think>|\[/?THINK\]|<\|(?:START|END)_THINKING\|>")
+# What models write around their thinking.
+THINKING_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<mm:think>", "</mm:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought\n", "<channel|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
+    ("<|thought_start|>", "<|thought_end|>"),
+)
+_THINKING_TAG = re.compile("|".join(re.escape(tag) for tags in THINKING_TAGS for tag in tags))
 _MARKED_AT = (1 / 2, 1 / 4, 3 / 4)  # of a text's length
 _PRIVATE_USE = range(0xF0000, 0x10FFFE)
 _LETTERS = range(0x20000, 0x2A6E0)  # of CJK Extension B, which no template writes and `repr` leaves as they are

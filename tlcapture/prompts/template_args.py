@@ -12,12 +12,11 @@ from functools import lru_cache
 from typing import Any
 
 from tlcapture.errors import InputError
-from tlcapture.prompts.chat_template import ADVICE, render_chat, uses_chat_template
+from tlcapture.prompts.chat_template import ADVICE, SWITCHES, render_chat, uses_chat_template
 from tlcapture.prompts.conversations import is_json
 
 THINKING = {"on": True, "off": False}
 
-_SWITCHES = ("enable_thinking", "thinking", "reasoning")  # in the templates of published models
 _QUESTION = {"role": "user", "content": "tlcapture"}
 # Arguments of apply_chat_template, and values that it hands over itself.
 _RESERVED = {
@@ -103,7 +102,7 @@ def _check_rendering(tokenizer: Any, given: Mapping[str, Any]) -> None:
 
 def _switch(tokenizer: Any, given: Mapping[str, Any]) -> str:
     """The name of the value that turns thinking on and off: renderings with it on and off differ."""
-    for name in _SWITCHES:
+    for name in SWITCHES:
         if name in given:
             raise InputError(
                 f"--thinking and --template-arg {name} are one switch of the chat template: give one of them"
@@ -117,7 +116,7 @@ def _switch(tokenizer: Any, given: Mapping[str, Any]) -> str:
                 return name
     raise InputError(
         "--thinking: the model's chat template has no switch for thinking "
-        f"({', '.join(_SWITCHES)}): leave it out, give another value with --template-arg, or {ADVICE}"
+        f"({', '.join(SWITCHES)}): leave it out, give another value with --template-arg, or {ADVICE}"
     )
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
-from tlcapture.prompts.chat_template import rendered_or_none
+from tlcapture.prompts.chat_template import SWITCHES, rendered_or_none
+from tlcapture.prompts.message_spans import THINKING_TAGS
 from tlcapture.prompts.spans import Kind, Piece, TokenSpan, spans_of_text
 from tlcapture.text import MOST_BYTES, REPLACEMENT, n_shared
 
@@ -24,6 +25,7 @@ _FIELDS_OF_THINKING = ("thinking", "reasoning_content", "reasoning")
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷")
 
 _cached: WeakKeyDictionary[Any, tuple[Any, ThinkingMarkers | None]] = WeakKeyDictionary()
+_closing: WeakKeyDictionary[Any, tuple[Any, bool]] = WeakKeyDictionary()
 
 
 class _Field(NamedTuple):
@@ -44,6 +46,7 @@ class ThinkingMarkers:
         rest: the kind of text outside of them.
         rest_end: the marker that ends such text, if any.
         anchor: the text after which the response begins in the prompt's last part; without one, all of it is read.
+        opened_by_prompt: whether the end of a prompt opens the thinking, unless it is switched off.
     """
 
     source: str
@@ -51,6 +54,7 @@ class ThinkingMarkers:
     rest: Literal["answer", "template"] = "answer"
     rest_end: Any | None = None
     anchor: Any | None = None
+    opened_by_prompt: bool = False
 
     def pieces(self, opening: str, response: str) -> list[Piece]:
         """The thinking and the answer within a response, as runs of its characters.
@@ -63,18 +67,22 @@ class ThinkingMarkers:
             begin, end = max(0, begin - n_before), end - n_before
             if kind != "template" and begin < end:
                 found.append(Piece(begin, end, kind, "assistant"))
-        return found
+        text = response.strip()
+        if found or self.rest == "answer" or not text or _TAG.match(text):
+            return found
+        # Without any marker, since thinking is off: the answer alone.
+        ends = [match.start() for each in self.fields if each.close for match in each.close.finditer(response)]
+        return [Piece(0, min(ends, default=len(response)), "answer", "assistant")]
 
     def thinks(self, opening: str) -> bool:
         """Whether a response after this end of a prompt begins with thinking, as far as the template says."""
-        fields = [each for each in self.fields if each.kind == "thinking"]
-        opened = max((match.end() for each in fields for match in each.open.finditer(opening)), default=-1)
-        closed = max(
-            (match.end() for each in fields if each.close for match in each.close.finditer(opening)), default=-1
-        )
+        opened, closed = self._last(opening)
         if opened >= 0:
             return closed <= opened
-        return self.source != TABLE
+        answers = [match for each in self.fields if each.kind == "answer" for match in each.open.finditer(opening)]
+        if any(match.end() == len(opening.rstrip()) for match in answers):
+            return False
+        return self.source != TABLE and not self.opened_by_prompt
 
     def is_open(self, opening: str, response: str) -> bool:
         """Whether the thinking goes on at the end of a response so far; `opening` is as in `pieces`."""
@@ -101,6 +109,13 @@ class ThinkingMarkers:
         field = next(each for each in self.fields if each.kind == "thinking")
         close = {} if field.close is None else {"close": _readable(field.close)}
         return {"markers": self.source, "open": _readable(field.open), **close}
+
+    def _last(self, opening: str) -> tuple[int, int]:
+        """Where the last opening and the last closing marker of thinking end; -1 without one."""
+        fields = [each for each in self.fields if each.kind == "thinking"]
+        opened = [match.end() for each in fields for match in each.open.finditer(opening)]
+        closed = [match.end() for each in fields if each.close for match in each.close.finditer(opening)]
+        return max(opened, default=-1), max(closed, default=-1)
 
     def _start(self, opening: str) -> int:
         """Where the response begins in the end of the prompt."""
@@ -159,19 +174,10 @@ def _channels(source: str) -> ThinkingMarkers:
     )
 
 
-_TAGS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
-    ("◁think▷", "◁/think▷"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|channel>thought\n", "<channel|>"),
-)
 _RESPONSE = _literal("answer", "<|START_RESPONSE|>", "<|END_RESPONSE|>")
 _TABLE = (
     _channels(TABLE),
-    *(ThinkingMarkers(TABLE, (_literal("thinking", *tags), _RESPONSE)) for tags in _TAGS),
+    *(ThinkingMarkers(TABLE, (_literal("thinking", *tags), _RESPONSE)) for tags in THINKING_TAGS),
 )
 
 
@@ -241,7 +247,7 @@ def marker_tokens(tokenizer: Any, *, chat_template: bool = True) -> tuple[int, i
 def thinks(tokenizer: Any, opening: str) -> bool:
     """Whether a response after this end of a prompt is expected to begin with thinking."""
     markers = thinking_markers(tokenizer) or _table_entry(opening, "")
-    return markers is not None and markers.thinks(opening)
+    return _closes_if_off(tokenizer) if markers is None else markers.thinks(opening)
 
 
 def thinking_markers(tokenizer: Any, *, chat_template: bool = True) -> ThinkingMarkers | None:
@@ -298,35 +304,62 @@ def _of_rendering(tokenizer: Any) -> ThinkingMarkers | None:
         answer = {"role": "assistant", "content": _ANSWER, key: _THOUGHT}
         whole = rendered_or_none(tokenizer, [user, answer]) or ""
         if whole.count(_THOUGHT) == 1 and whole.find(_ANSWER) > whole.find(_THOUGHT) and prompt is not None:
-            return _between(whole, prompt, bare or "")
+            found = _between(whole, prompt, bare or "")
+            opened, closed = found._last(prompt[prompt.rfind(_QUESTION) :]) if found else (-1, -1)
+            return found and replace(found, opened_by_prompt=opened > closed)
     return None
+
+
+def _closes_if_off(tokenizer: Any) -> bool:
+    """Whether the end of a prompt closes the thinking where it is switched off, and is thus expected otherwise."""
+    state = getattr(tokenizer, "chat_template", None)
+    if tokenizer not in _closing or _closing[tokenizer][0] != state:
+        user = {"role": "user", "content": _QUESTION}
+        off = dict.fromkeys(SWITCHES, False)
+        prompt = rendered_or_none(tokenizer, [user], add_generation_prompt=True, template_args=off) if state else None
+        opening = (prompt or "").rpartition(_QUESTION)[2]
+        entry = _table_entry(opening, "")
+        _closing[tokenizer] = state, entry is not None and not entry.thinks(opening)
+    return _closing[tokenizer][1]
 
 
 def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
     """The markers in a rendering of a thought and an answer; `prompt` and `bare` are of the question alone."""
     thought, answer = whole.index(_THOUGHT), whole.index(_ANSWER)
-    before = n_shared(whole[:thought], prompt)
-    opening = whole[before:thought].strip() or _last_tag(whole[:thought])
+    if whole[:thought].endswith("<|channel|>analysis<|message|>"):
+        return _channels(REASONING_CONTENT)
+    before = _start_of_tag(whole, n_shared(whole[:thought], prompt))
+    asked = whole.rfind(_QUESTION, 0, thought) + len(_QUESTION)
+    opening = whole[before:thought].strip() or _opener(whole[asked:thought], whole[asked:])
     closing = whole[thought + len(_THOUGHT) : answer]
-    end = _TAG.search(closing)
-    if not opening or end is None:
+    tag = _TAG.search(closing)
+    end = len(closing.rstrip()) if tag is None else tag.end()
+    close = closing[:end].strip()
+    if not opening or not close:
         return None
-    close = closing[: end.end()].strip()
     header = prompt[n_shared(prompt, bare) :].strip()
-    following = closing[end.end() :].strip().removeprefix(header).strip()
+    following = closing[end:].strip().removeprefix(header).strip()
     if not following:
         return ThinkingMarkers(REASONING_CONTENT, (_literal("thinking", opening, close),))
     after = _TAG.search(whole, answer + len(_ANSWER))
     ends = [close, *([after[0]] if after else [])]
-    if opening.startswith("<|channel|>"):
-        return _channels(REASONING_CONTENT)
     fields = (_literal("thinking", opening, close), _literal("answer", following, *ends))
     return ThinkingMarkers(REASONING_CONTENT, fields, rest="template")
 
 
-def _last_tag(text: str) -> str:
-    tags = list(_TAG.finditer(text.rstrip()))
-    return tags[-1][0] if tags and tags[-1].end() == len(text.rstrip()) else ""
+def _start_of_tag(text: str, at: int) -> int:
+    """The start of the tag that `at` is within; `at` itself if it is in none."""
+    return next((match.start() for match in _TAG.finditer(text) if match.start() < at < match.end()), at)
+
+
+def _opener(text: str, turns: str) -> str:
+    """What the prompt itself writes before a thought: the last tags, as many as occur once in `turns`, or a line."""
+    text = text.rstrip()
+    tags = list(_TAG.finditer(text))
+    if not tags or tags[-1].end() < len(text):
+        return text.rpartition("\n")[2].strip()
+    ends = [text[tag.start() :] for tag in reversed(tags)]
+    return next((each for each in ends if turns.count(each) == 1), ends[0])
 
 
 def _trimmed(text: str, begin: int, end: int, *, start: bool, stop: bool) -> tuple[int, int]:
