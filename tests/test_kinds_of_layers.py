@@ -200,7 +200,7 @@ def test_after_attn_is_residual_in_plus_the_output_of_the_mixer(family: str) -> 
             assert relative(stream.at(layer, "after_attn") - stream.at(layer, "residual_in"), mixed) < BOUND
         if has_attention:
             assert relative(stream.at(1, "attn_out"), mixers[1]) < BOUND
-            with pytest.raises(InputError, match="layer 0 has no attention: attn_out has layers 1"):
+            with pytest.raises(InputError, match="layer 0 has no attention: attn_out has layer 1"):
                 stream.at(0, "attn_out")
 
 
@@ -298,7 +298,7 @@ def test_a_hybrid_is_captured_projected_and_shown_with_everything(
     for part in ("prompt", "response"):
         stored[part]["activations"][0]["attn_out"] = stored[part]["activations"][0]["residual_out"].clone()
     torch.save(stored, resaved)
-    with pytest.raises(StorageError, match="attn_out of layers 0: expected layers 1"):
+    with pytest.raises(StorageError, match="attn_out of layer 0: expected layer 1"):
         Capture.open(resaved)
     resaved.unlink()
 
@@ -377,7 +377,7 @@ def test_doctor_says_what_it_cannot_check(
     assert result.exit_code == 0, result.output
     expected = {
         "Mamba": "no layer has attention: there are no patterns and no attn_out",
-        "Jamba": "at layers 1, the others have no attention",
+        "Jamba": "at layer 1, the others have no attention",
     }
     assert expected[family] in result.output
 

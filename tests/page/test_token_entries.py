@@ -41,7 +41,7 @@ def test_a_missing_token_is_an_error(tmp_path: Path) -> None:
         TokenEntries(path)[3]
 
 
-@pytest.mark.parametrize("content", ["", '{"a": [{"token_idx": 0, "by', '{"token_idx": 0}x{', "[1, 2]", "{not json"])
+@pytest.mark.parametrize("content", ["", '{"attention": [{"token_idx": 0, "by', '{"token_idx": 0}x{', "[1, 2]", "{not json"])
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, content: str) -> None:
     path = tmp_path / "1.json"
     path.write_text(content)
@@ -51,7 +51,7 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, content: str) 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "1.json"
-    path.write_text('{"a": [{"token_idx": 0, "x": 1}]}')
+    path.write_text('{"attention": [{"token_idx": 0, "x": 1}]}')
     assert TokenEntries(path)[0]["x"] == 1
-    path.write_text('{"a": [{"token_idx": 0, "x": 1}, {"token_idx": 1, "x": 2}]}')
+    path.write_text('{"attention": [{"token_idx": 0, "x": 1}, {"token_idx": 1, "x": 2}]}')
     assert TokenEntries(path)[1]["x"] == 2

@@ -244,7 +244,7 @@ def capture(
 def _next_step(location: Location, options: CaptureOptions, model: str) -> str:
     """The page, or the extraction of vectors if there are none to project onto."""
     vectors = options.vectors.or_packaged(location.layout, model)
-    has_vectors = bool(vectors.layout(location.layout).traits())
+    has_vectors = vectors.experiment is not None or bool(location.layout.traits())
     return location.command("view" if has_vectors or not options.projects else "extract")
 
 
