@@ -41,7 +41,9 @@ def test_a_missing_token_is_an_error(tmp_path: Path) -> None:
         TokenEntries(path)[3]
 
 
-@pytest.mark.parametrize("content", ["", '{"attention": [{"token_idx": 0, "by', '{"token_idx": 0}x{', "[1, 2]", "{not json"])
+@pytest.mark.parametrize(
+    "content", ["", '{"attention": [{"token_idx": 0, "by', '{"token_idx": 0}x{', "[1, 2]", "{not json"]
+)
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, content: str) -> None:
     path = tmp_path / "1.json"
     path.write_text(content)
