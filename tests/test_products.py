@@ -1,9 +1,10 @@
-"""Products equal those in float64, with oneDNN, in pieces and without either; with gradients they are torch's own."""
+"""Products equal those in float64, whatever the processor; with gradients they are torch's own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +23,12 @@ def check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     assert torch.allclose(found.double(), expected, atol=tolerance * float(expected.abs().max()), rtol=0)
 
 
-@pytest.fixture(params=["oneDNN", "without oneDNN"], autouse=True)
-def _by_either_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(products, "_SMALL", 0)
-    monkeypatch.setattr(products, "_LITTLE", 0)
-    if request.param == "without oneDNN":
+@pytest.fixture(params=["AMD", "AMD without oneDNN", "Intel", None], autouse=True)
+def _on_each_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("_SMALL", "_LITTLE", "_LARGE"):
+        monkeypatch.setattr(products, name, 0)
+    monkeypatch.setattr(products, "_processor", lambda: request.param and request.param.split()[0])
+    if request.param == "AMD without oneDNN":
         monkeypatch.setattr(products, "_has_onednn", lambda: False)
     with torch.no_grad():
         yield
@@ -85,3 +87,30 @@ def test_small_weights_have_the_bits_of_functional_linear(monkeypatch: pytest.Mo
     monkeypatch.undo()
     x, weight = torch.randn(3, 64), torch.randn(96, 64)
     assert torch.equal(linear(x, weight), functional.linear(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "maker"),
+    [
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu", "Intel"),
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu", "AMD"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\nCPU implementer\t: 0x41\n", None),
+    ],
+)
+def test_the_maker_of_the_processor_decides(cpuinfo: str, maker: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "read_text", lambda *args, **how: cpuinfo)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products._processor.__wrapped__() == maker
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert products._processor.__wrapped__() is None
+
+
+def test_few_rows_are_left_to_mkl_on_intel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(products, "_processor", lambda: "Intel")
+    weight = torch.empty(1 << 12, 1 << 10)
+    assert [products._n_pieces(weight, rows) for rows in (1, 4)] == [0, 0]
+    suits = [products._suits_onednn(weight, rows) for rows in (1, 3, 4, 400)]
+    assert suits == [False, False, products._has_onednn(), products._has_onednn()]
+    assert not products._suits_onednn(weight[:-1], 400)

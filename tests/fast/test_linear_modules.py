@@ -17,6 +17,7 @@ from tlcapture.models.fast.linear_modules import FastLinear, make_linears_fast
 @pytest.mark.parametrize("shape", [(1, 12), (3, 1, 12), (2, 5, 12), (40, 1, 12), (0, 3, 12), (12,)])
 def test_outputs_are_those_of_linear(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_SMALL", 0)
+    monkeypatch.setattr(products, "_processor", lambda: "AMD")
     monkeypatch.setattr(products, "_LITTLE", 0)
     for wide, bias, dtype in product([4, 10_000], [True, False], [torch.float32, torch.bfloat16]):
         monkeypatch.setattr(products, "_WIDE", wide)
