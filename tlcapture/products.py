@@ -38,16 +38,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     If gradients are wanted, it is `functional.linear` itself.
     """
     n_rows = x.numel() // max(1, x.shape[-1])
-    if not n_rows or not _is_plain(x, weight, bias):
+    n_pieces, by_onednn = _n_pieces(weight, n_rows), _suits_onednn(weight, n_rows)
+    if not n_rows or not (n_pieces or by_onednn) or not _is_plain(x, weight, bias):
         return functional.linear(x, weight, bias)
     rows = x.reshape(n_rows, -1)
-    if n_pieces := _n_pieces(weight, n_rows):
+    if n_pieces:
         product = _in_pieces(rows, weight, n_pieces)
         product = product if bias is None else product.add_(bias)
-    elif _suits_onednn(weight, n_rows):
-        product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     else:
-        return functional.linear(x, weight, bias)
+        product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return product.view(*x.shape[:-1], -1)
 
 
