@@ -91,6 +91,16 @@ class Command:
         """Send a signal to the process."""
         os.kill(self.pid, number)
 
+    def send_when_paused(self, number: signal.Signals) -> None:
+        """Wait until the process is where `pause_at` stops it, send it a signal, and let it go on."""
+        deadline = time.monotonic() + _TIMEOUT
+        while not (found := os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+            assert time.monotonic() < deadline, "the process never paused"
+            time.sleep(0.001)
+        assert found.si_code == os.CLD_STOPPED, f"the process ended; its output is {self.stdout} {self.stderr}"
+        self.send(number)
+        self.send(signal.SIGCONT)
+
     def wait_for(self, condition: Callable[[], Any]) -> None:
         """Wait until a condition holds, while the process runs."""
         deadline = time.monotonic() + _TIMEOUT
@@ -101,6 +111,19 @@ class Command:
             )
             assert time.monotonic() < deadline, "the condition never held"
             time.sleep(0.001)
+
+
+def pause_at(folder: Path) -> None:
+    """Stop this process when it is about to give the first file its name in a folder, however deep."""
+    paused = False
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal paused
+        if event == "os.rename" and not paused and str(arguments[1]).startswith(f"{folder}{os.sep}"):
+            paused = True
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    sys.addaudithook(hook)
 
 
 @cache

@@ -139,7 +139,7 @@ def _whole(root: Path) -> dict[str, Any]:
 
 def test_a_killed_run_leaves_a_record_with_status_running(start: Start, fresh: Path) -> None:
     records = fresh / "experiments" / "exp" / "runs"
-    killed = start()
+    killed = start("--batch-size", 1, "--max-new-tokens", 150)  # whose second prompt takes a while
     killed.wait_for(lambda: list(records.glob("*-capture-*.json")))
     killed.send(signal.SIGKILL)
     assert killed.end().code == -signal.SIGKILL

@@ -13,7 +13,7 @@ import pytest
 
 from tests import tiny
 from tests.evidence import Evidence
-from tests.faults.commands import contents
+from tests.faults.commands import Command, contents, pause_at
 from tests.faults.conftest import Start
 
 SLOW = ("--batch-size", 1)
@@ -29,9 +29,8 @@ def test_a_signal_stops_the_run_between_files(
     for path in (fresh / "experiments" / "exp").glob("[ai]n*"):
         path.rename(tmp_path / path.name)
     raw = fresh / "experiments" / "exp" / "inference" / "raw" / "residual" / "short"
-    stopped = start(*SLOW)
-    stopped.wait_for(lambda: list(raw.glob("*.pt")))
-    stopped.send(number)
+    stopped = start(*SLOW, before=lambda: pause_at(raw))
+    stopped.send_when_paused(number)
     ended = stopped.end()
     assert ended.code == code, ended
     assert "stopping after the current file is written" in ended.stderr
@@ -48,7 +47,7 @@ def test_a_signal_stops_the_run_between_files(
     assert contents(fresh / "experiments" / "exp") == expected
     evidence.survived(
         f"{name} in the middle of a capture",
-        "sent when the first file appears",
+        "sent when the first file is about to get its name",
         f"the current prompt is completed, exit status {code}, the command to resume is shown; a resumed run "
         "completes the files of an uninterrupted run",
     )
@@ -83,22 +82,21 @@ def test_a_second_signal_stops_immediately(start: Start, fresh: Path, tmp_path: 
     "words", [("evaluate", "--component", "residual"), ("steer", "--layers", "1", "--coefficients", "0.1,0.2,0.3")]
 )
 def test_other_commands_stop_too_and_keep_finished_results(fresh: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
-    from tests.faults.commands import Command
-
     for trait in ("loud", "warm"):
         questions = [{"id": str(n), "question": f"q{n}?", "positive": "YES", "negative": "no"} for n in range(3)]
         path = fresh / "datasets" / "traits" / "tone" / trait / "steering.json"
         path.write_text(json.dumps({"questions": questions}))
     exp = fresh / "experiments" / "exp"
-    result = exp / "extraction" / "extraction_evaluation.json" if words[0] == "evaluate" else exp / "steering"
-    command = Command(tmp_path / "output", words[0], "--root", fresh, "--experiment", "exp", *words[1:])
-    command.wait_for(lambda: list(result.rglob("*.json")) or result.is_file())
-    command.send(signal.SIGINT)
+    result = exp / ("extraction" if words[0] == "evaluate" else "steering")
+    common = ("--root", fresh, "--experiment", "exp")
+    command = Command(tmp_path / "output", words[0], *common, *words[1:], before=lambda: pause_at(result))
+    command.send_when_paused(signal.SIGINT)
     ended = command.end()
     assert ended.code == 130, ended
     assert "to resume: tlcapture" in ended.stderr
     assert contents(exp)
-    again = Command(tmp_path / "output", words[0], "--root", fresh, "--experiment", "exp", *words[1:]).end()
+    assert list(result.rglob("*.json")), "what was finished is kept"
+    again = Command(tmp_path / "output", words[0], *common, *words[1:]).end()
     assert again.code == 0, again.stderr
 
 

@@ -53,12 +53,14 @@ class StopSignals:
 
     @contextmanager
     def at_checks_only(self) -> Iterator[None]:
-        """Within this context, a first signal waits for the next `check`."""
+        """Within this context, a first signal waits for the next `check`, or for the end of the outermost context."""
         self._working += 1
         try:
             yield
         finally:
             self._working -= 1
+        if not self._working:
+            self.check()
 
     def check(self) -> None:
         """Raise `Interrupted` if a signal was received."""
