@@ -12,8 +12,14 @@ from torch import Tensor
 from tests import tiny
 from tlcapture.models.engines import bridge
 from tlcapture.models.loading import from_hugging_face
+from tlcapture.views.hooks import hook, layer_hooks
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "mistral", "qwen3", "gemma2"]
+POINTS = (
+    "ln1.hook_scale", "ln2.hook_normalized", "hook_out", "attn.hook_in", "attn.hook_out", "attn.hook_attn_scores",
+    "attn.hook_pattern", "attn.q.hook_out", "attn.v.hook_in", "attn.o.hook_in", "mlp.hook_in",
+    "mlp.out.hook_out",
+)  # fmt: skip
 
 
 def plain(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -64,7 +70,7 @@ def test_names_of_hooks_are_resolved_once_and_again_when_there_are_others(
 
 @pytest.mark.filterwarnings("ignore:.*norm.*")  # of TransformerLens, where a hook edits what a norm divides by
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("point", ["ln1.hook_scale", "ln2.hook_normalized", "hook_out"])
+@pytest.mark.parametrize("point", POINTS)
 def test_hooks_change_what_they_change_in_transformer_lens(
     name: str, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +83,39 @@ def test_hooks_change_what_they_change_in_transformer_lens(
         found, expected = (each.run_with_hooks(tokens(), fwd_hooks=hooks) for each in (fast, own))
         assert torch.equal(found, expected)
         assert not torch.equal(found, fast(tokens()))
+
+
+def test_the_pieces_of_attention_are_computed_only_for_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
+
+    computed: list[Any] = []
+    own = PositionEmbeddingsAttentionBridge.forward
+    recorded = lambda self, *args, **kwargs: (computed.append(self), own(self, *args, **kwargs))[1]  # noqa: E731
+    monkeypatch.setattr(PositionEmbeddingsAttentionBridge, "forward", recorded)
+    tl = copy.deepcopy(tiny.model("llama", "bridge").tl)
+    with torch.no_grad():
+        expected, cache = tl.run_with_cache(tokens(), names_filter="blocks.0.attn.hook_pattern")
+        assert computed == [tl.blocks[0].attn]
+        assert torch.equal(tl(tokens()), expected) and len(computed) == 1
+        rotated = [("blocks.1.attn.hook_rot_k", lambda keys, hook: keys * 2)]
+        assert not torch.equal(tl.run_with_hooks(tokens(), fwd_hooks=rotated), expected) and len(computed) == 2
+        tl.set_use_attn_result(True)
+        _, cache = tl.run_with_cache(tokens(), names_filter="blocks.1.attn.hook_result")
+        assert cache["blocks.1.attn.hook_result"].ndim == 4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_steps_have_the_bits_of_transformer_lens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps(model: Any) -> list[Tensor]:
+        state, ones = model.start(2), torch.ones(2, 1, dtype=torch.long)
+        return [
+            model.step(each, ones, state, {hook("residual_out", 1)}, want_logits=True).cache[hook("residual_out", 1)]
+            for each in tokens().split(1, dim=1)
+        ]
+
+    found = steps(tiny.model(name, "bridge"))
+    monkeypatch.setattr(bridge, "FAST", False)
+    assert all(map(torch.equal, found, steps(plain(name, monkeypatch))))
 
 
 def test_gradients_are_those_of_transformer_lens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +149,34 @@ def test_weights_that_accelerate_offloads_are_still_moved_for_a_component() -> N
         cpu_offload(norm.original_component, execution_device=torch.device(tiny.DEVICE))
         assert norm.original_component.weight.is_meta
         assert torch.equal(tl(tokens()), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_records_at_each_point_what_transformer_lens_records(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(model: Any, hooks: set[str]) -> dict[str, Tensor]:
+        return dict(model.step(tokens(), torch.ones_like(tokens()), model.start(2), hooks, want_logits=False).cache)
+
+    fast = tiny.model(name, "bridge")
+    monkeypatch.setattr(bridge, "FAST", False)
+    own = plain(name, monkeypatch)
+    each_layer = {kind for layer in range(tiny.N_LAYERS) for kind in layer_hooks(layer)} & set(own.hook_names)
+    expected = step(own, each_layer)
+    found = step(fast, each_layer)
+    assert found.keys() == expected.keys() and len(found) > 10 * tiny.N_LAYERS
+    assert all(torch.equal(found[each], expected[each]) for each in expected)
+    for each in sorted(each_layer):  # alone, so that attention and norms need not be computed in pieces
+        assert torch.equal(step(fast, {each})[each], expected[each]), each
+    assert fast.tl.hook_dict.keys() == own.tl.hook_dict.keys()
+
+
+def test_a_hook_of_the_user_acts_before_a_step_records() -> None:
+    model, name = tiny.model("llama", "bridge"), hook("residual_out", 1)
+
+    def recorded() -> Tensor:
+        ones = torch.ones_like(tokens())
+        return model.step(tokens(), ones, model.start(2), {name}, want_logits=False).cache[name]
+
+    expected = recorded()
+    with model.tl.hooks(fwd_hooks=[(name, lambda activation, hook: activation * 2)]):
+        assert torch.equal(recorded(), expected * 2)
+    assert torch.equal(recorded(), expected)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Set
+from functools import cache
 
 from tlcapture.errors import InputError
 
@@ -74,6 +75,7 @@ def check_component(component: str) -> str:
     return component
 
 
+@cache
 def at_any_layer(name: str) -> str:
     """Turn `blocks.12.hook_x`, `blocks.L.hook_x` or `blocks.{layer}.hook_x` into the table's `blocks.{L}.hook_x`."""
     return re.sub(r"^blocks\.(\{\w+\}|\w+)\.", "blocks.{L}.", name)

@@ -30,7 +30,8 @@ from tlcapture.models.engines.more_adapters import register_adapters
 from tlcapture.models.engines.newer_transformers import support_newer_transformers
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.models.engines.versions import version_advice
-from tlcapture.models.fast.bridge_components import make_components_fast
+from tlcapture.models.fast.bridge_components import make_components_fast, recording
+from tlcapture.models.fast.growing_cache import grow_in_place
 from tlcapture.models.fast.linear_modules import make_linears_fast
 from tlcapture.models.processes import ProcessRefusedError
 from tlcapture.models.sizes import WITHOUT_ATTENTION, Measures, layer_kinds
@@ -136,10 +137,11 @@ class BridgeModel(Model):
         mask = state.mask if self._cache_name == "past_key_values" else state.mask[:, -tokens.shape[1] :]
         routers = {name: self._routers[name] for name in hooks & self._routers.keys()}
         scores: dict[str, Tensor] = {}
-        with router_scores(routers, scores):
+        names = hooks - routers.keys()
+        with router_scores(routers, scores), recording(self.tl, names) as recorded:
             (logits, past), cache = self.tl.run_with_cache(
                 tokens.to(self.device),
-                names_filter=(hooks - routers.keys()).__contains__,
+                names_filter=names.__contains__,
                 return_cache_object=False,
                 return_type="logits_and_cache",
                 attention_mask=mask,
@@ -149,7 +151,9 @@ class BridgeModel(Model):
                 **{self._cache_name: state.past},
             )
         state.past = state.past if past is None else past
-        return logits, {**cache, **scores}
+        if FAST:
+            grow_in_place(state.past)
+        return logits, {**cache, **recorded, **scores}
 
     @cached_property
     def _routers(self) -> dict[str, tuple[Any, int]]:
