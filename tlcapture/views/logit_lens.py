@@ -9,7 +9,9 @@ Source: nostalgebraist, "interpreting GPT: the logit lens" (LessWrong, 2020).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import orjson
@@ -30,6 +32,9 @@ _LANES = 128  # of eight bytes; each byte counts to at most 255
 # Predictions whose logits over the whole vocabulary are in memory at one time: what stays near in a processor's caches,
 # and what keeps all of a GPU busy.
 CHUNK, CHUNK_ON_GPU = 128, 512
+# Logits whose exponentials are in memory at one time, so that they stay in a core's cache, or in that of a GPU.
+_PIECE, _PIECE_ON_GPU = 2**18, 2**23
+_TURNS: dict[torch.device, tuple[Lock, Any]] = {}  # a lock and a stream for each GPU
 
 
 def logit_lens_hooks(n_layers: int, only: Sequence[int] = ()) -> list[str]:
@@ -136,7 +141,7 @@ def logit_lens_view(
     Args:
         residual_out: the `[n_tokens, d_model]` residual stream after a layer, at the tokens in `positions`.
         token_ids: ids of the same tokens, in which the actual next tokens are ranked.
-        unembed: the model's final norm, unembedding and soft cap; the tensor that it returns is overwritten.
+        unembed: the model's final norm, unembedding and soft cap.
         top_k: how many predictions of each layer are kept, at least 1.
         positions: the tokens that predictions are made after, as far as they have a next one; `None` means all.
         only: the layers whose predictions are made; all where empty.
@@ -145,31 +150,77 @@ def logit_lens_view(
     if top_k < 1:
         raise InputError(f"top_k is {top_k}: expected at least 1")
     after = range(len(token_ids) - 1) if positions is None else positions.with_next
-    next_ids = torch.tensor([token_ids[token + 1] for token in after], dtype=torch.long, device=device)
+    next_ids = torch.tensor([token_ids[token + 1] for token in after], dtype=torch.long)
     layers = [residual_out(layer)[: len(next_ids)] for layer in only or range(n_layers)]
-    size = CHUNK if next_ids.device.type == "cpu" else CHUNK_ON_GPU
+    place = torch.device("cpu") if device is None else device
 
-    def predictions(chunk: list[tuple[int, slice]]) -> tuple[Tensor, ...]:
-        residuals = torch.cat([layers[at][rows] for at, rows in chunk]).to(device)
-        return _predictions(unembed(residuals), torch.cat([next_ids[rows] for _, rows in chunk]), top_k)
+    def predictions(rows: range) -> tuple[Tensor, ...]:
+        chunk = _by_layer(rows, len(next_ids))
+        residuals = _sent([layers[at][part] for at, part in chunk], place)
+        return _predictions(unembed(residuals), _sent([next_ids[part] for _, part in chunk], place), top_k)
 
-    pieces = [predictions(chunk) for chunk in _chunks(len(layers), len(next_ids), size)]
-    columns = (torch.cat(each).unflatten(0, (len(layers), len(next_ids))).cpu() for each in zip(*pieces, strict=True))
+    with _on_own_stream(place) as turn:
+        size = CHUNK if place.type == "cpu" else CHUNK_ON_GPU
+        pieces = list(_in_chunks(predictions, len(layers) * len(next_ids), size, turn))
+        columns = [torch.cat(each).unflatten(0, (len(layers), len(next_ids))).cpu() for each in zip(*pieces, strict=True)]
     top_ids, top_probs, rank, prob = columns
     return LogitLens(top_ids, top_probs, rank, prob, positions, tuple(only) or None, n_layers)
 
 
-def _chunks(n_layers: int, n_predictions: int, size: int) -> Iterator[list[tuple[int, slice]]]:
-    """The predictions of all layers, layer by layer, in chunks: rows of one or more layers, at most `size` in all.
+def _in_chunks(
+    compute: Callable[[range], tuple[Tensor, ...]], n_rows: int, size: int, turn: AbstractContextManager[object]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Results for all rows, `size` of them at a time, or fewer if a GPU has no memory for more; one of none for none."""
+    start = 0
+    while not start or start < n_rows:
+        rows, found = range(start, min(start + size, n_rows)), None
+        with turn, suppress(torch.OutOfMemoryError) if len(rows) > 1 else nullcontext():
+            found = compute(rows)
+        if found is None:
+            size = len(rows) // 2
+            continue
+        yield found
+        start += max(1, len(rows))
+
+
+def _by_layer(rows: range, n_predictions: int) -> list[tuple[int, slice]]:
+    """Some of the predictions of all layers, which are counted layer by layer: each layer, and its share of them.
 
     Layers share a chunk, since a few rows take nearly as long as many: the unembedding is read for each chunk.
     """
-    for start in range(0, max(1, n_layers * n_predictions), size):
-        stop = min(start + size, n_layers * n_predictions)
-        yield [
-            (layer, slice(max(0, start - layer * n_predictions), min(stop - layer * n_predictions, n_predictions)))
-            for layer in range(start // max(1, n_predictions), -(-stop // max(1, n_predictions)) or 1)
-        ]
+    width = max(1, n_predictions)
+    return [
+        (layer, slice(max(0, rows.start - layer * width), min(rows.stop - layer * width, width)))
+        for layer in range(rows.start // width, -(-rows.stop // width) or 1)
+    ]
+
+
+@contextmanager
+def _on_own_stream(device: torch.device) -> Iterator[AbstractContextManager[object]]:
+    """Within the context, a GPU computes on a stream that all threads share; yields the turn to use it for one chunk.
+
+    Logits take much memory, which torch gives again only to work on the same stream: with a stream for each thread,
+    the memory of a chunk would be taken by each.
+    """
+    if device.type != "cuda":
+        yield nullcontext()
+        return
+    if device not in _TURNS:
+        _TURNS.setdefault(device, (Lock(), torch.cuda.Stream(device)))
+    turn, stream = _TURNS[device]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield turn
+
+
+def _sent(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Parts as one tensor on a device: to a GPU through pinned memory, so that the host does not wait for it."""
+    pinned = None
+    if device.type == "cuda" and parts[0].device.type == "cpu":
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        with suppress(RuntimeError):
+            pinned = torch.empty(shape, dtype=parts[0].dtype, pin_memory=True)
+    return torch.cat(list(parts), out=pinned).to(device, non_blocking=pinned is not None)
 
 
 def _pieces_of_json(ids: list[int], probs: Tensor, token_texts: Callable[[Sequence[int]], list[str]]) -> list[bytes]:
@@ -190,42 +241,51 @@ def _pieces_of_json(ids: list[int], probs: Tensor, token_texts: Callable[[Sequen
 
 
 def _predictions(logits: Logits, next_ids: Int[Tensor, " n_predictions"], top_k: int) -> tuple[Tensor, ...]:
-    """For each row: ids of the likeliest tokens, their probabilities, rank and probability of the actual token."""
-    logits = logits.float()
-    next_ids = next_ids.to(logits.device)
-    top_ids = _top(logits, min(top_k, logits.shape[-1]))
-    actual = logits.gather(-1, next_ids[:, None])
-    rank = _n_above(logits, actual) + 1
-    # In place: nothing else uses the logits, and allocating memory of their size costs as much as the softmax.
-    probs = torch.softmax(logits, dim=-1, out=logits)
-    return top_ids, probs.gather(-1, top_ids), rank, probs.gather(-1, next_ids[:, None])[:, 0]
+    """For each row: ids of the likeliest tokens, their probabilities, rank and probability of the actual token.
+
+    A GPU, whose memory is what takes time, reads logits of 16 bits as they are.
+    """
+    logits = logits if logits.is_cuda and logits.itemsize == 2 else logits.float()
+    actual = logits.gather(-1, next_ids.to(logits.device)[:, None])
+    top, top_ids = _top(logits, min(top_k, logits.shape[-1]))
+    largest = top[:, :1].float()
+    n_above, totals = _compared(logits, actual, largest)
+    found = torch.cat([actual, top], dim=1).float().sub_(largest).exp_().div_(totals[:, None])
+    return top_ids, found[:, 1:], n_above + 1, found[:, 0]
 
 
-def _top(logits: Logits, top_k: int) -> Int[Tensor, "n_predictions top_k"]:
-    """Indices of `logits.topk(top_k)`, searched in the `top_k` groups of neighbours with the largest maxima.
+def _top(logits: Logits, top_k: int) -> tuple[Tensor, Tensor]:
+    """Values and indices of `logits.topk(top_k)`, searched in the `top_k` groups of neighbours with the largest maxima.
 
     No other group can hold one of the largest, and a group's maximum is cheaper than sorting it.
     """
     n_groups = logits.shape[-1] // _GROUP
     if n_groups <= top_k:
-        return logits.topk(top_k, dim=-1).indices
+        return tuple(logits.topk(top_k, dim=-1))
     grouped = logits[:, : n_groups * _GROUP].unflatten(-1, (n_groups, _GROUP))
     groups = grouped.amax(dim=-1).topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values
     candidates = (groups[..., None] * _GROUP + torch.arange(_GROUP, device=logits.device)).flatten(1)
     rest = torch.arange(n_groups * _GROUP, logits.shape[-1], device=logits.device).expand(len(logits), -1)
     candidates = torch.cat([candidates, rest], dim=1)
-    return candidates.gather(-1, logits.gather(-1, candidates).topk(top_k, dim=-1).indices)
+    values, at = logits.gather(-1, candidates).topk(top_k, dim=-1)
+    return values, candidates.gather(-1, at)
 
 
-def _n_above(logits: Logits, actual: Tensor) -> Int[Tensor, " n_predictions"]:
-    """How many logits of each row are above the row's `actual`.
+def _compared(logits: Logits, actual: Tensor, largest: Tensor) -> tuple[Int[Tensor, " n_predictions"], Tensor]:
+    """For each row: how many logits are above its `actual`, and the sum of the exponentials of logits less its `largest`.
 
     Booleans are bytes of 0 and 1. They are added eight at a time, as 64-bit integers, which is faster on a CPU than
     `sum`, which widens each boolean first.
     """
-    width = logits.shape[-1]
+    width, device = logits.shape[-1], logits.device
+    n_rows = max(1, (_PIECE if device.type == "cpu" else _PIECE_ON_GPU) // width)
     n_groups = -(-width // (8 * _LANES))
-    above = torch.empty(len(logits), n_groups * 8 * _LANES, dtype=torch.bool, device=logits.device)
-    above[:, width:] = False
-    torch.gt(logits, actual, out=above[:, :width])
-    return above.view(torch.int64).unflatten(-1, (n_groups, _LANES)).sum(dim=-1).view(torch.uint8).sum(dim=-1)
+    above = torch.zeros(min(n_rows, len(logits)), n_groups * 8 * _LANES, dtype=torch.bool, device=device)
+    terms = torch.empty(len(above), width, dtype=torch.float32, device=device)
+    n_above, totals = [], []
+    for part, own, most in zip(*(each.split(n_rows) for each in (logits, actual, largest)), strict=True):
+        torch.gt(part, own, out=above[: len(part), :width])
+        by_lane = above[: len(part)].view(torch.int64).unflatten(-1, (n_groups, _LANES)).sum(dim=-1)
+        n_above.append(by_lane.view(torch.uint8).sum(dim=-1))
+        totals.append(torch.sub(part, most, out=terms[: len(part)]).exp_().sum(dim=-1))
+    return torch.cat(n_above), torch.cat(totals)
