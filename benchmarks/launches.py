@@ -154,7 +154,7 @@ def bytes_of(name: str, args: Any, made: Any) -> int:
         read = read[1:] if name == "copy_" else []
     if name == "gather":  # of the whole tensor, what its index names
         read = [read[1], *made]
-    times = 3 if name == "_softmax" else 1
+    times = 3 if name in ("softmax", "_softmax") else 1
     return times * sum(map(held, read)) + sum(held(each) for each in made if each.is_cuda)
 
 

@@ -60,6 +60,7 @@ class LateCopies(Copies):
 def stand_in_for_cuda(patch: pytest.MonkeyPatch, event: Any) -> None:
     """Let streams do nothing: what is copied to pinned memory is there when its event has come."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
+    patch.setattr(transfers, "_STREAMS", {})
     for name, stub in (
         ("Stream", lambda device: stream),
         ("current_stream", lambda device: stream),
@@ -105,6 +106,15 @@ def test_copies_arrive_in_pieces_of_which_few_are_in_transit(monkeypatch: pytest
     copies.wait(copies.mark())
     assert torch.equal(target, source)
     assert len(begun) == 6 + 1, "six pieces and a mark"
+
+
+def test_copies_of_all_batches_have_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has 32, and would give the 33rd batch one that another thread has for other work."""
+    made: list[torch.device] = []
+    stand_in_for_cuda(monkeypatch, DoneAtOnce)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or SimpleNamespace())
+    one, other = Copies(torch.device("cpu")), Copies(torch.device("cpu"))
+    assert one._stream is other._stream and len(made) == 1
 
 
 def hooks_of(model: Model) -> list[str]:

@@ -32,8 +32,7 @@ _LANES = 128  # of eight bytes; each byte counts to at most 255
 # Predictions whose logits over the whole vocabulary are in memory at one time: what stays near in a processor's caches,
 # and what keeps all of a GPU busy.
 CHUNK, CHUNK_ON_GPU = 128, 512
-# Logits whose exponentials are in memory at one time, so that they stay in a core's cache, or in that of a GPU.
-_PIECE, _PIECE_ON_GPU = 2**18, 2**23
+_PIECE = 2**23  # logits whose exponentials a GPU has at one time, as many as stay in its cache
 _TURNS: dict[torch.device, tuple[Lock, Any]] = {}  # a lock and a stream for each GPU
 
 
@@ -141,7 +140,7 @@ def logit_lens_view(
     Args:
         residual_out: the `[n_tokens, d_model]` residual stream after a layer, at the tokens in `positions`.
         token_ids: ids of the same tokens, in which the actual next tokens are ranked.
-        unembed: the model's final norm, unembedding and soft cap.
+        unembed: the model's final norm, unembedding and soft cap; the tensor that it returns is overwritten.
         top_k: how many predictions of each layer are kept, at least 1.
         positions: the tokens that predictions are made after, as far as they have a next one; `None` means all.
         only: the layers whose predictions are made; all where empty.
@@ -243,49 +242,65 @@ def _pieces_of_json(ids: list[int], probs: Tensor, token_texts: Callable[[Sequen
 def _predictions(logits: Logits, next_ids: Int[Tensor, " n_predictions"], top_k: int) -> tuple[Tensor, ...]:
     """For each row: ids of the likeliest tokens, their probabilities, rank and probability of the actual token.
 
-    A GPU, whose memory is what takes time, reads logits of 16 bits as they are.
+    Logits of 16 bits on a GPU, whose memory is what takes time, are read as they are.
     """
     logits = logits if logits.is_cuda and logits.itemsize == 2 else logits.float()
-    actual = logits.gather(-1, next_ids.to(logits.device)[:, None])
-    top, top_ids = _top(logits, min(top_k, logits.shape[-1]))
-    largest = top[:, :1].float()
-    n_above, totals = _compared(logits, actual, largest)
-    found = torch.cat([actual, top], dim=1).float().sub_(largest).exp_().div_(totals[:, None])
-    return top_ids, found[:, 1:], n_above + 1, found[:, 0]
+    next_ids = next_ids.to(logits.device)[:, None]
+    top_ids = _top(logits, min(top_k, logits.shape[-1]))
+    rank = _n_above(logits, logits.gather(-1, next_ids)) + 1
+    probs = (_exponentials if logits.is_cuda else _softmax)(logits, torch.cat([next_ids, top_ids], dim=1))
+    return top_ids, probs[:, 1:], rank, probs[:, 0]
 
 
-def _top(logits: Logits, top_k: int) -> tuple[Tensor, Tensor]:
-    """Values and indices of `logits.topk(top_k)`, searched in the `top_k` groups of neighbours with the largest maxima.
+def _softmax(logits: Logits, ids: Int[Tensor, "n_predictions n"]) -> Float[Tensor, "n_predictions n"]:
+    """The probabilities of some tokens, the second of which is the likeliest; writes all of them over the logits.
+
+    Nothing else uses the logits, and allocating memory of their size costs as much as the softmax.
+    """
+    return torch.softmax(logits, dim=-1, out=logits).gather(-1, ids)
+
+
+def _exponentials(logits: Logits, ids: Int[Tensor, "n_predictions n"]) -> Float[Tensor, "n_predictions n"]:
+    """As `_softmax`, which reads the logits of a large vocabulary three times and writes them in 32 bits.
+
+    The exponentials of few rows at a time are added up where they do not leave a GPU's cache.
+    """
+    chosen = logits.gather(-1, ids).float()
+    largest = chosen[:, 1:2]
+    n_rows = max(1, min(len(logits), _PIECE // logits.shape[-1]))
+    terms = torch.empty(n_rows, logits.shape[-1], dtype=torch.float32, device=logits.device)
+    totals = [
+        torch.sub(part, most, out=terms[: len(part)]).exp_().sum(dim=-1, keepdim=True)
+        for part, most in zip(logits.split(n_rows), largest.split(n_rows), strict=True)
+    ]
+    return chosen.sub(largest).exp_().div_(torch.cat(totals))
+
+
+def _top(logits: Logits, top_k: int) -> Int[Tensor, "n_predictions top_k"]:
+    """Indices of `logits.topk(top_k)`, searched in the `top_k` groups of neighbours with the largest maxima.
 
     No other group can hold one of the largest, and a group's maximum is cheaper than sorting it.
     """
     n_groups = logits.shape[-1] // _GROUP
     if n_groups <= top_k:
-        return tuple(logits.topk(top_k, dim=-1))
+        return logits.topk(top_k, dim=-1).indices
     grouped = logits[:, : n_groups * _GROUP].unflatten(-1, (n_groups, _GROUP))
     groups = grouped.amax(dim=-1).topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values
     candidates = (groups[..., None] * _GROUP + torch.arange(_GROUP, device=logits.device)).flatten(1)
     rest = torch.arange(n_groups * _GROUP, logits.shape[-1], device=logits.device).expand(len(logits), -1)
     candidates = torch.cat([candidates, rest], dim=1)
-    values, at = logits.gather(-1, candidates).topk(top_k, dim=-1)
-    return values, candidates.gather(-1, at)
+    return candidates.gather(-1, logits.gather(-1, candidates).topk(top_k, dim=-1).indices)
 
 
-def _compared(logits: Logits, actual: Tensor, largest: Tensor) -> tuple[Int[Tensor, " n_predictions"], Tensor]:
-    """For each row: how many logits are above its `actual`, and the sum of the exponentials of logits less its `largest`.
+def _n_above(logits: Logits, actual: Tensor) -> Int[Tensor, " n_predictions"]:
+    """How many logits of each row are above the row's `actual`.
 
     Booleans are bytes of 0 and 1. They are added eight at a time, as 64-bit integers, which is faster on a CPU than
     `sum`, which widens each boolean first.
     """
-    width, device = logits.shape[-1], logits.device
-    n_rows = max(1, (_PIECE if device.type == "cpu" else _PIECE_ON_GPU) // width)
+    width = logits.shape[-1]
     n_groups = -(-width // (8 * _LANES))
-    above = torch.zeros(min(n_rows, len(logits)), n_groups * 8 * _LANES, dtype=torch.bool, device=device)
-    terms = torch.empty(len(above), width, dtype=torch.float32, device=device)
-    n_above, totals = [], []
-    for part, own, most in zip(*(each.split(n_rows) for each in (logits, actual, largest)), strict=True):
-        torch.gt(part, own, out=above[: len(part), :width])
-        by_lane = above[: len(part)].view(torch.int64).unflatten(-1, (n_groups, _LANES)).sum(dim=-1)
-        n_above.append(by_lane.view(torch.uint8).sum(dim=-1))
-        totals.append(torch.sub(part, most, out=terms[: len(part)]).exp_().sum(dim=-1))
-    return torch.cat(n_above), torch.cat(totals)
+    above = torch.empty(len(logits), n_groups * 8 * _LANES, dtype=torch.bool, device=logits.device)
+    above[:, width:] = False
+    torch.gt(logits, actual, out=above[:, :width])
+    return above.view(torch.int64).unflatten(-1, (n_groups, _LANES)).sum(dim=-1).view(torch.uint8).sum(dim=-1)
