@@ -184,9 +184,7 @@ class Session:
             if place != "memory":
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _command(
-        self, name: str, tree: Path, folder: Path, n_prompts: int, options: Sequence[str]
-    ) -> dict[str, Any]:
+    def _command(self, name: str, tree: Path, folder: Path, n_prompts: int, options: Sequence[str]) -> dict[str, Any]:
         root = folder / f"root-{name}"
         prepare = [sys.executable, str(HERE / "gpu_worker.py"), "prepare", str(self.work), str(root), str(n_prompts)]
         subprocess.run(prepare, env=environment(tree), check=True, capture_output=True)
@@ -266,7 +264,7 @@ def main(
             ("batch 1", 10, lambda: session.speeds(1, few, both)),
             ("memory", 15, lambda: session.once("long 1", report.memory, everyone)),
             ("several batches", 45, lambda: session.command("ten traits", 192)),
-            ("command with the lens", 40, lambda: session.command("lens, no traits", 64, "--no-project", "--logit-lens")),
+            ("command with the lens", 40, lambda: session.command("lens alone", 64, "--no-project", "--logit-lens")),
             ("disk", 40, lambda: session.command("ten traits", 64, place="disk")),
             ("compiled", 90, lambda: session.once("compiled 64", report.compiled, ["hugging face"])),
             ("batch 64", 20, lambda: session.speeds(64, THEIRS, ("residual", "residual and attention"))),

@@ -134,7 +134,11 @@ def without_streams() -> Iterator[None]:
     import torch
 
     idle = SimpleNamespace(wait_stream=lambda other: None)
-    stubs = {"Stream": lambda *_: idle, "current_stream": lambda *_: idle, "stream": lambda _: nullcontext()}
+    stubs: dict[str, Any] = {
+        "Stream": lambda *_: idle,
+        "current_stream": lambda *_: idle,
+        "stream": lambda _: nullcontext(),
+    }
     with patch.multiple(torch.cuda, **stubs):
         yield
 

@@ -15,11 +15,11 @@ from tests import tiny
 from tests.test_parity import random_ids, run_hugging_face
 from tlcapture.errors import InputError, NumericalError
 from tlcapture.generation.loop import teacher_force
+from tlcapture.views import logit_lens
 from tlcapture.views.attention import AttentionPatterns, attention_hooks, attention_view
 from tlcapture.views.cache import stacked
 from tlcapture.views.internals import internals_hooks, internals_view
 from tlcapture.views.kept_points import KeptPoints
-from tlcapture.views import logit_lens
 from tlcapture.views.logit_lens import logit_lens_view
 from tlcapture.views.residual import ResidualStream, residual_hooks, residual_view
 

@@ -28,7 +28,7 @@ _SHARE = 0.5  # of free memory; the rest is for the recorder on a device, and fo
 # While keys and values grow by half, the old and the new buffer exist. Elsewhere they are reserved for all positions.
 _GROWTH = {"cpu": 2.5}
 _KINDS = {name: kind for kind, name in HOOKS.items()}
-# In messages of torch's allocators, and of CUDA's libraries, which take memory of their own (CUBLAS_STATUS_ALLOC_FAILED).
+# In messages of torch's allocators, and of CUDA's libraries with memory of their own (CUBLAS_STATUS_ALLOC_FAILED).
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "_status_alloc_failed")
 
 

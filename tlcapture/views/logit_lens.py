@@ -161,7 +161,8 @@ def logit_lens_view(
     with _on_own_stream(place) as turn:
         size = CHUNK if place.type == "cpu" else CHUNK_ON_GPU
         pieces = list(_in_chunks(predictions, len(layers) * len(next_ids), size, turn))
-        columns = [torch.cat(each).unflatten(0, (len(layers), len(next_ids))).cpu() for each in zip(*pieces, strict=True)]
+        shape = (len(layers), len(next_ids))
+        columns = [torch.cat(each).unflatten(0, shape).cpu() for each in zip(*pieces, strict=True)]
     top_ids, top_probs, rank, prob = columns
     return LogitLens(top_ids, top_probs, rank, prob, positions, tuple(only) or None, n_layers)
 
@@ -169,7 +170,7 @@ def logit_lens_view(
 def _in_chunks(
     compute: Callable[[range], tuple[Tensor, ...]], n_rows: int, size: int, turn: AbstractContextManager[object]
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Results for all rows, `size` of them at a time, or fewer if a GPU has no memory for more; one of none for none."""
+    """Results for all rows, `size` of them at a time, or fewer where a GPU has no memory for more; one for no rows."""
     start = 0
     while not start or start < n_rows:
         rows, found = range(start, min(start + size, n_rows)), None

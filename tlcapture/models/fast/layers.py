@@ -111,7 +111,7 @@ class Norm:
 class Biases:
     """Which biases of a model's blocks are zero, which takes one read from its device.
 
-        Biases(tl.blocks).or_none(block.mlp.b_in)  # `None` if it is zero
+    Biases(tl.blocks).or_none(block.mlp.b_in)  # `None` if it is zero
     """
 
     def __init__(self, blocks: Iterable[Any]):
@@ -194,9 +194,7 @@ def _into_heads(attn: Any) -> Sequence[tuple[str, str]]:
     return ("W_Q", "b_Q"), (f"{grouped}W_K", f"{grouped}b_K"), (f"{grouped}W_V", f"{grouped}b_V")
 
 
-def _joined_product(
-    weights: Sequence[Tensor], biases: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor | None] | None:
+def _joined_product(weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> tuple[Tensor, Tensor | None] | None:
     """One weight and bias for several products of the same input; `None` if they do not lie together."""
     weight = joined(weights) if weights[0].device.type in JOINED_ON else None
     if weight is None or biases is None:
