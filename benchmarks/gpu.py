@@ -192,7 +192,7 @@ class Session:
         command = [sys.executable, "-m", "tlcapture", "capture", "--root", str(root), "--experiment", "bench"]
         command += ["--model", str(self.work / "model"), "--prompt-set", "bench", "--max-new-tokens", "50"]
         command += ["--batch-size", "64", "--device", self.device, "--json", *temperature, *options]
-        limit = max(30.0, self.seconds_left)
+        limit = min(90.0, max(30.0, self.seconds_left))
         done = subprocess.run(command, env=environment(tree), capture_output=True, text=True, timeout=limit)
         if done.returncode:
             raise WorkloadError(f"{name}, {' '.join(options)}: exit {done.returncode}: {done.stderr.strip()[-300:]}")

@@ -189,6 +189,25 @@ def test_what_fits_on_the_device_decides_how_many_columns_it_holds(monkeypatch: 
         assert device_buffers.columns_that_fit(like, 4, 10, 100, free) == n_held
 
 
+def test_whole_prompts_are_not_stacked_on_a_device_whose_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(recording, "_has_own_memory", lambda device: False)
+    stack, devices = torch.stack, []
+
+    def watched(tensors: list[Tensor], **options: Any) -> Tensor:
+        devices.append({each.device.type for each in tensors})
+        return stack(tensors, **options)
+
+    monkeypatch.setattr(torch, "stack", watched)
+    with FakeTensorMode():
+        recorder = Recorder(["a", "b"], [3, 2], max_new_tokens=2)
+        for n_tokens in (3, 1):
+            recorder.record([0, 1], {name: torch.empty(2, n_tokens, 4, device="cuda") for name in "ab"})
+        assert recorder.take(0)["b"].shape == (4, 4)
+    assert devices == [{"cpu"}, {"cpu"}, {"cuda"}], "two prompts, and a token of each"
+
+
 def test_a_long_response_takes_only_the_main_memory_that_it_fills(monkeypatch: pytest.MonkeyPatch) -> None:
     as_on_a_device(monkeypatch, free=2**40)
     recorder = Recorder(["a"], [3], max_new_tokens=100_000)
