@@ -34,7 +34,8 @@ HERE = Path(__file__).resolve().parent
 THEIRS = ("plain", "hidden states")
 RESULT = "result "
 _LONG = 4.0  # seconds
-_TESTS = ("tests/test_parity.py", "tests/test_generation.py", "tests/test_sampling.py", "tests/fast")
+_TESTS = ("tests/fast", "tests/test_recording.py", "tests/test_generation.py", "tests/test_sampling.py")
+_TESTS += ("tests/views/test_views.py", "tests/test_parity.py")
 
 
 class WorkloadError(Exception):

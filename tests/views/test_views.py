@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -190,6 +191,26 @@ def test_probabilities_from_logits_of_16_bits_are_those_of_32(monkeypatch: pytes
     expected = logit_lens._softmax(logits.float(), ids)
     assert torch.allclose(logit_lens._exponentials(logits, ids), expected, rtol=1e-5, equal_nan=True)
     assert logit_lens._exponentials(logits[:0], ids[:0]).shape == (0, 21)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_threads_find_on_a_gpu_what_a_cpu_finds() -> None:
+    logits = torch.randn(3 * 401, 30_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    numbers = torch.arange(3.0 * 401).view(3, 401, 1)
+    on_gpu = logits.cuda()
+
+    def lens_on(where: torch.Tensor) -> Any:
+        def unembed(rows: torch.Tensor) -> torch.Tensor:
+            return where[rows[:, 0].long()]
+
+        return logit_lens_view(numbers.__getitem__, 3, [7] * 401, unembed, device=where.device)
+
+    expected = lens_on(logits)
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(lambda _: lens_on(on_gpu), range(8)):
+            assert torch.equal(found.actual_rank, expected.actual_rank)
+            assert torch.allclose(found.actual_prob, expected.actual_prob, rtol=1e-4)
+            assert torch.allclose(found.top_probs, expected.top_probs, rtol=1e-4)
 
 
 def test_all_threads_use_one_stream_for_the_lens(monkeypatch: pytest.MonkeyPatch) -> None:
