@@ -275,6 +275,8 @@ def main(
             ("command without traits", 40, lambda: session.command("no traits", 64, "--no-project", trees=list(trees))),
             ("tests", 40, session.tests),
         ]
+        if unknown := (skipped | asked) - {name for name, _, _ in parts}:
+            raise click.UsageError(f"no part {', '.join(sorted(unknown))}: {', '.join(name for name, _, _ in parts)}")
         try:
             for name, needs, measure in parts:
                 if name not in skipped and (not asked or name in (*asked, "start")):
