@@ -58,6 +58,7 @@ def test_a_chunk_of_the_lens_waits_for_nothing_and_makes_no_logits_of_32_bits(
     launches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(launches.SHAPE, "vocab_size", 2**16)
+    monkeypatch.setitem(launches.SHAPE, "num_hidden_layers", 1)
     seen = launches.counted_lens(512)
     assert seen.blocking == {"_to_copy": 4}, "the predictions of all chunks together"
     assert seen.launches["_to_copy"] == 3, "residuals, tokens and the largest logits"
