@@ -34,8 +34,14 @@ HERE = Path(__file__).resolve().parent
 THEIRS = ("plain", "hidden states")
 RESULT = "result "
 _LONG = 4.0  # seconds
-_TESTS = ("tests/fast", "tests/test_recording.py", "tests/test_generation.py", "tests/test_sampling.py")
-_TESTS += ("tests/views/test_views.py", "tests/test_parity.py")
+_TESTS = (
+    "tests/fast",
+    "tests/test_recording.py",
+    "tests/test_generation.py",
+    "tests/test_sampling.py",
+    "tests/views/test_views.py",
+    "tests/test_parity.py",
+)
 
 
 class WorkloadError(Exception):
