@@ -4,7 +4,8 @@
 
 Random weights in the shape of Gemma-2-2B, bfloat16, prompts of 100 tokens, 50 new tokens. Hugging Face, this checkout
 and the one in DIR each have a process with the model loaded, and take turns; a figure is the median of its rounds after
-one that is not counted. What has not begun when the seconds are over is left out and named. Writes GPU.md and gpu.json.
+one that is not counted. Parts that were never measured come first; --only and --skip choose. What has not begun when
+the seconds are over is left out and named. Writes GPU.md and gpu.json.
 
 It needs torch, transformers and a GPU, and no network: `make bench-gpu-wheels` downloads everything else beforehand,
 for Python 3.12 on Linux. `--shape tiny --device cpu` tries the script anywhere.
@@ -30,10 +31,17 @@ from bench import END_OF_TABLE as END_OF_TABLES
 from gpu_report import Report
 
 HERE = Path(__file__).resolve().parent
-OURS = ("nothing", "residual", "residual and attention", "residual and lens")
+THEIRS = ("plain", "hidden states")
 RESULT = "result "
 _LONG = 4.0  # seconds
-_TESTS = ("tests/test_parity.py", "tests/test_generation.py", "tests/test_sampling.py", "tests/fast")
+_TESTS = (
+    "tests/fast",
+    "tests/test_recording.py",
+    "tests/test_generation.py",
+    "tests/test_sampling.py",
+    "tests/views/test_views.py",
+    "tests/test_parity.py",
+)
 
 
 class WorkloadError(Exception):
@@ -155,9 +163,9 @@ class Session:
                     statistics.median(each.get("peak_GB", 0) for each in found_each),
                 )
 
-    def speeds(self, batch: int) -> None:
-        theirs = [("hugging face", name) for name in ("plain", "hidden states")]
-        self.in_turn(batch, [*theirs, *((tree, name) for name in OURS for tree in self.trees)])
+    def speeds(self, batch: int, theirs: Sequence[str], ours: Sequence[str]) -> None:
+        of_trees = [(tree, name) for name in ours for tree in self.trees]
+        self.in_turn(batch, [*(("hugging face", name) for name in theirs), *of_trees])
 
     def sampled_speeds(self) -> None:
         workers = ["hugging face", *self.trees]
@@ -167,48 +175,38 @@ class Session:
         for worker in workers:
             into[worker] = self.workers[worker].run(workload)
 
-    def whole_captures(self) -> None:
-        disks = {"memory": self.work}
-        disks["disk"] = Path(tempfile.mkdtemp(dir=self.report.disk_folder))
-        cases = [
-            ("memory", "ten traits", ()),
-            ("memory", "no traits", ("--no-project",)),
-            ("memory", "ten traits, temperature 0.7", ("--temperature", "0.7")),
-            ("disk", "ten traits", ()),
-        ]
+    def command(
+        self, what: str, n_prompts: int, *options: str, place: str = "memory", trees: Sequence[str] = ("this",)
+    ) -> None:
+        """Run `tlcapture capture` of some prompts, in batches of 64, with the files in memory or on the disk."""
+        folder = self.work if place == "memory" else Path(tempfile.mkdtemp(dir=self.report.disk_folder))
         try:
-            for place, what, options in cases:
-                for name, tree in self.trees.items():
-                    if place == "disk" and name != "this":
-                        continue
-                    if self.seconds_left < 40:
-                        self.report.notes.append(f"Left out: files to {place}, {what}, {name}.")
-                        continue
-                    self.report.captures.append(self._whole_capture(name, tree, disks[place], place, what, options))
+            for name in filter(self.trees.__contains__, trees):
+                if self.seconds_left < 30:
+                    self.report.notes.append(f"Left out: files to {place}, {what}, {name}.")
+                    continue
+                found = self._command(name, self.trees[name], folder, n_prompts, options)
+                self.report.captures.append({"tree": name, "place": place, "what": what, "prompts": n_prompts, **found})
         finally:
-            shutil.rmtree(disks["disk"], ignore_errors=True)
+            if place != "memory":
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def _whole_capture(
-        self, name: str, tree: Path, folder: Path, place: str, what: str, options: Sequence[str]
-    ) -> dict[str, Any]:
+    def _command(self, name: str, tree: Path, folder: Path, n_prompts: int, options: Sequence[str]) -> dict[str, Any]:
         root = folder / f"root-{name}"
-        prepare = [sys.executable, str(HERE / "gpu_worker.py"), "prepare", str(self.work), str(root)]
+        prepare = [sys.executable, str(HERE / "gpu_worker.py"), "prepare", str(self.work), str(root), str(n_prompts)]
         subprocess.run(prepare, env=environment(tree), check=True, capture_output=True)
         temperature = () if "--temperature" in options else ("--temperature", "0")
         command = [sys.executable, "-m", "tlcapture", "capture", "--root", str(root), "--experiment", "bench"]
         command += ["--model", str(self.work / "model"), "--prompt-set", "bench", "--max-new-tokens", "50"]
         command += ["--batch-size", "64", "--device", self.device, "--json", *temperature, *options]
-        limit = max(30.0, self.seconds_left)
+        limit = min(90.0, max(30.0, self.seconds_left))
         done = subprocess.run(command, env=environment(tree), capture_output=True, text=True, timeout=limit)
         if done.returncode:
-            raise WorkloadError(f"{name}, {what}: exit {done.returncode}: {done.stderr.strip()[-300:]}")
+            raise WorkloadError(f"{name}, {' '.join(options)}: exit {done.returncode}: {done.stderr.strip()[-300:]}")
         said = json.loads(done.stdout.strip().splitlines()[-1])
         files = [path.stat().st_size for path in (root / "experiments/bench/inference").rglob("*") if path.is_file()]
         shutil.rmtree(root)
         return {
-            "tree": name,
-            "place": place,
-            "what": what,
             "seconds": said["seconds"],
             "tokens_per_s": said["new_tokens"] / said["seconds"],
             "files": len(files),
@@ -238,8 +236,17 @@ class Session:
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--disk", default=None, help="A folder on a disk, for files; the current folder by default.")
 @click.option("--skip", default="", help="Parts to leave out, comma-separated, by the names that are printed.")
+@click.option("--only", default="", help="Parts to measure, comma-separated; all by default.")
 def main(
-    baseline: Path | None, out: Path, seconds: float, rounds: int, shape: str, device: str, disk: str | None, skip: str
+    baseline: Path | None,
+    out: Path,
+    seconds: float,
+    rounds: int,
+    shape: str,
+    device: str,
+    disk: str | None,
+    skip: str,
+    only: str,
 ) -> None:
     """Measure on a GPU and write GPU.md."""
     until = time.monotonic() + seconds
@@ -248,29 +255,37 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     before = (out / "GPU.md").read_text() if (out / "GPU.md").exists() else ""
     remarks = before.partition(END_OF_TABLES)[2] or "\n"
-    skipped = {name.strip() for name in skip.split(",")}
+    skipped, asked = ({name.strip() for name in names.split(",") if name.strip()} for names in (skip, only))
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         work = Path(folder)
         (work / "shape").write_text(shape)
         session = Session(trees, work, device, rounds, until, report)
         everyone = ["hugging face", *trees]
+        both, few = ("nothing", "residual"), THEIRS[:1]
         parts: list[tuple[str, float, Callable[[], None]]] = [
             ("start", 30, session.start_workers),
-            ("batch 64", 20, lambda: session.speeds(64)),
-            ("temperature 0.7", 15, session.sampled_speeds),
-            ("captures", 45, session.whole_captures),
-            ("batch 1", 20, lambda: session.speeds(1)),
-            ("batch 10", 20, lambda: session.speeds(10)),
-            ("profile", 15, lambda: session.once("profile", report.profiles, list(trees))),
-            ("profile of the lens", 15, lambda: session.once("profile of the lens", report.lens, ["this"])),
+            ("profile of the lens", 10, lambda: session.once("profile of the lens", report.lens, list(trees))),
+            ("lens", 15, lambda: session.speeds(64, (), ("nothing", "residual and lens"))),
+            ("batch 10", 10, lambda: session.speeds(10, few, both)),
+            ("batch 1", 10, lambda: session.speeds(1, few, both)),
             ("memory", 15, lambda: session.once("long 1", report.memory, everyone)),
+            ("several batches", 45, lambda: session.command("ten traits", 192)),
+            ("command with the lens", 40, lambda: session.command("lens alone", 64, "--no-project", "--logit-lens")),
+            ("disk", 40, lambda: session.command("ten traits", 64, place="disk")),
             ("compiled", 90, lambda: session.once("compiled 64", report.compiled, ["hugging face"])),
+            ("batch 64", 20, lambda: session.speeds(64, THEIRS, ("residual", "residual and attention"))),
+            ("temperature 0.7", 15, session.sampled_speeds),
+            ("profile", 15, lambda: session.once("profile", report.profiles, list(trees))),
+            ("command", 40, lambda: session.command("ten traits", 64, trees=list(trees))),
+            ("command without traits", 40, lambda: session.command("no traits", 64, "--no-project", trees=list(trees))),
             ("tests", 40, session.tests),
         ]
+        if unknown := (skipped | asked) - {name for name, _, _ in parts}:
+            raise click.UsageError(f"no part {', '.join(sorted(unknown))}: {', '.join(name for name, _, _ in parts)}")
         try:
             for name, needs, measure in parts:
-                if name not in skipped:
+                if name not in skipped and (not asked or name in (*asked, "start")):
                     session.part(name, needs, measure)
                     (out / "gpu.json").write_text(report.json())
                     (out / "GPU.md").write_text(f"{report.markdown()}\n{END_OF_TABLES}{remarks}")

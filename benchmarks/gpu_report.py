@@ -123,8 +123,8 @@ class Report:
 
     def _lens_table(self) -> list[str]:
         lines = []
-        for found in self.lens.values():
-            lines += ["The logit lens of one prompt and its response, and its dearest kernels, by the profiler:", ""]
+        for worker, found in self.lens.items():
+            lines += [f"The logit lens of one prompt and its response, and its dearest kernels ({worker}):", ""]
             lines += ["| what | ms |", "| --- | --- |", *(f"| `{name}` | {ms:.2f} |" for name, ms in found.items()), ""]
         return lines
 
@@ -132,13 +132,14 @@ class Report:
         if not self.captures:
             return []
         lines = [
-            "`tlcapture capture` of 64 prompts, 3,200 new tokens, with the files of all layers and points:",
+            "`tlcapture capture` in batches of 64 prompts, with the files of all layers and points:",
             "",
-            "| files in | what | who | seconds | tokens/s | files | GB | GB/s |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| prompts | files in | what | who | seconds | tokens/s | files | GB | GB/s |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for each in self.captures:
             cells = [
+                str(each["prompts"]),
                 each["place"],
                 each["what"],
                 each["tree"],

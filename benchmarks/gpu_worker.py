@@ -1,7 +1,7 @@
 """A child process of gpu.py: workloads of Hugging Face or of one tree of the project, by name from standard input.
 
     python gpu_worker.py "hugging face"|TREE WORK DEVICE
-    python gpu_worker.py prepare WORK ROOT      # a prompt set and the vectors of ten traits
+    python gpu_worker.py prepare WORK ROOT N    # a prompt set of N prompts and the vectors of ten traits
 
 TREE is a label; the package is imported from PYTHONPATH. WORK is a folder that holds the model.
 """
@@ -306,6 +306,12 @@ class Ours(Workloads):
             )
             return 1e3 * (time.perf_counter() - start)
 
+        def reading() -> float:
+            start = time.perf_counter()
+            for layer in range(self.model.n_layers):
+                captured.residual(layer)
+            return 1e3 * (time.perf_counter() - start)
+
         lens()
         without_profiler = lens()
         with profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.cuda else [])) as seen:
@@ -315,18 +321,19 @@ class Ours(Workloads):
             for event in seen.key_averages()
         }
         dearest = sorted(times, key=times.__getitem__, reverse=True)[:12]
-        rows = {"all, without the profiler": without_profiler, "busy": sum(times.values())}
+        rows = {"all, without the profiler": without_profiler, "reading residuals in main memory": reading()}
+        rows["busy"] = sum(times.values())
         return {**rows, **{name[:90]: times[name] for name in dearest}}
 
 
-def prepare(work: Path, root: Path) -> None:
-    """Write a prompt set of 64 prompts and random vectors of ten traits at every layer."""
+def prepare(work: Path, root: Path, n_prompts: int) -> None:
+    """Write a prompt set and random vectors of ten traits at every layer."""
     import torch
 
     shape = shape_of(work)
     layers, width = shape["num_hidden_layers"], shape["hidden_size"]
     (root / "datasets/inference").mkdir(parents=True)
-    prompts = [{"id": str(number + 1), "text": text} for number, text in enumerate(texts(64))]
+    prompts = [{"id": str(number + 1), "text": text} for number, text in enumerate(texts(n_prompts))]
     (root / "datasets/inference/bench.json").write_text(json.dumps({"name": "bench", "prompts": prompts}))
     for number in range(N_TRAITS):
         trait = f"bench/trait{number}"
@@ -367,7 +374,7 @@ def _copy_speed() -> float:
 def main() -> None:
     name, work, last = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     if name == "prepare":
-        return prepare(work, Path(last))
+        return prepare(work, Path(last), int(sys.argv[4]))
     workloads = (HuggingFace if name == "hugging face" else Ours)(work, last)
     for line in sys.stdin:
         try:

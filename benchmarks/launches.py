@@ -6,7 +6,10 @@
 A model in the shape of Gemma-2-2B and a left-padded batch of 10 prompts, in bfloat16, are fake tensors on a fake GPU:
 nothing is computed, but every call of a step is seen. A launch is a call of an aten operator that is not a view and
 makes something; a norm, an SDPA and a flex attention are one each. A blocking point is a read of a value by Python, a
-shape that depends on values, or a copy between the GPU and main memory.
+shape that depends on values, or a copy between the GPU and main memory, unless it is asked for without waiting.
+
+With --lens, the same of the logit lens of one chunk of predictions, with the bytes that its kernels read and write for
+each logit: each tensor that a kernel is given or makes counts once, and what a softmax reads three times.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 FREE = (
     "empty",
@@ -35,6 +40,7 @@ FREE = (
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "equal", "is_nonzero", "unique")
 COPIES = ("copy_", "_to_copy")
 WHOLE = ("rms_norm", "layer_norm", "scaled_dot_product_attention", "flex_attention")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 SHAPE = {
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -47,7 +53,7 @@ SHAPE = {
     "sliding_window": 4096,
     "query_pre_attn_scalar": 256,
 }
-ROWS, WIDTH = 10, 100
+ROWS, WIDTH, LENS_ROWS = 10, 100, 512
 BEFORE, MUST = 1003, 0.7  # launches of commit ba751499, counted by this file, and the largest ratio to them
 
 
@@ -57,6 +63,7 @@ class Seen:
     def __init__(self) -> None:
         self.launches: Counter[str] = Counter()
         self.blocking: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
         self.is_on = False
 
 
@@ -82,6 +89,10 @@ def watching(seen: Seen) -> Iterator[None]:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func in by_hand and args[0].is_cuda:
                 return by_hand[func](*args)
+            if func is torch.Tensor.to and isinstance(args[1], torch.device) and args[1].type != args[0].device.type:
+                return torch.ops.aten._to_copy.default(args[0], device=args[1], **(kwargs or {}))
+            if func is torch.empty and (kwargs or {}).pop("pin_memory", False):
+                return func(*args, **kwargs)
             if getattr(func, "__name__", "") not in WHOLE or not seen.is_on:
                 return func(*args, **(kwargs or {}))
             seen.launches[func.__name__] += 1
@@ -106,14 +117,57 @@ def watching(seen: Seen) -> Iterator[None]:
             if seen.is_on:
                 # Numbers of Python are tensors without axes on the CPU, which need no copy.
                 devices = {each.device.type for each in (*tensors, *made) if each.ndim or name in COPIES}
-                if is_read or len(devices) > 1:
+                if is_read or (len(devices) > 1 and not waits_for_nothing(args, kwargs)):
                     seen.blocking[name] += 1
                 if not func.is_view and name not in FREE and any(each.is_cuda and each.numel() for each in made):
                     seen.launches[name] += 1
+                    seen.bytes[name] += bytes_of(name, args, made)
             return found
 
     with Whole(), Calls():
         yield
+
+
+@contextmanager
+def without_streams() -> Iterator[None]:
+    """Let streams do nothing, which torch without CUDA cannot make."""
+    import torch
+
+    idle = SimpleNamespace(wait_stream=lambda other: None)
+    stubs: dict[str, Any] = {
+        "Stream": lambda *_: idle,
+        "current_stream": lambda *_: idle,
+        "stream": lambda _: nullcontext(),
+    }
+    with patch.multiple(torch.cuda, **stubs):
+        yield
+
+
+def waits_for_nothing(args: Any, kwargs: Any) -> bool:
+    """Whether a copy is asked for without waiting."""
+    return bool((kwargs or {}).get("non_blocking")) or any(each is True for each in args[2:3])
+
+
+def bytes_of(name: str, args: Any, made: Any) -> int:
+    """The bytes that a kernel reads and writes on the GPU; of the weights of a product only what it writes."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    read = [each for each in tree_leaves(args) if isinstance(each, torch.Tensor) and each.is_cuda]
+    if name in ("copy_", "fill_", "zero_", *PRODUCTS):
+        read = read[1:] if name == "copy_" else []
+    if name == "gather":  # of the whole tensor, what its index names
+        read = [read[1], *made]
+    times = 3 if name in ("softmax", "_softmax") else 1
+    return times * sum(map(held, read)) + sum(held(each) for each in made if each.is_cuda)
+
+
+def held(x: Any) -> int:
+    """The bytes of a tensor in memory, in which an expanded axis counts once."""
+    n_numbers = 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        n_numbers *= size if stride else min(size, 1)
+    return int(n_numbers * x.itemsize)
 
 
 def item_of(x: Any, index: Any) -> Any:
@@ -199,6 +253,25 @@ def counted(hooks: Callable[[str], bool]) -> Seen:
     return seen
 
 
+def counted_lens(n_rows: int) -> Seen:
+    """What the logit lens of that many predictions of two layers calls, from residuals in main memory."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from tlcapture.views.logit_lens import logit_lens_view
+
+    seen = Seen()
+    with FakeTensorMode(), watching(seen), torch.no_grad():
+        model = fake_model()
+        residual = torch.zeros(n_rows // 2, SHAPE["hidden_size"], dtype=torch.bfloat16)
+        seen.is_on = True
+        ids = [1] * (n_rows // 2 + 1)
+        with without_streams():
+            logit_lens_view(lambda layer: residual, 2, ids, model.unembed, device=torch.device("cuda"))
+        seen.is_on = False
+    return seen
+
+
 def is_residual(name: str) -> bool:
     """Whether a hook point is one of the residual stream."""
     return name.endswith(("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"))
@@ -222,13 +295,28 @@ def w13(bench: Any) -> Iterator[Any]:
     yield Row("W13", "launches of a decode step on a GPU / before", [found["ratio"]], MUST, MUST, note=note)
 
 
+def print_lens(seen: Seen) -> None:
+    """Print what a chunk of the lens calls."""
+    n_logits = LENS_ROWS * SHAPE["vocab_size"]
+    print(
+        f"{seen.launches.total()} launches, {seen.blocking.total()} blocking points "
+        f"and {seen.bytes.total() / n_logits:.1f} bytes for each logit in a chunk of the lens"
+    )
+    for name, count in seen.bytes.most_common(15):
+        print(f"{count / n_logits:6.2f} {name} ({seen.launches[name]} launches)")
+
+
 def main() -> None:
     """Print the counts as a table or as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--baseline", type=Path, metavar="DIR", help="another checkout to compare with")
+    parser.add_argument("--lens", action="store_true", help="count the logit lens of one chunk")
     options = parser.parse_args()
     os.environ["TLCAPTURE_CUDA_GRAPH"] = "0"  # a replay is one launch; what is recorded is counted
+    if options.lens:
+        print_lens(counted_lens(LENS_ROWS))
+        return
     seen = counted(is_residual)
     found: dict[str, Any] = {
         "launches": seen.launches.total(),

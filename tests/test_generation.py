@@ -11,6 +11,7 @@ import torch
 from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
+from tlcapture.generation.batch import Batch, Settings
 from tlcapture.generation.interventions import Add
 from tlcapture.generation.loop import continue_from, generate, prefill, teacher_force
 from tlcapture.generation.noise import GumbelNoise, stream_start
@@ -286,6 +287,22 @@ def test_prompts_run_in_parts_give_the_activations_of_one_pass(monkeypatch: pyte
         assert generation.response_ids == in_parts[name].response_ids
         for hook, activation in generation.cache.items():
             assert relative(activation, in_parts[name].cache[hook]) < 1e-5
+
+
+def test_prompts_go_to_the_device_together_before_their_parts_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, each copy from main memory waits for the part before it."""
+    model, found = tiny.model("llama"), []
+
+    def prompt_steps(tokens: torch.Tensor, mask: torch.Tensor, state: Any, hooks: Any) -> Any:
+        found.extend((tokens.device.type, mask.device.type))
+        raise OutOfMemoryError("enough was seen")
+
+    monkeypatch.setattr(model, "prompt_steps", prompt_steps)
+    monkeypatch.setattr(model, "reserve", lambda state, n_positions: None)
+    monkeypatch.setattr(model, "device", torch.device("meta"))
+    with pytest.raises(OutOfMemoryError, match="enough was seen"):
+        list(Batch(model, [as_prompt(random_ids(3))], Settings()).run(lambda indices: None))
+    assert found == ["meta", "meta"]
 
 
 def test_wanted_prompts_have_bit_identical_outcomes_when_all_are_wanted() -> None:

@@ -26,6 +26,7 @@ from tlcapture.generation.sampling import GREEDY, Sampling
 from tlcapture.models.engines.base import Step
 from tlcapture.models.fast import decoder
 from tlcapture.models.loading import Model
+from tlcapture.models.memory import within_memory
 
 LENGTHS = (31, 22, 15, 9, 4)
 N_NEW = 8
@@ -52,6 +53,21 @@ def stop_at(patch: pytest.MonkeyPatch, n_ids: int) -> None:
 def early_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled responses end at different steps."""
     stop_at(monkeypatch, 30)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_a_library_that_gets_no_memory_is_out_of_memory(message: str) -> None:
+    with pytest.raises(OutOfMemoryError, match="the prompt does not fit"), within_memory("the prompt does not fit"):
+        raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match="EXECUTION_FAILED"), within_memory("the prompt does not fit"):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED")
 
 
 class Steps:

@@ -60,6 +60,7 @@ class LateCopies(Copies):
 def stand_in_for_cuda(patch: pytest.MonkeyPatch, event: Any) -> None:
     """Let streams do nothing: what is copied to pinned memory is there when its event has come."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
+    patch.setattr(transfers, "_STREAMS", {})
     for name, stub in (
         ("Stream", lambda device: stream),
         ("current_stream", lambda device: stream),
@@ -105,6 +106,15 @@ def test_copies_arrive_in_pieces_of_which_few_are_in_transit(monkeypatch: pytest
     copies.wait(copies.mark())
     assert torch.equal(target, source)
     assert len(begun) == 6 + 1, "six pieces and a mark"
+
+
+def test_copies_of_all_batches_have_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has 32, and would give the 33rd batch one that another thread has for other work."""
+    made: list[torch.device] = []
+    stand_in_for_cuda(monkeypatch, DoneAtOnce)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or SimpleNamespace())
+    one, other = Copies(torch.device("cpu")), Copies(torch.device("cpu"))
+    assert one._stream is other._stream and len(made) == 1
 
 
 def hooks_of(model: Model) -> list[str]:
@@ -177,6 +187,25 @@ def test_what_fits_on_the_device_decides_how_many_columns_it_holds(monkeypatch: 
     a_column = 10 * 4 * 8 * 4
     for free, n_held in ((2 * 100 * a_column, 100), (2 * 99 * a_column, 32), (2 * 9 * a_column, 9), (a_column, 0)):
         assert device_buffers.columns_that_fit(like, 4, 10, 100, free) == n_held
+
+
+def test_whole_prompts_are_not_stacked_on_a_device_whose_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(recording, "_has_own_memory", lambda device: False)
+    stack, devices = torch.stack, []
+
+    def watched(tensors: list[Tensor], **options: Any) -> Tensor:
+        devices.append({each.device.type for each in tensors})
+        return stack(tensors, **options)
+
+    monkeypatch.setattr(torch, "stack", watched)
+    with FakeTensorMode():
+        recorder = Recorder(["a", "b"], [3, 2], max_new_tokens=2)
+        for n_tokens in (3, 1):
+            recorder.record([0, 1], {name: torch.empty(2, n_tokens, 4, device="cuda") for name in "ab"})
+        assert recorder.take(0)["b"].shape == (4, 4)
+    assert devices == [{"cpu"}, {"cpu"}, {"cuda"}], "two prompts, and a token of each"
 
 
 def test_a_long_response_takes_only_the_main_memory_that_it_fills(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,35 @@ def test_each_layer_adds_few_launches_and_no_blocking_point(launches: Any, monke
     assert per_layer <= launches.MUST * 38  # each layer had 38 of the 1,003
 
 
+def test_what_is_read_of_a_model_before_it_runs_takes_one_wait(launches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which biases are zero."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setitem(launches.SHAPE, "num_hidden_layers", 3)
+    seen = launches.Seen()
+    with FakeTensorMode(), launches.watching(seen), torch.no_grad():
+        model = launches.fake_model()
+        seen.is_on = True
+        model.tl.fast_forward()
+        seen.is_on = False
+    assert seen.blocking == {"_to_copy": 1}
+    assert seen.launches.total() < 15
+
+
+def test_a_chunk_of_the_lens_waits_for_nothing_and_makes_no_logits_of_32_bits(
+    launches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(launches.SHAPE, "vocab_size", 2**16)
+    monkeypatch.setitem(launches.SHAPE, "num_hidden_layers", 1)
+    seen = launches.counted_lens(512)
+    assert seen.blocking == {"_to_copy": 4}, "the predictions of all chunks together"
+    assert seen.launches["_to_copy"] == 3, "residuals, tokens and the largest logits"
+    assert seen.launches["add_"] == 0, "the bias is a part of the product"
+    # In a large vocabulary, exponentials (18) stay in the cache; products write 2, and a soft cap moves 12.
+    assert seen.bytes.total() / (512 * 2**16) < 42
+
+
 def test_what_waits_for_the_device_is_seen(launches: Any) -> None:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode

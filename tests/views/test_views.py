@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -13,6 +16,7 @@ from tests import tiny
 from tests.test_parity import random_ids, run_hugging_face
 from tlcapture.errors import InputError, NumericalError
 from tlcapture.generation.loop import teacher_force
+from tlcapture.views import logit_lens
 from tlcapture.views.attention import AttentionPatterns, attention_hooks, attention_view
 from tlcapture.views.cache import stacked
 from tlcapture.views.internals import internals_hooks, internals_view
@@ -158,6 +162,69 @@ def test_few_tokens_of_many_layers_are_unembedded_together() -> None:
 
     logit_lens_view(lambda layer: torch.randn(10, 60), 26, [1] * 10, unembed)
     assert calls == [128, 26 * 9 - 128]
+
+
+def test_the_lens_takes_fewer_rows_at_a_time_where_a_gpu_has_no_memory_for_more() -> None:
+    residual, ids = torch.randn(3, 20, 60, generator=torch.Generator().manual_seed(0)), list(range(20))
+    calls: list[int] = []
+
+    def unembed(rows: torch.Tensor, most: int = 10) -> torch.Tensor:
+        calls.append(len(rows))
+        if len(rows) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return rows.clone()
+
+    found = logit_lens_view(residual.__getitem__, 3, ids, unembed)
+    assert calls == [57, 28, 14, 7, 7, 7, 7, 7, 7, 7, 7, 1]
+    expected = logit_lens_view(residual.__getitem__, 3, ids, torch.clone)
+    assert torch.equal(found.top_ids, expected.top_ids) and torch.equal(found.top_probs, expected.top_probs)
+    with pytest.raises(torch.OutOfMemoryError):
+        logit_lens_view(residual.__getitem__, 3, ids, lambda rows: unembed(rows, 0))
+
+
+def test_probabilities_from_logits_of_16_bits_are_those_of_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes."""
+    monkeypatch.setattr(logit_lens, "_PIECE", 3 * 500)
+    logits = (8 * torch.randn(10, 500, generator=torch.Generator().manual_seed(0))).bfloat16()
+    logits[3, 7], logits[4, 7], logits[5, :499] = torch.nan, torch.inf, -torch.inf
+    ids = torch.cat([torch.arange(10)[:, None], logits.float().topk(20).indices], dim=1)
+    expected = logit_lens._softmax(logits.float(), ids)
+    assert torch.allclose(logit_lens._exponentials(logits, ids), expected, rtol=1e-5, equal_nan=True)
+    assert logit_lens._exponentials(logits[:0], ids[:0]).shape == (0, 21)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_threads_find_on_a_gpu_what_a_cpu_finds() -> None:
+    logits = torch.randn(3 * 401, 30_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    numbers = torch.arange(3.0 * 401).view(3, 401, 1)
+    on_gpu = logits.cuda()
+
+    def lens_on(where: torch.Tensor) -> Any:
+        def unembed(rows: torch.Tensor) -> torch.Tensor:
+            return where[rows[:, 0].long()]
+
+        return logit_lens_view(numbers.__getitem__, 3, [7] * 401, unembed, device=where.device)
+
+    expected = lens_on(logits)
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(lambda _: lens_on(on_gpu), range(8)):
+            assert torch.equal(found.actual_rank, expected.actual_rank)
+            assert torch.allclose(found.actual_prob, expected.actual_prob, rtol=1e-4)
+            assert torch.allclose(found.top_probs, expected.top_probs, rtol=1e-4)
+
+
+def test_all_threads_use_one_stream_for_the_lens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stream of its own, each thread would take the memory of a chunk."""
+    made, used, device = [], [], torch.device("cuda", 77)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    for _ in range(2):
+        with logit_lens._on_own_stream(device) as turn:
+            used.append(turn)
+    assert made == [device] and used[0] is used[1]
+    assert used[0].acquire(blocking=False) and not used[1].acquire(blocking=False)
 
 
 def test_a_single_token_has_no_prediction() -> None:

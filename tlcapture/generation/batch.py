@@ -261,7 +261,8 @@ class Batch:
         self, sequences: Sequence[Sequence[int]], samples: Sequence[Sequence[int]], changes: ActingInterventions
     ) -> LastLogits:
         """Run sequences of token ids, one per row of an empty state; `samples` are the prompts that begin with it."""
-        tokens, mask = left_pad(sequences)
+        # At once: between micro-batches, a copy from main memory would wait for the one before it.
+        tokens, mask = (each.to(self._model.device) for each in left_pad(sequences))
         hooks = frozenset[str]() if self.were_read else self._recorder.names
         self._model.prepare(hooks)
         last_logits = []

@@ -181,9 +181,9 @@ class Recorder:
         return self._copies[device]
 
     def _write(self, kind: Kind, indices: Sequence[int], n_new: Sequence[int], activations: list[Tensor]) -> None:
-        # Long prompts are copied straight into their buffers; everything else leaves its device as one tensor.
-        separately = activations[0].device.type == "cpu" and max(n_new) > 1
-        stacked = None if separately else torch.stack(activations).to("cpu")
+        # A token of each prompt leaves its device as one tensor. Whole prompts, stacked, would take their memory twice.
+        stacked = None if max(n_new) > 1 else torch.stack(activations).to("cpu")
+        activations = [each.to("cpu") for each in activations] if stacked is None else activations
         for row, (index, count) in enumerate(zip(indices, n_new, strict=True)):
             target = self._buffer(kind, index, activations)[:, self._filled[index] : self._filled[index] + count]
             if stacked is None:

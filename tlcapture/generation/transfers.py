@@ -13,6 +13,8 @@ from torch import Tensor
 
 _IN_TRANSIT = 2**28  # bytes
 _PIECE = 2**24  # bytes
+# A stream for each device: torch has 32, and would soon give a new one that another thread has for the lens.
+_STREAMS: dict[torch.device, Any] = {}
 Mark = tuple[Any, "Future[None] | None"]  # an event on the stream, and the last arrival
 
 
@@ -49,7 +51,9 @@ class Copies:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream: Any = torch.cuda.Stream(device)
+        if device not in _STREAMS:
+            _STREAMS.setdefault(device, torch.cuda.Stream(device))
+        self._stream = _STREAMS[device]
         self._thread = ThreadPoolExecutor(1, "copies")
         self._in_transit: deque[tuple[int, Future[None]]] = deque()  # bytes, and the arrival at the target
 

@@ -28,6 +28,8 @@ _SHARE = 0.5  # of free memory; the rest is for the recorder on a device, and fo
 # While keys and values grow by half, the old and the new buffer exist. Elsewhere they are reserved for all positions.
 _GROWTH = {"cpu": 2.5}
 _KINDS = {name: kind for kind, name in HOOKS.items()}
+# In messages of torch's allocators, and of CUDA's libraries with memory of their own (CUBLAS_STATUS_ALLOC_FAILED).
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "_status_alloc_failed")
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def within_memory(message: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         text = str(error).lower()
         is_known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not (is_known or "out of memory" in text or "can't allocate memory" in text):
+        if not (is_known or any(each in text for each in _OUT_OF_MEMORY)):
             raise
         release_memory()
         raise OutOfMemoryError(message) from None

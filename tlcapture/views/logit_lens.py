@@ -9,7 +9,9 @@ Source: nostalgebraist, "interpreting GPT: the logit lens" (LessWrong, 2020).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import orjson
@@ -30,6 +32,8 @@ _LANES = 128  # of eight bytes; each byte counts to at most 255
 # Predictions whose logits over the whole vocabulary are in memory at one time: what stays near in a processor's caches,
 # and what keeps all of a GPU busy.
 CHUNK, CHUNK_ON_GPU = 128, 512
+_PIECE = 2**23  # logits whose exponentials a GPU has at one time, as many as stay in its cache
+_TURNS: dict[torch.device, tuple[Lock, Any]] = {}  # a lock and a stream for each GPU
 
 
 def logit_lens_hooks(n_layers: int, only: Sequence[int] = ()) -> list[str]:
@@ -145,31 +149,78 @@ def logit_lens_view(
     if top_k < 1:
         raise InputError(f"top_k is {top_k}: expected at least 1")
     after = range(len(token_ids) - 1) if positions is None else positions.with_next
-    next_ids = torch.tensor([token_ids[token + 1] for token in after], dtype=torch.long, device=device)
+    next_ids = torch.tensor([token_ids[token + 1] for token in after], dtype=torch.long)
     layers = [residual_out(layer)[: len(next_ids)] for layer in only or range(n_layers)]
-    size = CHUNK if next_ids.device.type == "cpu" else CHUNK_ON_GPU
+    place = torch.device("cpu") if device is None else device
 
-    def predictions(chunk: list[tuple[int, slice]]) -> tuple[Tensor, ...]:
-        residuals = torch.cat([layers[at][rows] for at, rows in chunk]).to(device)
-        return _predictions(unembed(residuals), torch.cat([next_ids[rows] for _, rows in chunk]), top_k)
+    def predictions(rows: range) -> tuple[Tensor, ...]:
+        chunk = _by_layer(rows, len(next_ids))
+        residuals = _sent([layers[at][part] for at, part in chunk], place)
+        return _predictions(unembed(residuals), _sent([next_ids[part] for _, part in chunk], place), top_k)
 
-    pieces = [predictions(chunk) for chunk in _chunks(len(layers), len(next_ids), size)]
-    columns = (torch.cat(each).unflatten(0, (len(layers), len(next_ids))).cpu() for each in zip(*pieces, strict=True))
+    with _on_own_stream(place) as turn:
+        size = CHUNK if place.type == "cpu" else CHUNK_ON_GPU
+        pieces = list(_in_chunks(predictions, len(layers) * len(next_ids), size, turn))
+        shape = (len(layers), len(next_ids))
+        columns = [torch.cat(each).unflatten(0, shape).cpu() for each in zip(*pieces, strict=True)]
     top_ids, top_probs, rank, prob = columns
     return LogitLens(top_ids, top_probs, rank, prob, positions, tuple(only) or None, n_layers)
 
 
-def _chunks(n_layers: int, n_predictions: int, size: int) -> Iterator[list[tuple[int, slice]]]:
-    """The predictions of all layers, layer by layer, in chunks: rows of one or more layers, at most `size` in all.
+def _in_chunks(
+    compute: Callable[[range], tuple[Tensor, ...]], n_rows: int, size: int, turn: AbstractContextManager[object]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Results for all rows, `size` of them at a time, or fewer where a GPU has no memory for more; one for no rows."""
+    start = 0
+    while not start or start < n_rows:
+        rows, found = range(start, min(start + size, n_rows)), None
+        with turn, suppress(torch.OutOfMemoryError) if len(rows) > 1 else nullcontext():
+            found = compute(rows)
+        if found is None:
+            size = len(rows) // 2
+            continue
+        yield found
+        start += max(1, len(rows))
+
+
+def _by_layer(rows: range, n_predictions: int) -> list[tuple[int, slice]]:
+    """Some of the predictions of all layers, which are counted layer by layer: each layer, and its share of them.
 
     Layers share a chunk, since a few rows take nearly as long as many: the unembedding is read for each chunk.
     """
-    for start in range(0, max(1, n_layers * n_predictions), size):
-        stop = min(start + size, n_layers * n_predictions)
-        yield [
-            (layer, slice(max(0, start - layer * n_predictions), min(stop - layer * n_predictions, n_predictions)))
-            for layer in range(start // max(1, n_predictions), -(-stop // max(1, n_predictions)) or 1)
-        ]
+    width = max(1, n_predictions)
+    return [
+        (layer, slice(max(0, rows.start - layer * width), min(rows.stop - layer * width, width)))
+        for layer in range(rows.start // width, -(-rows.stop // width) or 1)
+    ]
+
+
+@contextmanager
+def _on_own_stream(device: torch.device) -> Iterator[AbstractContextManager[object]]:
+    """Within the context, a GPU computes on a stream that all threads share; yields the turn to use it for one chunk.
+
+    Logits take much memory, which torch gives again only to work on the same stream: with a stream for each thread,
+    the memory of a chunk would be taken by each.
+    """
+    if device.type != "cuda":
+        yield nullcontext()
+        return
+    if device not in _TURNS:
+        _TURNS.setdefault(device, (Lock(), torch.cuda.Stream(device)))
+    turn, stream = _TURNS[device]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield turn
+
+
+def _sent(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Parts as one tensor on a device: to a GPU through pinned memory, so that the host does not wait for it."""
+    pinned = None
+    if device.type == "cuda" and parts[0].device.type == "cpu":
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        with suppress(RuntimeError):
+            pinned = torch.empty(shape, dtype=parts[0].dtype, pin_memory=True)
+    return torch.cat(list(parts), out=pinned).to(device, non_blocking=pinned is not None)
 
 
 def _pieces_of_json(ids: list[int], probs: Tensor, token_texts: Callable[[Sequence[int]], list[str]]) -> list[bytes]:
@@ -190,15 +241,40 @@ def _pieces_of_json(ids: list[int], probs: Tensor, token_texts: Callable[[Sequen
 
 
 def _predictions(logits: Logits, next_ids: Int[Tensor, " n_predictions"], top_k: int) -> tuple[Tensor, ...]:
-    """For each row: ids of the likeliest tokens, their probabilities, rank and probability of the actual token."""
-    logits = logits.float()
-    next_ids = next_ids.to(logits.device)
+    """For each row: ids of the likeliest tokens, their probabilities, rank and probability of the actual token.
+
+    Logits of 16 bits on a GPU, whose memory is what takes time, are read as they are.
+    """
+    logits = logits if logits.is_cuda and logits.itemsize == 2 else logits.float()
+    next_ids = next_ids.to(logits.device)[:, None]
     top_ids = _top(logits, min(top_k, logits.shape[-1]))
-    actual = logits.gather(-1, next_ids[:, None])
-    rank = _n_above(logits, actual) + 1
-    # In place: nothing else uses the logits, and allocating memory of their size costs as much as the softmax.
-    probs = torch.softmax(logits, dim=-1, out=logits)
-    return top_ids, probs.gather(-1, top_ids), rank, probs.gather(-1, next_ids[:, None])[:, 0]
+    rank = _n_above(logits, logits.gather(-1, next_ids)) + 1
+    probs = (_exponentials if logits.is_cuda else _softmax)(logits, torch.cat([next_ids, top_ids], dim=1))
+    return top_ids, probs[:, 1:], rank, probs[:, 0]
+
+
+def _softmax(logits: Logits, ids: Int[Tensor, "n_predictions n"]) -> Float[Tensor, "n_predictions n"]:
+    """The probabilities of some tokens, the second of which is the likeliest; writes all of them over the logits.
+
+    Nothing else uses the logits, and allocating memory of their size costs as much as the softmax.
+    """
+    return torch.softmax(logits, dim=-1, out=logits).gather(-1, ids)
+
+
+def _exponentials(logits: Logits, ids: Int[Tensor, "n_predictions n"]) -> Float[Tensor, "n_predictions n"]:
+    """As `_softmax`, which reads the logits of a large vocabulary three times and writes them in 32 bits.
+
+    The exponentials of few rows at a time are added up where they do not leave a GPU's cache.
+    """
+    chosen = logits.gather(-1, ids).float()
+    largest = chosen[:, 1:2]
+    n_rows = max(1, min(len(logits), _PIECE // logits.shape[-1]))
+    terms = torch.empty(n_rows, logits.shape[-1], dtype=torch.float32, device=logits.device)
+    totals = [
+        torch.sub(part, most, out=terms[: len(part)]).exp_().sum(dim=-1, keepdim=True)
+        for part, most in zip(logits.split(n_rows), largest.split(n_rows), strict=True)
+    ]
+    return chosen.sub(largest).exp_().div_(torch.cat(totals))
 
 
 def _top(logits: Logits, top_k: int) -> Int[Tensor, "n_predictions top_k"]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tlcapture.models.fast.layers import HookPoints, Layer, Norm, beside, identity
+from tlcapture.models.fast.layers import Biases, HookPoints, Layer, Norm, beside, identity
 from tlcapture.models.fast.state import FastState, Step
 from tlcapture.products import linear
 from tlcapture.shapes import Logits, Mask, MaskSoFar, Residual, Tokens
@@ -18,6 +18,7 @@ from tlcapture.shapes import Logits, Mask, MaskSoFar, Residual, Tokens
 # caches, and above some size the allocator maps new memory pages for each of them.
 _MAX_POSITIONS = {"cpu": 1024}
 _MAX_POSITIONS_OF_OTHER_DEVICES = 2**14
+_MANY_ROWS = 128
 
 
 def most_positions(device: torch.device) -> int:
@@ -88,7 +89,8 @@ class FastForward:
         self._n_kv_heads = int(cfg.n_key_value_heads or cfg.n_heads)
         self._shape = (int(cfg.n_layers), self._n_kv_heads, int(cfg.d_head))
         self._rotary = cfg.positional_embedding_type == "rotary"
-        self._layers = [Layer(block) for block in tl.blocks]
+        biases = Biases(tl.blocks)
+        self._layers = [Layer(block, biases) for block in tl.blocks]
         self._final_norm = Norm(tl.ln_final)
         self._parameters = list(tl.parameters())
 
@@ -329,8 +331,11 @@ def unembed(module: Any, normed: Tensor) -> Tensor:
 
 def _unembedded(module: Any, normed: Tensor) -> Tensor:
     """`W_U` and `b_U` applied to `[..., d_model]`."""
+    # On a GPU, adding a zero bias is cheaper than the synchronization needed to check for it. The product of many rows,
+    # as for a logit lens, adds it before it writes the logits.
+    if normed.is_cuda and normed.numel() >= _MANY_ROWS * normed.shape[-1]:
+        return linear(normed, module.W_U.T, module.b_U)
     logits = linear(normed, module.W_U.T)
-    # On a GPU, adding a zero bias is cheaper than the synchronization needed to check for it.
     return logits.add_(module.b_U) if normed.is_cuda or module.b_U.any() else logits
 
 

@@ -108,6 +108,32 @@ class Norm:
         self.hook_normalized = norm.hook_normalized
 
 
+class Biases:
+    """Which biases of a model's blocks are zero, which takes one read from its device.
+
+    Biases(tl.blocks).or_none(block.mlp.b_in)  # `None` if it is zero
+    """
+
+    def __init__(self, blocks: Iterable[Any]):
+        alike: dict[torch.Size, list[Tensor]] = {}
+        for block in blocks:
+            into_heads = [getattr(block.attn, bias) for _, bias in _into_heads(block.attn)]
+            for bias in (*into_heads, block.attn.b_O, block.mlp.b_in, block.mlp.b_out):
+                alike.setdefault(bias.shape, []).append(bias)
+        biases = [bias for same in alike.values() for bias in same]
+        has_any = [torch.stack(same).flatten(1).any(dim=1) for same in alike.values()]
+        read = torch.cat(has_any).cpu() if has_any else ()
+        self._is_zero = {id(bias): not found for bias, found in zip(biases, read, strict=True)}
+
+    def are_zero(self, biases: Iterable[Tensor]) -> bool:
+        """Whether all of these parameters are zero."""
+        return all(self._is_zero[id(bias)] for bias in biases)
+
+    def or_none(self, bias: Tensor) -> Tensor | None:
+        """A parameter, or `None` if it is zero."""
+        return None if self._is_zero[id(bias)] else bias
+
+
 class Layer:
     """Weights and hook points of a block as plain attributes.
 
@@ -115,31 +141,29 @@ class Layer:
     that are zero are `None`.
     """
 
-    def __init__(self, block: Any):
+    def __init__(self, block: Any, biases: Biases):
         from transformer_lens.utilities import SUPPORTED_ACTIVATIONS
 
         attn, mlp = block.attn, block.mlp
         self.attn = attn
         self.kind: str = attn.attn_type
         self.cap = float(attn.cfg.attn_scores_soft_cap)
-        grouped = "_" if "_W_K" in attn._parameters else ""
-        names = (("W_Q", "b_Q"), (f"{grouped}W_K", f"{grouped}b_K"), (f"{grouped}W_V", f"{grouped}b_V"))
-        products = [
-            (getattr(attn, weight).permute(0, 2, 1).flatten(0, 1), getattr(attn, bias).flatten())
-            for weight, bias in names
-        ]
-        self.query, self.key, self.value = ((weight, _none_if_zero(bias)) for weight, bias in products)
-        self.qkv = _joined_product(products)
-        self.out = (attn.W_O.permute(2, 0, 1).flatten(1), _none_if_zero(attn.b_O))
+        names = _into_heads(attn)
+        weights = [getattr(attn, weight).permute(0, 2, 1).flatten(0, 1) for weight, _ in names]
+        own = [getattr(attn, bias) for _, bias in names]
+        found = [None if biases.or_none(bias) is None else bias.flatten() for bias in own]
+        self.query, self.key, self.value = zip(weights, found, strict=True)
+        self.qkv = _joined_product(weights, None if biases.are_zero(own) else [bias.flatten() for bias in own])
+        self.out = (attn.W_O.permute(2, 0, 1).flatten(1), biases.or_none(attn.b_O))
         # A fused version if the block uses a known activation; a custom one may have parameters of its own.
         fast = _ACTIVATIONS.get(mlp.cfg.act_fn) if mlp.act_fn is SUPPORTED_ACTIVATIONS.get(mlp.cfg.act_fn) else None
         self.activate = fast or mlp.act_fn
         self.activation_is_new_tensor = fast is not None  # it may be written to in place
         self.mlp_gate: Tensor | None = mlp.W_gate.T if mlp.cfg.gated_mlp else None
-        self.mlp_in = (mlp.W_in.T, _none_if_zero(mlp.b_in))
+        self.mlp_in = (mlp.W_in.T, biases.or_none(mlp.b_in))
         joins = self.mlp_gate is not None and self.mlp_gate.device.type in JOINED_ON
         self.gate_and_in = joined([mlp.W_gate.T, self.mlp_in[0]]) if joins else None
-        self.mlp_out = (mlp.W_out.T, _none_if_zero(mlp.b_out))
+        self.mlp_out = (mlp.W_out.T, biases.or_none(mlp.b_out))
         both_sides = block.cfg.use_normalization_before_and_after
         self.ln1, self.ln2 = Norm(block.ln1), Norm(block.ln2)
         self.ln1_post = Norm(block.ln1_post) if both_sides else None
@@ -164,11 +188,16 @@ def identity(value: Any) -> Any:
     return tuple(map(identity, value)) if isinstance(value, tuple) else value
 
 
-def _joined_product(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None] | None:
+def _into_heads(attn: Any) -> Sequence[tuple[str, str]]:
+    """The names of the weights and biases of queries, keys and values."""
+    grouped = "_" if "_W_K" in attn._parameters else ""
+    return ("W_Q", "b_Q"), (f"{grouped}W_K", f"{grouped}b_K"), (f"{grouped}W_V", f"{grouped}b_V")
+
+
+def _joined_product(weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> tuple[Tensor, Tensor | None] | None:
     """One weight and bias for several products of the same input; `None` if they do not lie together."""
-    weights, biases = zip(*products, strict=True)
     weight = joined(weights) if weights[0].device.type in JOINED_ON else None
-    if weight is None or all(not bias.any() for bias in biases):
+    if weight is None or biases is None:
         return None if weight is None else (weight, None)
     bias = joined(biases)
     return None if bias is None else (weight, bias)
@@ -191,7 +220,3 @@ def beside(q: Tensor, k: Tensor) -> Tensor | None:
     if not follows or q.untyped_storage()._cdata != k.untyped_storage()._cdata or q.stride(2) != q.shape[3]:
         return None
     return q.as_strided((*q.shape[:2], q.shape[2] + k.shape[2], q.shape[3]), q.stride())
-
-
-def _none_if_zero(bias: Tensor) -> Tensor | None:
-    return bias if bias.any() else None
