@@ -169,7 +169,7 @@ def lens_figure(table: LogitLensTable) -> OfflineFigure:
     hover = [
         [_lens_hover(table, row, column) for column in range(table.n_predictions)] for row in range(table.n_layers)
     ]
-    title = f"{table.prompt_set}/{table.prompt_id}: logit lens"
+    title = f"{table.prompt_set}/{table.name}: logit lens"
     figure = _over_tokens(table.tokens[:-1], table.n_prompt_tokens, title)
     figure.add_trace(
         go.Heatmap(
@@ -198,7 +198,7 @@ def attention_figure(heads: AttentionHeads, head: SupportsIndex | None) -> Offli
     pattern[np.triu_indices(len(pattern), 1)] = np.nan  # masked: a query cannot attend to later keys
     names = _hover_texts(heads.tokens)
     which = "mean of all heads" if head is None else f"head {index(head)}"
-    title = f"{heads.prompt_set}/{heads.prompt_id}: attention, layer {heads.layer}, {which}"
+    title = f"{heads.prompt_set}/{heads.name}: attention, layer {heads.layer}, {which}"
     figure = _over_tokens(heads.tokens, heads.n_prompt_tokens, title)
     pairs = [[f"{query}<br>attends to {key}" for key in names] for query in names]
     figure.add_trace(
