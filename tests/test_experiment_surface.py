@@ -27,6 +27,7 @@ from tlcapture.commands.top_traits import summary_of
 from tlcapture.errors import InputError, VectorError
 from tlcapture.explore import doubts
 from tlcapture.explore.completion import completions
+from tlcapture.explore.figures import mean_trajectory_figure
 from tlcapture.explore.magics import load_ipython_extension
 from tlcapture.explore.set_means import aligned, mean_and_spread
 from tlcapture.names import Trait
@@ -309,6 +310,18 @@ def test_the_mean_of_a_set_starts_with_its_responses_and_needs_two_prompts() -> 
     assert spread[start] == 0
     _, alone = mean_and_spread(rows[:1])
     assert np.isnan(alone).all()
+
+
+def test_a_mean_says_of_how_many_responses_it_is() -> None:
+    whole = projected()
+    short = projected(tokens=whole.tokens[:6], scores=whole.scores[:6])
+    figure = mean_trajectory_figure({"short": [whole, whole, short]}, calibrated=False)
+    numbers = dict(zip(figure.data[1].x, figure.data[1].customdata, strict=True))
+    assert (numbers[2], numbers[3]) == (3, 2)
+    assert [note.text for note in figure.layout.annotations] == [
+        "a token that fewer responses have is their mean alone"
+    ]
+    assert not mean_trajectory_figure({"short": [whole, whole]}, calibrated=False).layout.annotations
 
 
 def test_a_set_has_a_frame_and_a_figure(exp: Experiment) -> None:
