@@ -186,8 +186,19 @@ def test_a_key_without_a_capture_says_where_it_is(exp: Experiment) -> None:
     captures = exp.captures["short"]
     with pytest.raises(KeyError, match=r"has captures .*; by position: \.at\(0\)"):
         captures[0]
+    with pytest.raises(TypeError, match=r"several by position are list\(captures\)\[:3\]"):
+        captures[:2]  # type: ignore[index]
     with pytest.raises(KeyError, match=r"cap.attention\(layer\) and cap.internals\(layer\) compute them"):
         captures[1].cache["pattern", 99]
+
+
+def test_a_misspelt_attribute_or_option_names_those_there_are(exp: Experiment) -> None:
+    cap = exp.captures["short"][1]
+    with pytest.raises(AttributeError, match="SavedCapture has no attribute 'logitlens': did you mean 'logit_lens'"):
+        _ = cap.logitlens
+    assert not hasattr(cap, "nothing") and cap.sample is None
+    with pytest.raises(InputError, match="no option 'layers': expected layer, method, component or vector_experiment"):
+        cap.plot.trajectory("tone/loud", layers=[0, 1])
 
 
 def test_the_frame_of_a_lens_has_its_numbers(exp: Experiment) -> None:

@@ -349,10 +349,13 @@ class ExplorableCapture(ABC):
         method: str | None = None,
         component: str = "residual",
         vector_experiment: str | None = None,
+        **unknown: Any,
     ) -> list[Projection]:
         """Projections onto traits, all of them if none is given, and after them onto the user's own directions."""
         from tlcapture.explore.projecting import project_own, project_traits
 
+        for name in unknown:
+            raise InputError(f"no option {name!r}: expected layer, method, component or vector_experiment")
         named = [each for each in traits if isinstance(each, str)]
         own = [each for each in traits if not isinstance(each, str)]
         how: dict[str, Any] = {"method": method, "component": component, "vector_experiment": vector_experiment}
