@@ -71,8 +71,8 @@ def test_the_page_describes_what_is_written(files: dict[str, Path], monkeypatch:
 def test_the_default_files_are_read_with_torch_and_python_alone(
     extract: Run, capture: Run, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract()
-    assert capture("--attention", "--logit-lens", "--temperature", 0).exit_code == 0
+    extract("--traits", "tone/loud", "--methods", "mean_diff", "--component", "residual")
+    assert capture("--attention", "--logit-lens", "--limit", 1).exit_code == 0
     monkeypatch.chdir(data / "experiments" / "exp")
     (block,) = re.findall(r"(?:^    .*\n|^\n(?=    ))*^    raw = .*\n(?:^    .*\n|^\n(?=    ))*", PAGE, re.MULTILINE)
     made: dict[str, Any] = {}
