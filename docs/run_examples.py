@@ -25,7 +25,7 @@ from typing import Any
 import click
 
 DOCS = Path(__file__).parent
-PAGES = ("tutorial.md", "how-to/one-answer.md", "compare.md")
+PAGES = ("tutorial.md", "how-to/one-answer.md", "how-to/studies.md", "compare.md")
 PICTURES = {"tides.png": "tutorial.md"}  # in docs/pictures, and the pages whose examples save them
 _BLOCK = re.compile(r"```(bash|python|text)\n(.*?)```", re.DOTALL)
 _MEASURED = re.compile(r"\d+(?:\.\d+)?(?= s\b| [KM]iB\b)")  # times and sizes differ from run to run

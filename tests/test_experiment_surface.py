@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ from tlcapture.commands.top_traits import summary_of
 from tlcapture.errors import InputError, VectorError
 from tlcapture.explore import doubts
 from tlcapture.explore.completion import completions
+from tlcapture.explore.figures import mean_trajectory_figure
 from tlcapture.explore.magics import load_ipython_extension
 from tlcapture.explore.set_means import aligned, mean_and_spread
 from tlcapture.names import Trait
@@ -90,6 +92,23 @@ def test_evaluation_and_steering_are_frames(exp: Experiment) -> None:
     assert {"method", "layer", "component", "val_auroc"} <= set(exp.evaluation.columns)
     assert len(exp.steering) == 0
     assert {"coefficient", "gain", "null_p95"} <= set(exp.steering.columns)
+    assert len(exp.carry_over) == 0 and {"dataset", "trait", "auroc", "p"} <= set(exp.carry_over.columns)
+
+
+def test_verdicts_are_those_that_evaluate_prints(doubtful: Experiment) -> None:
+    content = read_json(doubtful.layout.evaluation)
+    found = doubtful.verdicts.set_index("trait")
+    for trait, written in content["best_vectors"].items():
+        assert found.loc[trait, "nested_auroc"] == written["nested_auroc"]
+        assert found.loc[trait, "layer"] == written["layer"]
+        assert [found.loc[trait, "gain_low"], found.loc[trait, "gain_high"]] == written["gain_interval"]
+    loud = found.loc["tone/loud"]
+    assert (loud["layer_0"], loud["words"]) == (0.8, 0.9) and math.isnan(loud["lengths"])
+    assert loud["verdict"].startswith("adds nothing")
+    scored = {"method": "probe", "layer": 1, "component": "residual", "auroc": 0.75, "p": 0.01, "n_positive": 8}
+    write_json(doubtful.layout.evaluation, {**content, "carry_over": {"more": {"tone/loud": [scored]}}})
+    (row,) = doubtful.carry_over.to_dict("records")
+    assert row["dataset"] == "more" and {name: row[name] for name in scored} == scored
 
 
 def test_captures_are_found_by_id_and_by_position_and_iterated(exp: Experiment) -> None:
@@ -167,8 +186,19 @@ def test_a_key_without_a_capture_says_where_it_is(exp: Experiment) -> None:
     captures = exp.captures["short"]
     with pytest.raises(KeyError, match=r"has captures .*; by position: \.at\(0\)"):
         captures[0]
+    with pytest.raises(TypeError, match=r"several by position are list\(captures\)\[:3\]"):
+        captures[:2]  # type: ignore[index]
     with pytest.raises(KeyError, match=r"cap.attention\(layer\) and cap.internals\(layer\) compute them"):
         captures[1].cache["pattern", 99]
+
+
+def test_a_misspelt_attribute_or_option_names_those_there_are(exp: Experiment) -> None:
+    cap = exp.captures["short"][1]
+    with pytest.raises(AttributeError, match="SavedCapture has no attribute 'logitlens': did you mean 'logit_lens'"):
+        _ = cap.logitlens
+    assert not hasattr(cap, "nothing") and cap.sample is None
+    with pytest.raises(InputError, match="no option 'layers': expected layer, method, component or vector_experiment"):
+        cap.plot.trajectory("tone/loud", layers=[0, 1])
 
 
 def test_the_frame_of_a_lens_has_its_numbers(exp: Experiment) -> None:
@@ -181,6 +211,37 @@ def test_the_frame_of_a_lens_has_its_numbers(exp: Experiment) -> None:
     assert (cell["actual_rank"], cell["actual_prob"]) == (lens.actual_rank[2, 3], lens.actual_prob[2, 3])
     wide = frame.pivot(index="layer", columns="token_idx", values="actual_rank")
     assert (wide.to_numpy() == lens.actual_rank).all()
+    first = frame[frame["actual_part"] == "response"]["token_idx"].min()
+    assert first == lens.n_prompt_tokens - 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_frames_of_lenses_and_heads_are_put_together_and_merged_by_the_ids_of_prompts(exp: Experiment) -> None:
+    captures = exp.captures["short"]
+    lenses = pandas.concat(cap.logit_lens().to_pandas() for cap in captures)
+    heads = pandas.concat(cap.head_summary() for cap in captures)
+    ids = {cap.prompt_id for cap in captures}
+    assert set(lenses["prompt_id"]) == set(heads["prompt_id"]) == ids
+    scores = captures.to_pandas("tone/loud")
+    merged = scores.merge(lenses, on=["prompt_id", "sample", "token_idx", "token"])
+    assert len(merged) == len(lenses)
+
+
+def test_heads_of_a_stored_and_of_a_live_capture_are_averaged_over_the_response(exp: Experiment) -> None:
+    saved = exp.captures["short"][1]
+    (live,) = tlcapture.capture(exp.model, [saved], attention=True)
+    columns = ["layer", "head", "entropy", "distance", "first", "previous", "self"]
+    frame, again = saved.head_summary(), live.head_summary()
+    assert set(frame["part"]) == {"response"} and set(frame["n_queries"]) == {len(saved.response.tokens)}
+    np.testing.assert_allclose(frame[columns], again[columns], atol=2e-3)
+    patterns = saved.attention(1).patterns[:, len(saved.prompt.tokens) :]
+    np.testing.assert_allclose(frame[frame["layer"] == 1]["first"], patterns[:, :, 0].mean(axis=1), rtol=1e-5)
+    (heat,) = live.plot.attention_heads("previous").data
+    np.testing.assert_allclose(heat.z.ravel(), again["previous"])
+    assert (heat.zmin, heat.zmax) == (0, 1) and "weight on the previous token" in heat.colorbar.title.text
+    (none,) = tlcapture.capture(exp.model, "hi", max_new_tokens=1)
+    with pytest.raises(InputError, match="attention=True"):
+        none.head_summary()
 
 
 def test_rises_and_projections_of_a_set_have_the_same_ids(exp: Experiment) -> None:
@@ -260,6 +321,18 @@ def test_the_mean_of_a_set_starts_with_its_responses_and_needs_two_prompts() -> 
     assert spread[start] == 0
     _, alone = mean_and_spread(rows[:1])
     assert np.isnan(alone).all()
+
+
+def test_a_mean_says_of_how_many_responses_it_is() -> None:
+    whole = projected()
+    short = projected(tokens=whole.tokens[:6], scores=whole.scores[:6])
+    figure = mean_trajectory_figure({"short": [whole, whole, short]}, calibrated=False)
+    numbers = dict(zip(figure.data[1].x, figure.data[1].customdata, strict=True))
+    assert (numbers[2], numbers[3]) == (3, 2)
+    assert [note.text for note in figure.layout.annotations] == [
+        "a token that fewer responses have is their mean alone"
+    ]
+    assert not mean_trajectory_figure({"short": [whole, whole]}, calibrated=False).layout.annotations
 
 
 def test_a_set_has_a_frame_and_a_figure(exp: Experiment) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import Result
 from safetensors import safe_open
+
+from tlcapture import Experiment
 
 Run = Callable[..., Result]
 PAGE = Path("docs/formats.md").read_text(encoding="utf-8")
@@ -61,3 +66,19 @@ def test_the_page_describes_what_is_written(files: dict[str, Path], monkeypatch:
     monkeypatch.chdir(files["Projections"].parents[1])
     exec(example("Projections"), made)
     assert made["scores"].shape[1:] == (2, 3, 3)  # type: ignore[attr-defined]
+
+
+def test_the_default_files_are_read_with_torch_and_python_alone(
+    extract: Run, capture: Run, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract("--traits", "tone/loud", "--methods", "mean_diff", "--component", "residual")
+    assert capture("--attention", "--logit-lens", "--limit", 1).exit_code == 0
+    monkeypatch.chdir(data / "experiments" / "exp")
+    (block,) = re.findall(r"(?:^    .*\n|^\n(?=    ))*^    raw = .*\n(?:^    .*\n|^\n(?=    ))*", PAGE, re.MULTILINE)
+    made: dict[str, Any] = {}
+    exec(textwrap.dedent(block), made)
+    cap = Experiment("exp", data).captures["short"][1]
+    assert torch.equal(made["residual"], cap.residual(1).float())
+    np.testing.assert_allclose(made["weights"], cap.attention(1).patterns[:, 5, :6], atol=1e-3)
+    assert made["likeliest"]["token"] == cap.logit_lens().top_tokens[1][5][0]
+    assert np.shape(made["scores"]) == (len(cap), cap.n_layers, 3)

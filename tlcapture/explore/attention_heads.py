@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.names import PromptId
+from tlcapture.names import PromptId, capture_name
 from tlcapture.text import printable
 
 _MOST_TOKENS = 160  # circuitsvis draws a rectangle per weight
@@ -32,10 +32,10 @@ class AttentionHeads:
     """The attention weights of all heads of one layer.
 
         heads = cap.attention(12)
-        heads.n_heads, heads.positions, heads.patterns.shape  # [n_heads, query, key]
+        heads.name, heads.n_heads, heads.positions, heads.patterns.shape  # [n_heads, query, key]
 
     Attributes:
-        prompt_set, prompt_id: the capture.
+        prompt_set, prompt_id, sample: the capture; `name` is that of its files.
         layer: counts from 0.
         tokens: texts of all tokens, prompt first.
         n_prompt_tokens: how many of them belong to the prompt.
@@ -53,10 +53,16 @@ class AttentionHeads:
     n_prompt_tokens: int
     patterns: NDArray[np.float32] = field(repr=False)
     source: str
+    sample: int | None = None
 
     def __post_init__(self) -> None:
         if self.patterns.ndim != 3 or self.patterns.shape[1:] != (len(self.tokens), len(self.tokens)):
             raise StorageError(f"patterns of shape {list(self.patterns.shape)} for {len(self.tokens)} tokens")
+
+    @property
+    def name(self) -> PromptId:
+        """The capture's name within its set: `7`, or `7.s1` for a sample."""
+        return capture_name(self.prompt_id, self.sample)
 
     @property
     def positions(self) -> list[int]:
@@ -81,7 +87,7 @@ class AttentionHeads:
 
     def __repr__(self) -> str:
         return (
-            f"AttentionHeads({self.prompt_set}/{self.prompt_id}, layer {self.layer}, {self.n_heads} heads, "
+            f"AttentionHeads({self.prompt_set}/{self.name}, layer {self.layer}, {self.n_heads} heads, "
             f"{len(self.tokens)} tokens, from {self.source})"
         )
 

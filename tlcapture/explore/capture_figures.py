@@ -92,7 +92,7 @@ class CaptureFigures:
         return attention_figure(self._capture.attention(layer), head)
 
     def attention_heads(self, measure: str = "entropy") -> OfflineFigure:
-        """What each head attends to on average over the response, layers by heads, from the stored attention.
+        """What each head attends to on average over the response, layers by heads: the numbers of `cap.head_summary()`.
 
             cap.plot.attention_heads("previous")
 
@@ -100,7 +100,7 @@ class CaptureFigures:
             measure: `entropy` in nats, `distance` looked back in tokens, or the weight on the `first` token, on the
                 `previous` one, or on it`self`.
 
-        Raises `InputError` for another measure, and where no attention is stored.
+        Raises `InputError` for another measure, and without stored or captured attention.
         """
         from tlcapture.explore.head_figures import heads_figure
 

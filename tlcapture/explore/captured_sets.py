@@ -78,6 +78,10 @@ class Captures:
         self._ids = dict.fromkeys(experiment.layout.captured(prompt_set))
 
     def __getitem__(self, prompt_id: str | int) -> SavedCapture:
+        if isinstance(prompt_id, slice):
+            raise TypeError(
+                "captures have the ids of their prompts as keys: several by position are list(captures)[:3]"
+            )
         if str(prompt_id) not in self._ids:
             only = str(prompt_id) in self._experiment.layout.prompt_ids(self.prompt_set)
             hint = "; only projections of this prompt were kept: use .to_pandas(...) of the experiment" if only else ""

@@ -146,12 +146,38 @@ class Experiment:
     def evaluation(self) -> DataFrame:
         """What `tlcapture evaluate` measured, a row for each vector; empty before it ran.
 
-        Example:
-            exp.evaluation.groupby("trait")["val_auroc"].max()
+            exp.evaluation.pivot_table(index="layer", columns="trait", values="cv_auroc")
+
+        The best of many vectors has a high score by chance: `verdicts` has that of a choice among them.
         """
         from tlcapture.explore.experiment_tables import evaluation_frame
 
         return evaluation_frame(self._listed)
+
+    @property
+    def verdicts(self) -> DataFrame:
+        """How far `tlcapture evaluate` trusts each trait's vector, a row for each trait; empty before it ran.
+
+            exp.verdicts[["trait", "nested_auroc", "layer_0", "words", "lengths", "p", "verdict"]]
+
+        Columns are what it prints: `nested_auroc`, `nested_sd` and `nested_effect_size` of pairs that took no part in
+        the choice of layer and method; the AUROCs of the vector of `layer_0`, of `words` and of `lengths`; what the
+        vector adds to the best of these (`gain`, `gain_low`, `gain_high`); `p` and the `verdict`.
+        """
+        from tlcapture.explore.experiment_tables import verdicts_frame
+
+        return verdicts_frame(self._listed)
+
+    @property
+    def carry_over(self) -> DataFrame:
+        """What `tlcapture evaluate --examples` measured, a row for each vector and dataset; empty before it ran.
+
+        Example:
+            exp.carry_over[["dataset", "trait", "auroc", "null_auroc_p95", "p"]]
+        """
+        from tlcapture.explore.experiment_tables import carry_over_frame
+
+        return carry_over_frame(self._listed)
 
     @property
     def steering(self) -> DataFrame:

@@ -10,7 +10,7 @@ from tlcapture.commands.top_traits import is_beyond, summary_of
 from tlcapture.errors import StorageError, warn_user
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.evaluation_files import read_evaluation
+from tlcapture.traits.evaluation_files import Evaluation, read_evaluation
 from tlcapture.traits.saved_projections import no_projections
 from tlcapture.traits.selection import steering_runs
 from tlcapture.traits.steering_files import percentile_95
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _EVALUATION = ("trait", "component", "method", "layer")
+_VERDICTS = (
+    *_EVALUATION, "nested_auroc", "nested_sd", "nested_effect_size", "layer_0", "words", "lengths", "gain", "gain_low",
+    "gain_high", "p", "verdict",
+)  # fmt: skip
+_CARRY_OVER = (
+    "dataset", *_EVALUATION, "auroc", "null_auroc_p95", "p", "layer0_auroc", "bag_of_words_auroc", "effect_size",
+    "n_positive", "n_negative",
+)  # fmt: skip
 _STEERING = ("trait", "component", "method", "layer", "coefficient", "trait_mean", "coherence_mean", "gain")
 _RUN = ("command", "status", "started", "seconds", "prompts", "skipped", "files", "bytes", "failures", "warnings")
 
@@ -39,6 +47,36 @@ def evaluation_frame(layout: Layout) -> DataFrame:
     if rows and "component" not in frame:
         frame["component"] = "residual"
     return frame[[*first, *(name for name in frame.columns if name not in first)]]
+
+
+def verdicts_frame(layout: Layout) -> DataFrame:
+    """A row for each trait, with the nested scores that `evaluate` prints; raises `StorageError` for a damaged file."""
+    from pandas import DataFrame
+
+    rows = []
+    for trait, each in Evaluation.read(layout.evaluation).by_trait.items():
+        baselines = dict(each.baselines)
+        found = {"layer_0": baselines.pop("layer 0", None), "words": baselines.pop("bag of words", None)}
+        found["lengths"] = max((rate for rate in baselines.values() if rate is not None), default=None)
+        low, high = each.gain_interval or (None, None)
+        fields = {name: getattr(each, name) for name in _VERDICTS if hasattr(each, name)}
+        rows.append({**fields, "trait": trait, **found, "gain_low": low, "gain_high": high})
+    numbers = {name: "float64" for name in _VERDICTS if name not in (*_EVALUATION, "verdict")}
+    return DataFrame(rows, columns=list(_VERDICTS)).astype(numbers)
+
+
+def carry_over_frame(layout: Layout) -> DataFrame:
+    """A row for each vector and dataset that `evaluate --examples` scored; raises `StorageError` for a damaged file."""
+    from pandas import DataFrame
+
+    evaluation = Evaluation.read(layout.evaluation)
+    rows = [
+        {"dataset": dataset, "trait": trait, **{name: getattr(row, name, None) for name in _CARRY_OVER[2:]}}
+        for dataset in evaluation.carry_overs
+        for trait, scored in evaluation.carry_over_to(dataset).items()
+        for row in scored
+    ]
+    return DataFrame(rows, columns=list(_CARRY_OVER))
 
 
 def steering_frame(layout: Layout) -> DataFrame:

@@ -231,6 +231,21 @@ class ExplorableCapture(ABC):
             self._heads[layer_index] = self._saved_heads(layer_index) or self._computed_heads(layer_index)
         return self._heads[layer_index]
 
+    def head_summary(self) -> DataFrame:
+        """What each head attends to on average over the response, a row for each layer and head.
+
+            cap.head_summary().nlargest(5, "previous")  # previous-token heads
+
+        Columns are `prompt_id`, `sample`, `part`, `n_queries`, `layer`, `head`, `entropy` in nats, `distance` looked
+        back in tokens, and the weights on the `first` token, the `previous` one and it`self`: means over the
+        `n_queries` tokens of the response, or of the prompt if there is no response.
+
+        Raises `InputError` without attention that was stored, or captured with `attention=True`.
+        """
+        from tlcapture.explore.head_figures import heads_frame
+
+        return heads_frame(self)
+
     def logit_lens(self) -> LogitLensTable:
         """The next-token predictions of every layer.
 
@@ -253,7 +268,7 @@ class ExplorableCapture(ABC):
         path = self._add_on("logit_lens")
         saved = None if path is None else read_lens(path)
         if saved is not None and saved.head.tokens == self._captured.tokens:  # otherwise of another capture
-            return table_of(saved, self._captured.capture_set, self._captured.name)
+            return table_of(saved, self._labels())
         from tlcapture.views.logit_lens import logit_lens_view
 
         capture, model = self._captured, self._model()
@@ -318,7 +333,8 @@ class ExplorableCapture(ABC):
         capture = self._captured
         return {
             "prompt_set": capture.capture_set,
-            "prompt_id": capture.name,
+            "prompt_id": capture.prompt_id,
+            "sample": capture.sample,
             "tokens": capture.tokens,
             "n_prompt_tokens": len(capture.prompt.tokens),
         }
@@ -333,10 +349,13 @@ class ExplorableCapture(ABC):
         method: str | None = None,
         component: str = "residual",
         vector_experiment: str | None = None,
+        **unknown: Any,
     ) -> list[Projection]:
         """Projections onto traits, all of them if none is given, and after them onto the user's own directions."""
         from tlcapture.explore.projecting import project_own, project_traits
 
+        for name in unknown:
+            raise InputError(f"no option {name!r}: expected layer, method, component or vector_experiment")
         named = [each for each in traits if isinstance(each, str)]
         own = [each for each in traits if not isinstance(each, str)]
         how: dict[str, Any] = {"method": method, "component": component, "vector_experiment": vector_experiment}

@@ -73,7 +73,8 @@ def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibra
     """Mean trajectories of many responses over the tokens, one line per trait and prompt set, with their spread.
 
     The responses begin together, at 0; the band is one standard deviation over responses each way. Each line has its
-    own colour, and the second prompt set is dashed.
+    own colour, and the second prompt set is dashed. A token that fewer responses have is the mean of these alone; their
+    number is shown on hovering.
 
     Args:
         sets: the projections of each prompt set, or of a variant, `SET@VARIANT`.
@@ -85,7 +86,7 @@ def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibra
         raise InputError("no trait to draw: name one that has vectors")
     is_calibrated = calibrated and all(each.calibration is not None for each in everything)
     traits = list(dict.fromkeys(each.trait for each in everything))
-    figure = OfflineFigure()
+    figure, is_ragged = OfflineFigure(), False
     for trait, prompt_set in product(traits, sets):
         found = [each for each in sets[prompt_set] if each.trait == trait]
         if not found:
@@ -106,10 +107,15 @@ def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibra
         band = {"x": [*x, *x[::-1]], "y": [*high, *low[::-1]], "fill": "toself", "fillcolor": colour, "opacity": 0.15}
         hidden = {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": name}
         figure.add_trace(go.Scatter(**band, **hidden, name=f"{name}: one standard deviation"))
-        hover = f"token %{{x}} of the response<br>{name}: %{{y:.5g}}<extra></extra>"
+        numbers = (~np.isnan(rows)).sum(axis=0)
+        is_ragged |= bool((numbers[positions >= 0] < len(rows)).any())
+        hover = f"token %{{x}} of the response<br>{name}: %{{y:.5g}}, mean of %{{customdata}}<extra></extra>"
         line = {"color": colour, "width": 2, "dash": dash}
-        figure.add_trace(go.Scatter(x=x, y=mean[drawn], name=name, line=line, legendgroup=name, hovertemplate=hover))
+        common = {"name": name, "legendgroup": name, "hovertemplate": hover, "customdata": numbers[drawn]}
+        figure.add_trace(go.Scatter(x=x, y=mean[drawn], line=line, **common))
     _lay_out(figure, f"{' beside '.join(sets)}: mean and one standard deviation over responses")
+    if is_ragged:
+        _note(figure, "a token that fewer responses have is their mean alone")
     figure.add_vline(x=-0.5, line_dash="dash", line_color="#555555")
     figure.update_xaxes(title_text="token, where 0 is the first of the response")
     figure.update_yaxes(
@@ -169,7 +175,7 @@ def lens_figure(table: LogitLensTable) -> OfflineFigure:
     hover = [
         [_lens_hover(table, row, column) for column in range(table.n_predictions)] for row in range(table.n_layers)
     ]
-    title = f"{table.prompt_set}/{table.prompt_id}: logit lens"
+    title = f"{table.prompt_set}/{table.name}: logit lens"
     figure = _over_tokens(table.tokens[:-1], table.n_prompt_tokens, title)
     figure.add_trace(
         go.Heatmap(
@@ -198,7 +204,7 @@ def attention_figure(heads: AttentionHeads, head: SupportsIndex | None) -> Offli
     pattern[np.triu_indices(len(pattern), 1)] = np.nan  # masked: a query cannot attend to later keys
     names = _hover_texts(heads.tokens)
     which = "mean of all heads" if head is None else f"head {index(head)}"
-    title = f"{heads.prompt_set}/{heads.prompt_id}: attention, layer {heads.layer}, {which}"
+    title = f"{heads.prompt_set}/{heads.name}: attention, layer {heads.layer}, {which}"
     figure = _over_tokens(heads.tokens, heads.n_prompt_tokens, title)
     pairs = [[f"{query}<br>attends to {key}" for key in names] for query in names]
     figure.add_trace(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import StorageError
-from tlcapture.names import PromptId
+from tlcapture.names import PromptId, capture_name
 from tlcapture.text import printable
 from tlcapture.views.saved_lens import SavedLens
 
@@ -29,12 +29,12 @@ class LogitLensTable:
     """The next-token predictions of every layer after each token except the last, or after each kept token.
 
         lens = cap.logit_lens()
-        lens.n_layers, lens.layer_numbers, lens.n_predictions, lens.after
+        lens.name, lens.n_layers, lens.layer_numbers, lens.n_predictions, lens.after
         lens.actual_prob[:, -1]  # by layer, of the last token
         lens.to_pandas()  # a row for each layer and token
 
     Attributes:
-        prompt_set, prompt_id: the capture.
+        prompt_set, prompt_id, sample: the capture; `name` is that of its files.
         tokens: texts of all tokens, prompt first.
         n_prompt_tokens: how many of them belong to the prompt.
         top_tokens: `[layer][prediction][k]`, texts of the most likely next tokens, most likely first.
@@ -59,11 +59,17 @@ class LogitLensTable:
     source: str
     positions: Sequence[int] | None = None
     layers: Sequence[int] | None = None
+    sample: int | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.top_tokens), self.n_predictions)
         if not self.top_probs.shape[:2] == self.actual_rank.shape == self.actual_prob.shape == shape:
             raise StorageError(f"predictions of shape {list(self.top_probs.shape)} for {len(self.tokens)} tokens")
+
+    @property
+    def name(self) -> PromptId:
+        """The capture's name within its set: `7`, or `7.s1` for a sample."""
+        return capture_name(self.prompt_id, self.sample)
 
     @property
     def n_layers(self) -> int:
@@ -104,30 +110,37 @@ class LogitLensTable:
             frame = lens.to_pandas()
             frame.pivot(index="layer", columns="token_idx", values="actual_rank")
 
-        Columns are `token_idx` and `token` (the token that the prediction is made after), `layer`,
-        `top_token`, `top_prob`, `actual_token`, `actual_rank` and `actual_prob`.
+        Frames can be put together: `pandas.concat(each.logit_lens().to_pandas() for each in captures)`.
+        Columns are `prompt_id`, `sample` (missing for the only response), `token_idx` and `token` (the token that the
+        prediction is made after), `layer`, `top_token`, `top_prob`, and of the actual next token `actual_token`,
+        `actual_part` (`prompt` or `response`), `actual_rank` and `actual_prob`.
         """
         from pandas import DataFrame
 
         after = list(self.after)
+        n_rows = self.n_layers * len(after)
+        parts = ["prompt" if token + 1 < self.n_prompt_tokens else "response" for token in after]
         return DataFrame(
             {
+                "prompt_id": [self.prompt_id] * n_rows,
+                "sample": [self.sample] * n_rows,
                 "token_idx": np.tile(np.array(after, dtype=np.int64), self.n_layers),
                 "token": [self.tokens[token] for token in after] * self.n_layers,
                 "layer": np.repeat(np.array(self.layer_numbers, dtype=np.int64), len(after)),
                 "top_token": [top[0] for row in self.top_tokens for top in row],
                 "top_prob": self.top_probs[:, :, 0].ravel(),
                 "actual_token": [self.tokens[token + 1] for token in after] * self.n_layers,
+                "actual_part": parts * self.n_layers,
                 "actual_rank": self.actual_rank.ravel(),
                 "actual_prob": self.actual_prob.ravel(),
             }
-        )
+        ).astype({"sample": "Int64"})
 
     def __repr__(self) -> str:
         ranks = self.actual_rank[-1, self._first_of_response :]
         first = f", the last layer ranks {int((ranks == 1).sum())} of {len(ranks)} response tokens first"
         return (
-            f"LogitLensTable({self.prompt_set}/{self.prompt_id}, {self.n_layers} layers, {self.n_predictions} "
+            f"LogitLensTable({self.prompt_set}/{self.name}, {self.n_layers} layers, {self.n_predictions} "
             f"predictions{first if len(ranks) else ''}, from {self.source})"
         )
 
@@ -142,7 +155,7 @@ class LogitLensTable:
         shown = [self.after[column] for column in columns]
         whole = len(columns) == len(self.tokens) - 1 or not shown
         part = "" if whole else f"; tokens {shown[0]} to {shown[-1]} of {len(self.tokens)}"
-        caption = f"{self.prompt_set}/{self.prompt_id}: most likely next token by layer{part}"
+        caption = f"{self.prompt_set}/{self.name}: most likely next token by layer{part}"
         return (
             f'<div class="tlcapture-lens" style="overflow-x:auto"><div style="opacity:0.7">{escape(caption)}</div>'
             f'<table style="font-family:monospace;font-size:80%;white-space:pre"><tr><th>layer</th>{head}</tr>{rows}'
@@ -168,14 +181,14 @@ class LogitLensTable:
         return f'<td title="{title}" style="{colour}">{likeliest}</td>'
 
 
-def table_of(saved: SavedLens, prompt_set: str, prompt_id: PromptId) -> LogitLensTable:
-    """The table of a logit-lens file of either form; raises `StorageError` if it is damaged."""
+def table_of(saved: SavedLens, labels: Mapping[str, Any]) -> LogitLensTable:
+    """The table of a logit-lens file of either form, `labels` being its capture's.
+
+    Raises `StorageError` if the file is damaged.
+    """
     head, numbers = saved.head, saved.numbers()
     return LogitLensTable(
-        prompt_set=prompt_set,
-        prompt_id=prompt_id,
-        tokens=head.tokens,
-        n_prompt_tokens=head.n_prompt_tokens,
+        **labels,
         top_tokens=numbers.top_tokens,
         top_probs=numbers.top_probs,
         actual_rank=numbers.actual_rank,

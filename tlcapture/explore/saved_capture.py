@@ -11,6 +11,7 @@ from tlcapture.errors import InputError
 from tlcapture.explore.explorable_capture import ExplorableCapture
 from tlcapture.names import PromptId
 from tlcapture.storage.layout import Layout
+from tlcapture.text import did_you_mean
 
 if TYPE_CHECKING:
     from tlcapture.captures.capture import Capture
@@ -90,7 +91,14 @@ class SavedCapture(ExplorableCapture):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self.capture, name)
+        capture = self.capture
+        try:
+            return getattr(capture, name)
+        except AttributeError:
+            if name in dir(capture):  # it was raised by a property
+                raise
+        meant = did_you_mean(name, [each for each in dir(self) if not each.startswith("_")])
+        raise AttributeError(f"SavedCapture has no attribute {name!r}{meant}")
 
     def __len__(self) -> int:
         return len(self.capture)
