@@ -19,6 +19,7 @@ from tlcapture.captures.provenance import model_record, point_hooks
 from tlcapture.errors import ModelError
 from tlcapture.explore.live_capture import capture
 from tlcapture.models.checkpoints import cast, fingerprint, quiet_loading
+from tlcapture.models.engines import base
 from tlcapture.models.engines.tokenizers import for_transformer_lens
 from tlcapture.models.loading import as_model, from_hooked_transformer, from_hugging_face, load_model
 from tlcapture.runs.display import Display
@@ -278,3 +279,19 @@ def test_casting_leaves_packed_weights_and_buffers_as_they_are() -> None:
         "scaled": "torch.float8_e4m3fn",
         "frequencies": "torch.float32",
     }
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (0, 5)])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_logits_are_capped_in_place_as_transformer_lens_caps_them(
+    shape: tuple[int, ...], contiguous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "_CAPPED_TOGETHER", 10)
+    logits = 40 * torch.randn(*shape[:-1], 2 * shape[-1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits = logits[..., :5].contiguous() if contiguous else logits[..., :5]
+    uncapped = logits.clone()
+    for cap in (None, 0, -1.0):
+        base.soft_cap(logits, cap)
+        assert torch.equal(logits, uncapped)
+    base.soft_cap(logits, 30.0)
+    assert torch.equal(logits, 30.0 * torch.tanh(uncapped / 30.0))

@@ -275,7 +275,9 @@ def storage_dtype(residual: ResidualStream, dtype: str) -> torch.dtype:
 def common_dtype(tensors: Sequence[Tensor], dtype: str) -> torch.dtype:
     """The dtype to store float tensors in together, by the rule and with the errors of `storage_dtype`."""
     widest = max((tensor.dtype for tensor in tensors), key=lambda each: each.itemsize)
-    extremes = [float(extreme) for tensor in tensors if tensor.numel() for extreme in tensor.aminmax()]
+    extremes = [
+        float(extreme) for tensor in tensors if tensor.numel() for extreme in _in_memory_order(tensor).aminmax()
+    ]
     largest = max((abs(extreme) for extreme in extremes), default=0.0)
     largest = float("nan") if any(isnan(extreme) for extreme in extremes) else largest
     if not largest < float("inf"):  # NaN too
@@ -287,6 +289,11 @@ def common_dtype(tensors: Sequence[Tensor], dtype: str) -> torch.dtype:
             "use --save-dtype auto, bfloat16 or float32"
         )
     return target
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A view whose last axis is the densest, which reductions read several times as fast."""
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
 
 
 def _save_dtype(name: str, compute: torch.dtype, largest: float) -> torch.dtype:

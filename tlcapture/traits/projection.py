@@ -373,12 +373,11 @@ def _rows(kept: KeptPoints) -> Tensor:
 
 
 def _products(activations: Tensor, directions: Vectors) -> Tensor:
-    """Products on the device of the directions, to which all activations are moved together."""
-    activations = activations.to(directions.device)
-    # In pieces: float32 takes twice the memory of stored activations.
-    piece = _PIECE_ON_CPU if activations.device.type == "cpu" else _PIECE
-    rows = max(1, piece // max(1, activations[0].numel()))
-    products = torch.cat([linear(piece.float(), directions) for piece in activations.split(rows)]).cpu()
+    """Products on the device of the directions, to which activations are moved piece by piece, and become float32."""
+    device = directions.device
+    rows = max(1, (_PIECE_ON_CPU if device.type == "cpu" else _PIECE) // max(1, activations[0].numel()))
+    pieces = (each.to(device).float() for each in activations.split(rows))
+    products = torch.cat([linear(each, directions) for each in pieces]).cpu()
     # A sum is finite only if all its terms are; where it is not, it may have overflowed.
     if not isfinite(float(products.sum())) and not products.isfinite().all():
         raise NumericalError("a projection is NaN or inf: the captured activations are damaged")

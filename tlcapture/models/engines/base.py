@@ -20,6 +20,7 @@ from tlcapture.shapes import LastLogits, Logits, Mask, Residual, Rows, Tokens, V
 from tlcapture.text import dtype_name
 from tlcapture.views.hooks import attention_layers, hook
 
+_CAPPED_TOGETHER = 2**24  # logits, which fit into a GPU's cache in 16 bits
 EXTERNAL_PREFIX = "tl-"  # prefix of the fingerprints of models that tlcapture did not load itself
 
 
@@ -241,3 +242,12 @@ def _context_with_fixed_frequencies(config: Any, n_ctx: int) -> int:
     if getattr(config, "attn_temperature_tuning", False) and not all(getattr(config, "no_rope_layers", None) or ()):
         lengths.append(int(config.floor_scale) - 1)
     return min([n_ctx, *lengths])
+
+
+def soft_cap(logits: Logits, cap: float | None) -> None:
+    """Replace logits by `cap * tanh(logits / cap)` in place, some rows after others; there is no cap of 0 or less."""
+    if cap is None or cap <= 0 or not logits.numel():
+        return
+    n_rows = max(1, _CAPPED_TOGETHER // logits.shape[-1])
+    for piece in logits.view(-1, logits.shape[-1]).split(n_rows) if logits.is_contiguous() else (logits,):
+        piece.div_(cap).tanh_().mul_(cap)

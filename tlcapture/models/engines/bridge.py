@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints import fingerprint
-from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step
+from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step, soft_cap
 from tlcapture.models.engines.booting import text_only
 from tlcapture.models.engines.hook_layouts import (
     PLAIN,
@@ -215,9 +215,7 @@ class BridgeModel(Model):
         logits = self.tl.unembed(self.tl.ln_final(flat)).clone()
         if self.logit_scale != 1:
             logits *= self.logit_scale
-        cap = getattr(self.hf_config.get_text_config(), "final_logit_softcapping", None)
-        if cap:
-            logits = torch.tanh(logits / cap) * cap
+        soft_cap(logits, getattr(self.hf_config.get_text_config(), "final_logit_softcapping", None))
         return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 
     def check(self) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints import fingerprint
-from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step
+from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step, soft_cap
 from tlcapture.models.engines.hooked_config import hooked_fields, weight_converter
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.models.engines.weight_layout import join_in_place, lay_out, lay_out_in_place, memory_order
@@ -143,15 +143,13 @@ class HookedModel(Model):
     @torch.no_grad()
     def unembed(self, residual: Residual) -> Logits:
         """Logits `[..., d_vocab]` of a residual stream `[..., d_model]`: final norm, unembedding and soft cap."""
-        from transformer_lens.utilities import apply_softcap
-
         flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
         if self._is_fast:
             logits = unembed(self.tl.unembed, final_norm(self.tl, flat)[0])
         else:
             normed = self.tl.ln_final(flat) if self.tl.cfg.normalization_type is not None else flat
             logits = self.tl.unembed(normed)[0].clone()
-        logits = apply_softcap(logits, self.tl.cfg.output_logits_soft_cap)
+        soft_cap(logits, self.tl.cfg.output_logits_soft_cap)
         return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 
     @property
