@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tlcapture.cli.answers import show_answers, show_unprojected
+from tlcapture.cli.answers import show_answers, show_without_rises
 from tlcapture.cli.console import Console
 from tlcapture.cli.tables import Cell, Column
 from tlcapture.names import split_name
@@ -55,7 +55,7 @@ def show_top_traits(
     if given:
         show_answers(console, layout, prompt_set, given, tops)
     elif not tops:
-        show_unprojected(console, layout, prompt_set, names)
+        show_without_rises(console, layout, prompt_set, names, is_projected=bool(summary.vectors))
 
 
 def _show_tops(console: Console, layout: Layout, prompt_set: str, summary: Summary, *, with_responses: bool) -> None:
