@@ -93,6 +93,15 @@ def test_a_set_that_is_projected_onto_nothing_shows_its_answers(
     assert not [line for line in again.stdout.splitlines() if line.split()[:1] == [captures[0].name]]
 
 
+def test_a_set_without_responses_is_not_called_unprojected(
+    capture: Callable[..., Result], extract: Callable[..., Result]
+) -> None:
+    assert extract("--component", "residual", "--methods", "mean_diff").exit_code == 0
+    done = capture("--max-new-tokens", 0)
+    assert "short: no rise is known without tokens of the response" in done.stdout
+    assert "projected onto no trait" not in done.stdout
+
+
 def test_the_samples_of_a_given_prompt_are_shown_where_nothing_is_projected(capture: Callable[..., Result]) -> None:
     done = capture("--no-project", "--samples", 2, "--temperature", 2, prompts=("--prompt", "Why does it rain?"))
     shown = done.stdout.splitlines()

@@ -351,7 +351,10 @@ def test_layer_and_method_choose_the_vector(capture: Run, extract: Run, projecte
 
 def test_vectors_can_come_from_another_experiment(capture: Run, extract: Run, projected: Path) -> None:
     extract(experiment="vectors")
-    assert capture("--vector-experiment", "vectors").exit_code == 0
+    result = capture("--vector-experiment", "vectors")
+    assert result.exit_code == 0
+    assert "run 'tlcapture evaluate --experiment vectors', then " in result.output
+    assert "'tlcapture project --experiment exp --all-prompt-sets --vector-experiment vectors'" in result.output
     assert read_json(projected / "1.json")["metadata"]["vector_source"]["experiment"] == "vectors"
     result = capture("--vector-experiment", "nothing")
     assert result.exit_code == 2

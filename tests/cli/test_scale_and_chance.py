@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,15 @@ def test_the_summary_says_where_random_directions_have_no_reference(
     result = tlcapture("project", "--experiment", "exp", "--prompt-set", "short")
     assert result.exit_code == 0
     assert said not in result.output
+
+
+def test_a_reference_of_other_weights_is_a_warning(evaluated: Layout, capture: Run, tlcapture: Run) -> None:
+    assert "other weights" not in capture().stderr
+    reference = read_reference(evaluated, "residual")
+    assert reference is not None
+    replace(reference, model_fingerprint="0123").write(evaluated, "residual")
+    result = tlcapture("project", "--experiment", "exp", "--prompt-set", "short")
+    assert result.stderr.count("prompts of experiment 'exp' ran on other weights than these captures") == 1
 
 
 def test_a_single_prompt_is_compared_with_the_reference(evaluated: Layout, capture: Run, data: Path) -> None:

@@ -182,6 +182,16 @@ def test_effect_size_comes_second(files: VectorFiles) -> None:
     assert (found.layer, found.method, found.selected_by, found.score) == (6, "mean_diff", "effect_size", 2.5)
 
 
+def test_a_gain_by_subtracting_a_vector_does_not_select_it(files: VectorFiles) -> None:
+    steering(files, (4, 75.0, 90.0), (6, 60.0, 90.0))
+    path = files.layout.steering(TRAIT)
+    content = json.loads(path.read_text())
+    content["runs"][0]["config"]["coefficients"] = [-0.2]
+    path.write_text(json.dumps(content))
+    found = select(files, "residual", 30)
+    assert (found.layer, found.selected_by, found.score) == (6, "steering", 20.0)
+
+
 def test_a_method_asked_for_narrows_the_choice(files: VectorFiles) -> None:
     evaluation(
         files,
@@ -197,6 +207,15 @@ def test_the_fallback_is_layer_16_with_a_warning(files: VectorFiles) -> None:
     assert found.warning is not None
     assert "layer 16 by default" in found.warning
     assert "'tlcapture evaluate --experiment exp' would choose one" in found.warning
+
+
+def test_the_fallback_is_layer_16_also_where_only_a_later_method_has_it(tmp_path: Path) -> None:
+    files = VectorFiles(Layout(tmp_path, "exp"), TRAIT)
+    write_vector(files, "residual", "probe", 3, torch.ones(4))
+    write_vector(files, "residual", "mean_diff", 16, torch.ones(4))
+    found = select(files, "residual", 30)
+    assert (found.layer, found.method) == (16, "mean_diff")
+    assert "no vector" not in str(found.warning)
 
 
 def test_evaluating_again_is_no_advice_where_evaluation_found_no_effect_size(files: VectorFiles) -> None:

@@ -47,8 +47,10 @@ def _show_capture(console: Console, layout: Layout, prompt_set: str, name: str) 
     _plain(console, Capture.open(layout.residual(prompt_set, name)).response.text)
 
 
-def show_unprojected(console: Console, layout: Layout, prompt_set: str, ids: Sequence[PromptId]) -> None:
-    """Print a table of the answers of a set that is projected onto no trait."""
+def show_without_rises(
+    console: Console, layout: Layout, prompt_set: str, ids: Sequence[PromptId], *, is_projected: bool
+) -> None:
+    """Print a table of the answers of a set that is projected onto no trait, or whose responses are empty."""
     from tlcapture.cli.tables import Column
     from tlcapture.errors import StorageError
     from tlcapture.page.captured import captured_tokens
@@ -60,7 +62,8 @@ def show_unprojected(console: Console, layout: Layout, prompt_set: str, ids: Seq
                 rows.append((str(prompt_id), captured_tokens(raw)["text"]))
     if rows:
         console.line()
-        console.line(f"{prompt_set}: projected onto no trait")
+        why = "no rise is known without tokens of the response" if is_projected else "projected onto no trait"
+        console.line(f"{prompt_set}: {why}")
         console.line()
         console.table([Column("prompt", right=True), Column("response")], rows)
         console.line()

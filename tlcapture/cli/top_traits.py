@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tlcapture.cli.answers import show_answers, show_unprojected
+from tlcapture.cli.answers import show_answers, show_without_rises
 from tlcapture.cli.console import Console
 from tlcapture.cli.tables import Cell, Column
 from tlcapture.names import split_name
@@ -55,7 +55,7 @@ def show_top_traits(
     if given:
         show_answers(console, layout, prompt_set, given, tops)
     elif not tops:
-        show_unprojected(console, layout, prompt_set, names)
+        show_without_rises(console, layout, prompt_set, names, is_projected=bool(summary.vectors))
 
 
 def _show_tops(console: Console, layout: Layout, prompt_set: str, summary: Summary, *, with_responses: bool) -> None:
@@ -90,7 +90,7 @@ def _row(top: TopTrait, *, with_response: bool) -> tuple[Cell, ...]:
 
 
 def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[str]:
-    again = f"'{command_line(layout, 'evaluate')}', then '{command_line(layout, 'project', '--all-prompt-sets')}'"
+    remedy = _remedy(layout, summary)
     if any(top.samples is not None for top in summary.tops):
         yield "+-: the standard deviation over the samples of a prompt, of which the mean is shown"
     if has_chance or summary.is_against_set:
@@ -105,7 +105,7 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
             n_out = sum(top.stands_out for top in summary.tops)
             yield f"a trait stands out in {n_out} of {n_known} prompts; up to {0.05 * n_known:.2g} expected by chance"
     else:
-        yield f"whether these rises are within chance is unknown: run {again}" + _scale(summary)
+        yield f"whether these rises are within chance is unknown: {remedy}" + _scale(summary)
     layers = {vector.layer for vector in summary.vectors}
     if len(layers) == 1 < len(summary.vectors):
         yield f"all vectors are of layer {layers.pop()}"
@@ -121,7 +121,23 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
             f"persist; {0.05 * found.n_projections:.2g} of each expected by chance"
         )
         if found.is_isotropic:
-            yield f"without a reference, random directions are isotropic: run {again}, for the activations' covariance"
+            yield f"without a reference, random directions are isotropic: {remedy}"
+
+
+def _remedy(layout: Layout, summary: Summary) -> str:
+    """What makes the reference that is missing: an evaluation of the experiment that the vectors are from."""
+    from tlcapture.traits.packaged_vectors import vectors_layout
+
+    names = {vector.experiment for vector in summary.vectors}
+    if names <= {layout.experiment} or len(names) > 1:
+        commands = command_line(layout, "evaluate"), command_line(layout, "project", "--all-prompt-sets")
+    else:
+        source = vectors_layout(layout.root, name := names.pop())
+        if any(source.reference(vector.component).is_file() for vector in summary.vectors):
+            return f"the reference of experiment {name!r} is of a model of another shape"
+        options = ("--all-prompt-sets", "--vector-experiment", name)
+        commands = command_line(source, "evaluate"), command_line(layout, "project", *options)
+    return "run '{}', then '{}'".format(*commands)
 
 
 def _doubts(layout: Layout, summary: Summary) -> Iterator[str]:

@@ -92,7 +92,7 @@ def _points(files: VectorFiles) -> _Points:
     best: dict[tuple[str, int], float] = {}
     for run in steering_runs(files):
         key = (run.method, run.layer)
-        if run.component == "residual" and run.coherence_mean >= COHERENT and key in sizes:
+        if run.component == "residual" and run.coherence_mean >= COHERENT and run.coefficient >= 0 and key in sizes:
             best[key] = max(best.get(key, run.delta), run.delta)
     keys = sorted(best)
     methods, layers = [method for method, _ in keys], [layer for _, layer in keys]

@@ -33,7 +33,7 @@ from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChoice, V
 from tlcapture.traits.mean_activations import mean_activation
 from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.projection import Projection, project, projections_to_json
-from tlcapture.traits.reference import read_reference
+from tlcapture.traits.reference import Reference, read_reference
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.span_dynamics import by_span
 from tlcapture.traits.vectors import TraitVector
@@ -111,7 +111,20 @@ class ChanceLevels:
         if key not in self._made:
             source = vectors_layout(self.run.layout.root, vector.experiment)
             self._made[key] = random_directions(source, vector.component, *shape, self.run.warn)
+            if _is_of_other_weights(self._made[key].reference, capture.metadata):
+                self.run.warn(
+                    f"the reference prompts of experiment {vector.experiment!r} ran on other weights than these "
+                    "captures: rises and chance levels are measured against those weights"
+                )
         return self._made[key]
+
+
+def _is_of_other_weights(reference: Reference | None, capture: Mapping[str, Any]) -> bool:
+    """Whether a reference ran on other weights than a capture, with its metadata, and than its adapter's base."""
+    own = [str(capture[name]) for name in ("model_fingerprint", "base_fingerprint") if capture.get(name)]
+    if reference is None or not own or own[0].startswith("tl-") != reference.model_fingerprint.startswith("tl-"):
+        return False  # a model that the user loaded has a fingerprint of another kind
+    return reference.model_fingerprint not in own
 
 
 def random_directions(

@@ -210,7 +210,9 @@ class SteeringScorer:
         return self._model.d_model
 
     def typical_norm(self, layer: int) -> float:
-        """The median norm of `residual_out` at a layer over the tokens of both completions, unsteered.
+        """The median norm of `residual_out` at a layer, unsteered, over the tokens at which steering acts.
+
+        These are the last one of each prompt and those of both completions.
 
         A prompt without completions counts with the tokens of the model's own response.
         """

@@ -3,7 +3,8 @@
 In this order: the best coherent single-layer steering run (`coherence_mean >= 70`, the largest gain over the baseline,
 if it beats the best gains of all random vectors); the largest effect size; layer 16, or if the
 model has no layer 16 the layer nearest to 0.6 of its depth, with a warning. An override wins over all of them. A score
-counts only for the vector it was measured on: a vector that was extracted again since has no score.
+counts only for the vector it was measured on: a vector that was extracted again since has no score. Runs that subtract
+a vector (a negative coefficient) do not select it: where they gain, it points away from the trait.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ def _ranked(files: VectorFiles, component: str, available: Mapping[str, list[int
         for run in runs
         if run.layer in available.get(run.method, ())
         and run.coherence_mean >= COHERENT
+        and run.coefficient >= 0
         and (chance is None or run.delta > chance)
     ]
     best = next(in_order := _current(files, component, steered), None)
@@ -211,8 +213,8 @@ def _what_would_choose(files: VectorFiles, component: str) -> str:
 
 def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence[str], remedy: str) -> Selection:
     wanted = fallback_layer(n_layers)
-    method = next(iter(available))
-    layer = min(available[method], key=lambda each: (abs(each - wanted), each))
+    layer = min({each for layers in available.values() for each in layers}, key=lambda each: (abs(each - wanted), each))
+    method = next(name for name, layers in available.items() if layer in layers)
     notes = list(notes)
     if wanted != FALLBACK_LAYER:
         notes.append(f"the model has no layer {FALLBACK_LAYER}")
