@@ -30,7 +30,7 @@ def vectors_of(layout: Layout, trait: Trait, tell: _Tell) -> dict[str, Any]:
     Where an experiment of the embedded model has none, those that come with the package, from the experiment `source`.
     `tell` makes the text of an error. Raises `MissingError` if the trait has no vectors.
     """
-    is_lent = trait not in layout.traits() and has_packaged(layout, trait)
+    is_lent = not layout.vectors(trait).is_dir() and has_packaged(layout, trait)
     source = vectors_layout(layout.root, PACKAGED) if is_lent else layout
     files = VectorFiles(source, trait)
     components = {component: _component_vectors(files, component, tell) for component in COMPONENTS}
