@@ -20,7 +20,7 @@ from tlcapture.page.export import export_page
 from tlcapture.runs.display import Display
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
-from tlcapture.storage import folders, projection_shards, shard_writing
+from tlcapture.storage import folders, json_text, projection_shards, shard_writing
 from tlcapture.storage.file_index import Learned
 from tlcapture.storage.files import FileState, read_json, write_json
 from tlcapture.storage.layout import Layout
@@ -231,3 +231,19 @@ def test_an_open_page_reads_what_it_has_listed_again_when_it_changes(
     write_json(path, {**read_json(path), "prompt": {"text": "another", "tokens": ["<bos>", "x"]}})
     path.with_name("99.json").write_bytes(path.read_bytes())
     assert contents.prompt_set("exp", "odd")["prompts"][-1]["id"] == "99"
+
+
+def test_a_repeated_key_is_found_without_comparing_each_with_all() -> None:
+    compared = 0
+
+    class Key(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    with pytest.raises(ValueError, match="the key 'k99' occurs twice"):
+        json_text._without_repetition([(Key(f"k{number}"), 0) for number in (*range(100), 99)])
+    assert compared < 20
