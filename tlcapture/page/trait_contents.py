@@ -74,8 +74,11 @@ def _evaluation(layout: Layout, trait: Trait, tell: _Tell) -> dict[str, Any]:
         content = Evaluation.read(layout.evaluation)
     except StorageError as error:
         return {"problem": tell(error)}
-    of_trait = [row for row in content.all_results if row.trait == str(trait)]
-    rows = [row.as_written() for row in of_trait if None not in (row.val_effect_size, row.val_auroc)]
+    rows = [
+        row.as_written()
+        for row in content.rows_of.get(str(trait), ())
+        if None not in (row.val_effect_size, row.val_auroc)
+    ]
     if not rows:
         return {"missing": missing.evaluation(layout).to_json()}
     found = content.by_trait.get(str(trait))
