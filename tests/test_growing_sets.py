@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.page.conftest import projection
+from tlcapture import Experiment
 from tlcapture.captures.notes import Marked, add_note
+from tlcapture.commands import projection_writing
+from tlcapture.commands.project import ProjectOptions, _recompute_dynamics
+from tlcapture.commands.projection_writing import ProjectionFiles
 from tlcapture.names import Trait
 from tlcapture.page import prompt_list
 from tlcapture.page.average import average_trajectory
@@ -24,6 +29,8 @@ from tlcapture.storage import folders, json_text, projection_shards, shard_writi
 from tlcapture.storage.file_index import Learned
 from tlcapture.storage.files import FileState, read_json, write_json
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.selection import select
+from tlcapture.traits.vector_files import VectorFiles
 
 LONG_AGO = 10**18  # nanoseconds since the epoch
 
@@ -247,3 +254,70 @@ def test_a_repeated_key_is_found_without_comparing_each_with_all() -> None:
     with pytest.raises(ValueError, match="the key 'k99' occurs twice"):
         json_text._without_repetition([(Key(f"k{number}"), 0) for number in (*range(100), 99)])
     assert compared < 20
+
+
+def test_each_set_and_each_capture_is_opened_without_listing_the_others(
+    internals: Callable[[int], Layout], listed: list[str]
+) -> None:
+    layout = internals(50)
+    for number in range(20):
+        path = layout.residual(f"t{number}", 1)
+        path.parent.mkdir()
+        path.touch()
+    captures = Experiment("e", layout.root).captures
+    listed.clear()
+    for name in [f"t{number}" for number in range(20)]:
+        assert len(captures[name]) == 1
+    for number in range(50):
+        assert captures["s"][number].prompt_set == "s"
+    assert len(listed) == 20 * 2 + 50  # one name of each set, and then all of the small ones
+    with pytest.raises(KeyError, match="50: prompt set"):
+        captures["s"][50]
+    for name in ("u", 3, "../s"):
+        with pytest.raises(KeyError):
+            captures[name]  # type: ignore[index]
+
+
+def test_an_evaluation_is_read_once_for_all_traits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(tmp_path, "e")
+    traits = [Trait("style", f"t{number}") for number in range(12)]
+    rows = [{"trait": str(trait), "method": "probe", "layer": 1, "val_effect_size": 2.0} for trait in traits]
+    write_json(layout.evaluation, {"all_results": rows})
+    for trait in traits:
+        layout.vectors(trait).mkdir(parents=True)
+        (layout.vectors(trait) / "probe_layer1.pt").touch()
+    checked: list[str] = []
+    parse = Trait.parse
+    monkeypatch.setattr(Trait, "parse", staticmethod(lambda name: checked.append(name) or parse(name)))
+    found = [select(VectorFiles(layout, trait), "residual", 3) for trait in traits]
+    assert {(each.layer, each.selected_by) for each in found} == {(1, "effect_size")}
+    assert len(checked) == len(traits)
+    write_json(layout.evaluation, {"all_results": [{**row, "val_effect_size": 3.0} for row in rows]})
+    assert select(VectorFiles(layout, traits[0]), "residual", 3).score == 3.0
+
+
+def test_the_shard_of_a_prompt_is_rewritten_once_for_all_its_traits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = Layout(tmp_path, "e")
+    traits = [f"style/t{number}" for number in range(5)]
+    folder, contents = layout.shards("residual", "odd"), _contents(1, *traits)
+    shard_writing.write_prompt(folder, "1", contents, now=1)
+    calls: list[str] = []
+    for module, name in ((shard_writing, "write_prompt"), (projection_writing, "take_out")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *how, name=name, real=real: calls.append(name) or real(*how))
+    run = Run.silent(layout)
+    _recompute_dynamics(run, "odd", ["1"], ProjectOptions(dynamics_only=True))
+    assert (calls, run.report.n_files, run.report.failures) == (["write_prompt"], 1, [])
+    found = projection_shards.sharded_of(folder, "1")
+    assert sorted(found) == traits and all(each.written_ns > 1 for each in found.values())
+    assert found[traits[0]].content()["projections"] == contents[traits[0]]["projections"]
+    files = ProjectionFiles(run, "odd", "1", "json")
+    for trait in traits[1:]:
+        vector: Any = SimpleNamespace(component="residual", trait=Trait.parse(trait))
+        files.add(layout.projection(vector.trait, "residual", "odd", "1"), vector, contents[trait])
+    files.write()
+    assert calls == ["write_prompt", "take_out"]
+    assert list(projection_shards.sharded_of(folder, "1")) == traits[:1]
+    assert len(layout.all_projections("odd", "1")) == 4
