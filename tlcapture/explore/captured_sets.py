@@ -42,7 +42,7 @@ class AllCaptures(Mapping[str, "Captures"]):
     def __getitem__(self, prompt_set: str) -> Captures:
         is_name = isinstance(prompt_set, str) and is_capture_set(prompt_set)
         if not (is_name and self._experiment.layout.has_captures(prompt_set)):
-            raise KeyError(f"{prompt_set!r}{beside(prompt_set, self, 'prompt sets with captures')}")
+            raise KeyError(f"{prompt_set!r}{beside(str(prompt_set), self, 'prompt sets with captures')}")
         return self(prompt_set)
 
     def __iter__(self) -> Iterator[str]:
