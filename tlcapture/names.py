@@ -16,7 +16,6 @@ A capture has the name of its prompt, with that of its sample: `7`, `7.s1`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tlcapture.errors import InputError
@@ -128,12 +127,6 @@ def split_name(name: str) -> tuple[str, int | None]:
     """
     found = _SAMPLE.fullmatch(name)
     return (found[1], int(found[2])) if found else (name, None)
-
-
-def sampled_prompts(names: Iterable[str]) -> list[str]:
-    """The ids of the prompts that have samples, from the names of captures, in the same order."""
-    split = map(split_name, names)
-    return list(dict.fromkeys(prompt_id for prompt_id, sample in split if sample is not None))
 
 
 def file_name(prompt_id: PromptId) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.test_many_prompts import FEW, MANY, is_linear
 from tlcapture.page.readable import joined
 from tlcapture.text import REPLACEMENT as PART
 
@@ -52,3 +55,16 @@ def test_tokens_read_as_the_text_does_wherever_bytes_are_split(text: str, border
 )
 def test_only_bytes_of_one_character_are_joined(tokens: list[str], text: str, expected: list[object]) -> None:
     assert [(each["start"], each["stop"], each["text"]) for each in joined(tokens, text)] == expected
+
+
+@pytest.mark.parametrize("word", ["🎉 ", "中"])
+def test_thousands_of_bytes_in_a_row_take_calls_in_proportion(word: str) -> None:
+    def work(count: int) -> Callable[[], None]:
+        text = word * count
+        borders = [at for at in range(1, len(text.encode())) if text.encode()[at - 1 : at] != b" "]
+        tokens = decoded(text, borders)  # a space is in one token with the byte after it
+        return lambda: found.append(joined(["x", *tokens, "<|end|>"], f"x{text}"))
+
+    found: list[Any] = []
+    assert is_linear(work)
+    assert [len(each) for each in found] == [1, 1, FEW, MANY]

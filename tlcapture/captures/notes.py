@@ -160,7 +160,7 @@ def note_of(layout: Layout, prompt_set: str, name: PromptId, note_id: str, revis
     """The note with this id and revision; raises as `change_note`."""
     if not _ID.fullmatch(note_id):
         raise InputError(f"note {note_id[:20]!r}: expected twelve digits of its id")
-    refresh(_folder(layout, prompt_set))
+    refresh(notes_folder(layout, prompt_set))
     try:
         note = _read(_path(layout, prompt_set, name, note_id))
     except FileNotFoundError:
@@ -186,19 +186,20 @@ def _checked_text(text: str) -> str:
 def _ids(layout: Layout, prompt_set: str) -> dict[str, list[str]]:
     """The ids of the notes of each capture of a set, by its name."""
     found: dict[str, list[str]] = {}
-    for stem in sorted(stems_in(_folder(layout, prompt_set), ".json")):
+    for stem in sorted(stems_in(notes_folder(layout, prompt_set), ".json")):
         name, _, note_id = stem.rpartition("_")
         if _ID.fullmatch(note_id) and not name.startswith("."):
             found.setdefault(name, []).append(note_id)
     return found
 
 
-def _folder(layout: Layout, prompt_set: str) -> Path:
+def notes_folder(layout: Layout, prompt_set: str) -> Path:
+    """The folder of the notes on a set's captures."""
     return layout.own(layout.folder / "notes" / check_capture_set(prompt_set))
 
 
 def _path(layout: Layout, prompt_set: str, name: PromptId, note_id: str) -> Path:
-    return layout.own(_folder(layout, prompt_set) / f"{file_name(name)}_{note_id}.json")
+    return layout.own(notes_folder(layout, prompt_set) / f"{file_name(name)}_{note_id}.json")
 
 
 def _read(path: Path) -> Note:

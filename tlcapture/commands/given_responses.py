@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from tlcapture.captures.capture import Capture
@@ -82,7 +83,7 @@ class GivenResponses:
     def _capture_set(self, prompt_set: str) -> str:
         return next(each for each in self._capture_sets if base_set(each) == prompt_set)
 
-    @property
+    @cached_property
     def _capture_sets(self) -> list[str]:
         """The captured sets: the named one, or all except variants."""
         return [name for name in self.source.names if self.source.name or base_set(name) == name]

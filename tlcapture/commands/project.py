@@ -43,7 +43,7 @@ from tlcapture.traits.packaged_vectors import PROJECTED_ONTO_PACKAGED
 from tlcapture.traits.projection import dynamics_of_file, movement_of_file
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS
-from tlcapture.traits.saved_projections import SavedProjection, projections_saved
+from tlcapture.traits.saved_projections import SavedProjection, projections_saved, write_sharded
 from tlcapture.traits.span_dynamics import by_span
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 
@@ -221,12 +221,19 @@ def _recompute_dynamics(
                 if projections is not None:
                     run.failed(name, "has no projection to recompute the dynamics of")
                 continue
+            in_shards: dict[str, dict[str, Any]] = {}
             for saved in projections:
                 with run.attempt(name):
                     content = _with_new_dynamics(saved)
                     if "positions" in content["metadata"]:
                         run.warn(TOKENS_MISSING)
-                    run.wrote(saved.write(content))
+                    if saved.sharded is None:
+                        run.wrote(saved.write(content))
+                    else:
+                        in_shards[saved.sharded.trait] = content
+            if in_shards:
+                with run.attempt(name):
+                    run.wrote(write_sharded(next(each for each in projections if each.sharded), in_shards))
             run.report.n_prompts += 1
             progress.advance(1)
 

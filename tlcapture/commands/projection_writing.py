@@ -40,6 +40,7 @@ class ProjectionFiles:
     prompt_id: PromptId
     form: str | None
     _contents: dict[str, dict[Trait, tuple[Path, Mapping[str, Any]]]] = field(default_factory=dict)  # by component
+    _replaced: dict[str, list[str]] = field(default_factory=dict)  # traits in shards that are JSON now, by component
     _folders: dict[str, Path] = field(default_factory=dict)  # of shards, by component
     _sharded: dict[str, bool] = field(default_factory=dict)  # whether these folders exist
 
@@ -65,14 +66,16 @@ class ProjectionFiles:
         if not self._is_compact(content):
             self.run.wrote(write_json(path, content).knowing(facts_of_projection(content)))
             if self._has_shards(vector.component):
-                take_out(self._folder(vector.component), file_name(self.prompt_id), [str(vector.trait)])
+                self._replaced.setdefault(vector.component, []).append(str(vector.trait))
             return
         if self.form is None:
             self.run.warn(WENT_COMPACT)
         self._contents.setdefault(vector.component, {})[vector.trait] = path, content
 
     def write(self) -> None:
-        """Write a shard of the added projections that belong in one, and remove the JSON files that it replaces."""
+        """Write a shard of the added projections that belong in one, and remove what is replaced in the other form."""
+        for component, traits in self._replaced.items():
+            take_out(self._folder(component), file_name(self.prompt_id), traits)
         for component, by_trait in self._contents.items():
             contents = {str(trait): content for trait, (_, content) in by_trait.items()}
             folder, name, now = self._folder(component), file_name(self.prompt_id), time.time_ns()

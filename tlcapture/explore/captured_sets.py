@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from html import escape
 from operator import index
+from os.path import lexists
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.explore.saved_capture import SavedCapture
-from tlcapture.names import split_name
+from tlcapture.names import is_capture_set, is_safe_name, split_name
 from tlcapture.text import beside, listed, printable
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ class AllCaptures(Mapping[str, "Captures"]):
         return Captures(self._experiment, prompt_set)
 
     def __getitem__(self, prompt_set: str) -> Captures:
-        if prompt_set not in self._experiment.prompt_sets:
-            raise KeyError(f"{prompt_set!r}{beside(prompt_set, self, 'prompt sets with captures')}")
+        is_name = isinstance(prompt_set, str) and is_capture_set(prompt_set)
+        if not (is_name and self._experiment.layout.has_captures(prompt_set)):
+            raise KeyError(f"{prompt_set!r}{beside(str(prompt_set), self, 'prompt sets with captures')}")
         return self(prompt_set)
 
     def __iter__(self) -> Iterator[str]:
@@ -75,14 +77,23 @@ class Captures:
     def __init__(self, experiment: Experiment, prompt_set: str):
         self._experiment = experiment
         self.prompt_set = prompt_set
-        self._ids = dict.fromkeys(experiment.layout.captured(prompt_set))
+
+    @cached_property
+    def _ids(self) -> dict[str, None]:
+        return dict.fromkeys(self._experiment.layout.captured(self.prompt_set))
+
+    def _holds(self, name: str) -> bool:
+        """Whether there is a capture of a name; a set that was not listed yet is not, since it may be large."""
+        if "_ids" in vars(self):
+            return name in self._ids
+        return is_safe_name(name) and lexists(self._experiment.layout.residual(self.prompt_set, name))
 
     def __getitem__(self, prompt_id: str | int) -> SavedCapture:
         if isinstance(prompt_id, slice):
             raise TypeError(
                 "captures have the ids of their prompts as keys: several by position are list(captures)[:3]"
             )
-        if str(prompt_id) not in self._ids:
+        if not self._holds(str(prompt_id)):
             only = str(prompt_id) in self._experiment.layout.prompt_ids(self.prompt_set)
             hint = "; only projections of this prompt were kept: use .to_pandas(...) of the experiment" if only else ""
             if str(prompt_id) in self._by_prompt:

@@ -6,8 +6,11 @@ exported pages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +26,15 @@ from tlcapture.page.long_reading import SHORT_REQUESTS
 from tlcapture.page.note_contents import NoteContents
 from tlcapture.page.overview import overview_of
 from tlcapture.page.projections import projection_of
-from tlcapture.page.prompt_list import listed_prompts
+from tlcapture.page.prompt_list import folders_listed, listed_prompts
 from tlcapture.page.trait_contents import vectors_of
 from tlcapture.page.view_contents import head_content
-from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
+from tlcapture.prompts.prompt_sets import Prompt, read_prompt_file
 from tlcapture.runs.recorded_runs import capture_at_work
 from tlcapture.storage.comparisons import comparison_file, comparisons
 from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.files import FileState
+from tlcapture.storage.folders import state_of
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import shown
 from tlcapture.traits.intervention_records import described
@@ -115,12 +120,10 @@ class Contents(NoteContents):
         The sample of a prompt names the `prompt`, and its number, `sample`.
         """
         layout = self._layout(experiment)
-        ids = layout.prompt_ids(prompt_set)
-        if not ids:
-            raise missing.captures(layout, prompt_set)
-        folders = layout.projection_folders(prompt_set)
-        prompts = listed_prompts(layout, prompt_set, ids, self._prompts(prompt_set), folders)
-        return {"name": prompt_set, "prompts": prompts, "traits": sorted({str(trait) for trait, _ in folders})}
+        folders = tuple(layout.projection_folders(prompt_set))
+        state = state_of(folders_listed(layout, prompt_set, folders))
+        listed = _listed if state is not None else _listed.__wrapped__
+        return listed(layout, prompt_set, folders, _file_of_set(self.root, prompt_set), state)
 
     def at_work(self, experiment: str, prompt_set: str) -> dict[str, Any]:
         """The unfinished capture of a set, running or stopped: `run`, null if there is none.
@@ -206,7 +209,7 @@ class Contents(NoteContents):
     def average(self, experiment: str, prompt_set: str, category: str, name: str, component: str) -> dict[str, Any]:
         """Mean and standard deviation of a prompt set's trajectories, aligned at the first response token."""
         layout = self._layout(experiment)
-        found, _ = self._average(layout, prompt_set, layout.prompt_ids(prompt_set), f"{category}/{name}", component)
+        found, _ = self._average(layout, prompt_set, self.names(layout, prompt_set), f"{category}/{name}", component)
         return found
 
     def samples(
@@ -214,11 +217,7 @@ class Contents(NoteContents):
     ) -> dict[str, Any]:
         """Mean and standard deviation of the trajectories of a prompt's samples, and of their means over responses."""
         layout = self._layout(experiment)
-        names = [
-            each
-            for each in layout.prompt_ids(prompt_set)
-            if split_name(each)[0] == prompt_id and split_name(each)[1] is not None
-        ]
+        names = self.samples_of(layout, prompt_set).get(prompt_id, [])
         found, responses = self._average(layout, prompt_set, names, f"{category}/{name}", component)
         means = [float(np.nanmean(each)) for each in responses if np.isfinite(each).any()]
         return {
@@ -226,6 +225,19 @@ class Contents(NoteContents):
             "response_mean": float(np.mean(means)) if means else None,
             "response_sd": float(np.std(means, ddof=1)) if len(means) > 1 else None,
         }
+
+    def names(self, layout: Layout, prompt_set: str) -> Sequence[str]:
+        """The names of a set's captures, and of what was only projected."""
+        return layout.prompt_ids(prompt_set)
+
+    def samples_of(self, layout: Layout, prompt_set: str) -> Mapping[str, Sequence[str]]:
+        """The names of the samples of each prompt of a set that has some."""
+        found: dict[str, list[str]] = {}
+        for name in self.names(layout, prompt_set):
+            prompt_id, sample = split_name(name)
+            if sample is not None:
+                found.setdefault(prompt_id, []).append(name)
+        return found
 
     def _average(
         self, layout: Layout, prompt_set: str, names: Sequence[str], trait: str, component: str
@@ -298,14 +310,39 @@ class Contents(NoteContents):
                 return {**head_content(head_of(path)), **unread}
         return unread
 
-    def _prompts(self, prompt_set: str) -> dict[str, Prompt]:
-        """The prompts of the prompt set file by file name; empty if the file is missing or invalid."""
-        try:
-            return {
-                str(prompt.id): prompt for prompt in read_prompt_set(Datasets(self.root), base_set(prompt_set)).prompts
-            }
-        except TlcaptureError:
-            return {}
+
+_SetFile = tuple[Path, str, FileState]  # its path, the name of the set, and its state
+
+
+@lru_cache(maxsize=4)
+def _listed(
+    layout: Layout, prompt_set: str, folders: Sequence[tuple[Trait, str]], file: _SetFile | None, _state: Hashable
+) -> dict[str, Any]:
+    """The answer of `Contents.prompt_set`, which an open page asks for every few seconds."""
+    ids = layout.prompt_ids(prompt_set)
+    if not ids:
+        raise missing.captures(layout, prompt_set)
+    prompts = listed_prompts(layout, prompt_set, ids, {} if file is None else _prompts_in(file), folders)
+    return {"name": prompt_set, "prompts": prompts, "traits": sorted({str(trait) for trait, _ in folders})}
+
+
+def _file_of_set(root: Path, prompt_set: str) -> _SetFile | None:
+    """The file of a prompt set; `None` if it is missing."""
+    name = base_set(prompt_set)
+    with suppress(TlcaptureError, OSError):
+        path = Datasets(root).prompt_set_file(name)
+        return path, name, FileState.of(path.stat())
+    return None
+
+
+@lru_cache(maxsize=4)
+def _prompts_in(file: _SetFile) -> dict[str, Prompt]:
+    """The prompts of a prompt set file by file name; empty if it is invalid."""
+    path, name, _ = file
+    try:
+        return {str(prompt.id): prompt for prompt in read_prompt_file(path, name).prompts}
+    except TlcaptureError:
+        return {}
 
 
 def _projected_traits(layout: Layout) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import html
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import lexists
 from pathlib import Path
@@ -15,7 +15,7 @@ import orjson
 
 from tlcapture.captures.notes import note_counts
 from tlcapture.errors import InputError, StorageError, TlcaptureError, refused_path
-from tlcapture.names import Trait, sampled_prompts
+from tlcapture.names import Trait
 from tlcapture.page.assets import exported_page
 from tlcapture.page.captured import is_capture
 from tlcapture.page.contents import Contents, address
@@ -117,9 +117,9 @@ def export_page(
     layout = Layout(root, experiment)
     contents = _Only(root, experiment, tuple(prompt_sets), notes_closed=EXPORTED)
     carried = _Carried(contents, int(megabytes * 2**20), on_problem=on_problem, on_unread=on_unread)
-    prompts = [(name, prompt_id) for name in prompt_sets for prompt_id in layout.prompt_ids(name)]
+    prompts = [(name, prompt_id) for name in prompt_sets for prompt_id in contents.names(layout, name)]
     carried.add("the overview", list(_overview(layout, prompt_sets, prompts)), needed=True)
-    for label, resources in (*_of_sets(layout, prompt_sets), *_of_prompts(layout, contents, prompts)):
+    for label, resources in (*_of_sets(layout, contents), *_of_prompts(layout, contents, prompts)):
         carried.add(label, list(resources))
     write_bytes(target, exported_page(_data(carried, experiment)).encode("utf-8"))
     return carried.left_out
@@ -136,23 +136,25 @@ def _overview(layout: Layout, prompt_sets: Sequence[str], prompts: Sequence[tupl
     yield from (("notes", _of(experiment, *prompt)) for prompt in prompts if prompt[1] in noted[prompt[0]])
 
 
-def _of_sets(layout: Layout, prompt_sets: Sequence[str]) -> Iterator[tuple[str, Iterable[_Resource]]]:
+def _of_sets(layout: Layout, contents: _Only) -> Iterator[tuple[str, Iterable[_Resource]]]:
     """Labels and resources of prompt sets and traits."""
-    of_experiment = {"experiment": layout.experiment}
+    of_experiment, prompt_sets = {"experiment": layout.experiment}, contents.prompt_sets
     for name in prompt_sets:
         for component in COMPONENTS:
             of_set = {**of_experiment, "prompt_set": name, "component": component}
             yield f"what stands out in {name}", [("overview", of_set)]
-    projected = [trait for name in prompt_sets for trait, _ in layout.projection_folders(name)]
-    for trait in sorted({*layout.traits(), *projected}):
+    projected = {name: layout.projection_folders(name) for name in prompt_sets}
+    for trait in sorted({*layout.traits(), *(trait for pairs in projected.values() for trait, _ in pairs)}):
         yield f"vectors of {trait}", [("vectors", {**of_experiment, **_named(trait)})]
-    for name in prompt_sets:
-        for trait, component in layout.projection_folders(name):
+    for name, pairs in projected.items():
+        for trait, component in pairs:
             of_trait = {**of_experiment, "prompt_set": name, **_named(trait), "component": component}
             yield f"mean of {name} on {trait}", [("average", of_trait)]
-    for name in prompt_sets:
-        for prompt_id in sampled_prompts(layout.prompt_ids(name)):
-            yield f"samples of {name}/{prompt_id}", _samples(layout, name, prompt_id)
+    for name, pairs in projected.items():
+        for prompt_id in contents.samples_of(layout, name):
+            where = _of(layout.experiment, name, prompt_id)
+            samples = [("samples", {**where, **_named(trait), "component": component}) for trait, component in pairs]
+            yield f"samples of {name}/{prompt_id}", samples
 
 
 def _of_prompts(
@@ -180,6 +182,18 @@ class _Only(Contents):
 
     experiment: str
     prompt_sets: tuple[str, ...]
+    _samples: dict[str, Mapping[str, Sequence[str]]] = field(default_factory=dict, compare=False)
+    _names: dict[str, Sequence[str]] = field(default_factory=dict, compare=False)
+
+    def names(self, layout: Layout, prompt_set: str) -> Sequence[str]:
+        if prompt_set not in self._names:
+            self._names[prompt_set] = super().names(layout, prompt_set)
+        return self._names[prompt_set]
+
+    def samples_of(self, layout: Layout, prompt_set: str) -> Mapping[str, Sequence[str]]:
+        if prompt_set not in self._samples:
+            self._samples[prompt_set] = super().samples_of(layout, prompt_set)
+        return self._samples[prompt_set]
 
     def experiments(self) -> list[dict[str, Any]]:
         found = [each for each in super().experiments() if each["name"] == self.experiment]
@@ -192,12 +206,6 @@ def _of(experiment: str, prompt_set: str, prompt_id: str) -> dict[str, str]:
 
 def _named(trait: Trait) -> dict[str, str]:
     return {"category": trait.category, "name": trait.name}
-
-
-def _samples(layout: Layout, prompt_set: str, prompt_id: str) -> Iterator[_Resource]:
-    for trait, component in layout.projection_folders(prompt_set):
-        where = _of(layout.experiment, prompt_set, prompt_id)
-        yield "samples", {**where, **_named(trait), "component": component}
 
 
 def _layers(layout: Layout, prompt_set: str, prompt_id: str) -> Iterator[_Resource]:

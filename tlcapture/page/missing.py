@@ -63,14 +63,14 @@ def projections(layout: Layout, prompt_set: str) -> MissingError:
 def add_on(layout: Layout, prompt_set: str, kind: str) -> MissingError:
     """For a prompt without `attention` or `logit-lens`, which stored captures can be replayed for."""
     base = f"tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set} --{kind}"
-    how = "--replay" if layout.captured(prompt_set) else "--projections-only"
+    how = "--replay" if layout.has_captures(prompt_set) else "--projections-only"
     return _error(layout, f"no {kind.replace('-', ' ')} of this prompt", f"{base} {how}")
 
 
 def internals(layout: Layout, prompt_set: str) -> MissingError:
     """For a prompt or a layer without internals, which stored captures can be replayed for."""
     base = f"tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set} --layer-internals all"
-    how = " --replay" if layout.captured(prompt_set) else ""
+    how = " --replay" if layout.has_captures(prompt_set) else ""
     return _error(layout, "no internals of this prompt", base + how)
 
 

@@ -74,7 +74,7 @@ class NoteContents(ViewContents, ABC):
     def add_note(self, experiment: str, prompt_set: str, prompt_id: str, sent: Any) -> dict[str, Any]:
         """Make a note; raises `InputError` for an invalid note, and where notes are closed."""
         layout, new = self._open(experiment), _valid(NewNote, sent)
-        if prompt_id not in layout.prompt_ids(prompt_set):
+        if not layout.has_prompt(prompt_set, prompt_id):
             raise InputError(f"{experiment}/{prompt_set} has no capture {prompt_id}")
         marked = Marked.of(self.tokens(experiment, prompt_set, prompt_id), new.start, new.stop)
         return add_note(layout, prompt_set, prompt_id, marked, new.text).model_dump()

@@ -13,14 +13,14 @@ from typing import Any
 
 import orjson
 
-from tlcapture.captures.notes import note_counts
+from tlcapture.captures.notes import note_counts, notes_folder
 from tlcapture.errors import TlcaptureError
 from tlcapture.names import Trait, base_set, split_name
 from tlcapture.page.captured import captured_tokens, given_text
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt
 from tlcapture.storage.folders import stems_in
 from tlcapture.storage.layout import Layout
-from tlcapture.storage.projection_shards import sharded_texts
+from tlcapture.storage.projection_shards import MERGED, sharded_texts
 from tlcapture.storage.remote_roots import local
 from tlcapture.views.hooks import COMPONENTS
 
@@ -66,6 +66,16 @@ def listed_prompts(
             }
         )
     return found
+
+
+def folders_listed(layout: Layout, prompt_set: str, folders: Folders) -> list[Path]:
+    """The folders whose files decide what `listed_prompts` says."""
+    found = [layout.residual(prompt_set, "x").parent, layout.attention(prompt_set, "x").parent]
+    found.append(notes_folder(layout, prompt_set))
+    for component in COMPONENTS:
+        shards = layout.shards(component, prompt_set)
+        found += [shards, shards / MERGED]
+    return [*found, *map(Path, _folders_of_json(layout, prompt_set, "x", folders))]
 
 
 def _having(forms: Sequence[Path], name: str) -> set[str]:

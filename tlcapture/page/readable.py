@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any
 
 from tlcapture.text import REPLACEMENT
@@ -61,13 +60,14 @@ def _resolved(tokens: Sequence[str], ahead: Sequence[str], text: str, position: 
     It ends where the text goes on with the tokens `ahead`, of which some may be special and not in the text.
     """
     stretches = _stretches(tokens)
+    borders = _borders(stretches, text, position)
     parts = [ahead[first:last] for first in range(len(ahead)) for last in range(len(ahead), first, -1)]
     followed = dict.fromkeys("".join(each).partition(REPLACEMENT)[0] for each in parts)
     whole = ["".join(ahead)] if len(ahead) < _AHEAD else []  # tokens that are the last of the text
     for end, is_last in [*((each, True) for each in whole), *((each, False) for each in followed if each), ("", True)]:
-        found = _matched(stretches, (end, is_last), text, position)
-        if found is not None:
-            return found
+        for at in borders[-1]:
+            if text.startswith(end, at) and (not is_last or at + len(end) == len(text)):
+                return _between(borders, text, at)
     return None
 
 
@@ -75,33 +75,42 @@ def _stretches(tokens: Sequence[str]) -> list[str]:
     return re.findall(f"{REPLACEMENT}+|[^{REPLACEMENT}]+", "".join(tokens))
 
 
-def _matched(stretches: Sequence[str], end: tuple[str, bool], text: str, position: int) -> list[str] | None:
-    """The text of each stretch, from `position` to where `end` follows, with `True` as the last of the text."""
+def _borders(stretches: Sequence[str], text: str, position: int) -> list[dict[int, int]]:
+    """Where stretches may end in a text, from `position` on: for each of them, its end and where it then begins.
 
-    @cache
-    def rest(number: int, at: int) -> tuple[str, ...] | None:
-        if number == len(stretches):
-            return () if text.startswith(end[0], at) and (not end[1] or at + len(end[0]) == len(text)) else None
-        for shown in _readings(stretches[number], text, at):
-            after = rest(number + 1, at + len(shown))
-            if after is not None:
-                return (shown, *after)
-        return None
-
-    found = rest(0, position)
-    return None if found is None else list(found)
+    The first entry is of nothing. Of several beginnings that lead to an end, the first one counts.
+    """
+    borders = [{position: position}]
+    for stretch in stretches:
+        ends: dict[int, int] = {}
+        for at in borders[-1]:
+            for length in _lengths(stretch, text, at):
+                ends.setdefault(at + length, at)
+        borders.append(ends)
+    return borders
 
 
-def _readings(stretch: str, text: str, at: int) -> Iterator[str]:
-    """The possible texts of a stretch at a position: itself, or characters that have at least 2 of its marks each."""
+def _between(borders: Sequence[dict[int, int]], text: str, end: int) -> list[str]:
+    """The texts of the stretches, of which the last one ends at `end`."""
+    found = []
+    for begins in borders[:0:-1]:
+        found.append(text[begins[end] : end])
+        end = begins[end]
+    return found[::-1]
+
+
+def _lengths(stretch: str, text: str, at: int) -> Iterator[int]:
+    """The possible lengths of a stretch in a text: its own, or of characters that have at least 2 of its marks each."""
     if text.startswith(stretch, at):
-        yield stretch
+        yield len(stretch)
     if stretch[0] == REPLACEMENT:
-        for length in range(1, len(stretch) // 2 + 1):
-            shown = text[at : at + length]
-            is_plain = len(shown) < length or any(character < "\x80" for character in shown)
-            if not is_plain and _n_bytes(shown) >= len(stretch):
-                yield shown
+        n_bytes = 0
+        for length, character in enumerate(text[at : at + len(stretch) // 2], start=1):
+            if character < "\x80":
+                return
+            n_bytes += _n_bytes(character)
+            if n_bytes >= len(stretch):
+                yield length
 
 
 def _n_bytes(text: str) -> int:

@@ -30,7 +30,7 @@ def vectors_of(layout: Layout, trait: Trait, tell: _Tell) -> dict[str, Any]:
     Where an experiment of the embedded model has none, those that come with the package, from the experiment `source`.
     `tell` makes the text of an error. Raises `MissingError` if the trait has no vectors.
     """
-    is_lent = trait not in layout.traits() and has_packaged(layout, trait)
+    is_lent = not layout.vectors(trait).is_dir() and has_packaged(layout, trait)
     source = vectors_layout(layout.root, PACKAGED) if is_lent else layout
     files = VectorFiles(source, trait)
     components = {component: _component_vectors(files, component, tell) for component in COMPONENTS}
@@ -74,8 +74,11 @@ def _evaluation(layout: Layout, trait: Trait, tell: _Tell) -> dict[str, Any]:
         content = Evaluation.read(layout.evaluation)
     except StorageError as error:
         return {"problem": tell(error)}
-    of_trait = [row for row in content.all_results if row.trait == str(trait)]
-    rows = [row.as_written() for row in of_trait if None not in (row.val_effect_size, row.val_auroc)]
+    rows = [
+        row.as_written()
+        for row in content.rows_of.get(str(trait), ())
+        if None not in (row.val_effect_size, row.val_auroc)
+    ]
     if not rows:
         return {"missing": missing.evaluation(layout).to_json()}
     found = content.by_trait.get(str(trait))

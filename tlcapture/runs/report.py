@@ -125,6 +125,7 @@ class RunReport:
     learned: dict[Path, Learned] = field(default_factory=dict)
     seen: dict[Path, FileState] = field(default_factory=dict)
     files: WrittenFiles = field(init=False)
+    _parts: dict[bytes, bytes] = field(default_factory=dict, repr=False)  # of facts, one object for all equal ones
 
     def __post_init__(self) -> None:
         self.files = WrittenFiles(self.folder)
@@ -143,7 +144,8 @@ class RunReport:
     def learn(self, path: Path, learned: Learned) -> None:
         """Keep the facts found in a file, if any, and its state."""
         if learned.facts:
-            self.learned[path] = learned
+            parts = (self._parts.setdefault(part, part) for part in learned.facts)
+            self.learned[path] = learned._replace(facts=tuple(parts))
         if len(self.seen) < _MOST_REMEMBERED:
             self.seen[path] = learned.state
 
@@ -257,7 +259,7 @@ class CollectingReport(RunReport):
             self.projected,
             self.learned,
         )
-        self.projected, self.learned = {}, {}
+        self.projected, self.learned, self._parts = {}, {}, {}
         self._written, self.failures, self.warnings = [], [], []
         self.n_prompts = self.n_skipped = self.n_tokens = self.n_removed = 0
         return done

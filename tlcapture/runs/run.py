@@ -29,6 +29,9 @@ class Run:
     report: RunReport
     display: Display
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", self.layout.for_run())
+
     @classmethod
     def begin(cls, layout: Layout, display: Display) -> Run:
         """Start a run in an experiment; the display decides which kind of report it has.

@@ -3,17 +3,63 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
-from os import DirEntry, listdir, scandir, sep
+from functools import lru_cache, wraps
+from os import DirEntry, listdir, scandir, sep, stat
 from os.path import exists
 from pathlib import Path
+from time import monotonic, time_ns
+from typing import TypeVar
 
 from tlcapture.errors import refused_path
 from tlcapture.names import MOST_FOLDERS, split_name
 from tlcapture.storage.regular_files import is_folder
 
 _NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_SETTLED = 2 * 10**9  # nanoseconds after a change in which another one may leave a folder's time as it is
+_AGAIN = 30.0  # seconds after which a folder is read again whatever its time, which some file systems do not keep
+Found = TypeVar("Found")
+
+
+def state_of(folders: Iterable[Path]) -> Hashable | None:
+    """A value that stays the same while names in some folders, and the files behind them, do; `None` if it may not yet.
+
+    Files are replaced by renaming, which changes the time of their folder. Other programs may write to them in place,
+    or use a file system without these times, so the value changes from time to time, too.
+    """
+    times = [_changed(each) for each in folders]
+    if any(time_ns() - time < _SETTLED for time in times):
+        return None
+    return (*times, int(monotonic() / _AGAIN))
+
+
+def _changed(folder: Path) -> int:
+    """When the names in a folder have changed, in nanoseconds since the epoch; 0 where there is none."""
+    with suppress(OSError):
+        return stat(folder).st_mtime_ns
+    return 0
+
+
+def while_unchanged(most: int) -> Callable[[Callable[[Path], Found]], Callable[[Path], Found]]:
+    """Decorates a function of the names in a folder: it is called again only when they have changed.
+
+    `most` is the number of folders whose results are kept.
+    """
+
+    def decorate(find: Callable[[Path], Found]) -> Callable[[Path], Found]:
+        @lru_cache(maxsize=most)
+        def found_at(folder: Path, _state: Hashable) -> Found:
+            return find(folder)
+
+        @wraps(find)
+        def found(folder: Path) -> Found:
+            state = state_of([folder])
+            return find(folder) if state is None else found_at(folder, state)
+
+        return found
+
+    return decorate
 
 
 class _Absent:
@@ -41,13 +87,18 @@ _absent = _Absent()
 
 def subfolders(folder: Path, depth: int = MOST_FOLDERS) -> Iterator[tuple[str, Path]]:
     """The folders below a folder, hidden ones apart, each after its path relative to it: `a/`, `a/b/`."""
-    names: list[str] = []
-    with _absent, scandir(folder) as entries:
-        names = sorted(each.name for each in entries if _is_folder(each) and not each.name.startswith("."))
-    for name in names if depth else ():
+    for name in _shown_in(folder) if depth else ():
         yield f"{name}/", folder / name
         for below, path in subfolders(folder / name, depth - 1):
             yield f"{name}/{below}", path
+
+
+@while_unchanged(2**14)
+def _shown_in(folder: Path) -> tuple[str, ...]:
+    """The names of the folders in a folder, sorted, hidden ones apart."""
+    with _absent, scandir(folder) as entries:
+        return tuple(sorted(each.name for each in entries if _is_folder(each) and not each.name.startswith(".")))
+    return ()
 
 
 def folders_in(folder: Path | str, *, lost: bool = False) -> list[str]:
@@ -86,10 +137,10 @@ def names_in(folder: Path) -> frozenset[str]:
     return frozenset()
 
 
-def holds_any(folder: Path, suffix: str) -> bool:
-    """Whether anything in a folder ends in `suffix`; reads no more of the folder than it needs."""
+def holds_any(folder: Path, suffix: str, is_wanted: Callable[[str], bool] = lambda stem: True) -> bool:
+    """Whether anything in a folder ends in `suffix`, with a wanted name before it; reads no more than it needs."""
     with _absent, scandir(folder) as entries:
-        return any(entry.name.endswith(suffix) for entry in entries)
+        return any(each.name.endswith(suffix) and is_wanted(each.name[: -len(suffix)]) for each in entries)
     return False
 
 

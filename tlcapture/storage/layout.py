@@ -19,8 +19,8 @@ The folders of prompt sets and trait examples are found by `storage/datasets`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os.path import islink, join, lexists, realpath, sep
 from pathlib import Path
@@ -36,7 +36,15 @@ from tlcapture.names import (
     is_capture_set,
     is_safe_name,
 )
-from tlcapture.storage.folders import folders_in, holds_any, natural, paths_of_folders_in, stems_in, subfolders
+from tlcapture.storage.folders import (
+    folders_in,
+    holds_any,
+    natural,
+    paths_of_folders_in,
+    stems_in,
+    subfolders,
+    while_unchanged,
+)
 from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
 from tlcapture.storage.regular_files import check_open, is_folder
 from tlcapture.storage.remote_roots import check_complete, list_experiment, refresh
@@ -61,10 +69,18 @@ class Layout:
 
     root: Path
     experiment: str
+    _of_run: dict[Path, set[str]] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_name(self.experiment, "experiment")
         list_experiment(self.root, self.experiment)
+
+    def for_run(self) -> Layout:
+        """The same layout for a run, which holds the locks of what it writes.
+
+        It lists a folder of internals once, and afterwards knows what layers there are from the paths that it gave.
+        """
+        return self if self._of_run is not None else replace(self, _of_run={})
 
     @cached_property
     def folder(self) -> Path:
@@ -142,14 +158,23 @@ class Layout:
 
     def internals(self, prompt_set: str, prompt_id: PromptId, layer: int) -> Path:
         """The internals file of a prompt and layer."""
-        return self.own(self._raw("internals", prompt_set) / f"{file_name(prompt_id)}_L{layer}.pt")
+        path = self.own(self._raw("internals", prompt_set) / f"{file_name(prompt_id)}_L{layer}.pt")
+        if self._of_run is not None:
+            self._layers_in_use(path.parent).add(str(layer))
+        return path
 
     def all_internals(self, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The existing internals files of a prompt, of all layers."""
-        start = f"{file_name(prompt_id)}_L"
         folder = self.own(self._raw("internals", prompt_set))
-        names = (name for name in stems_in(folder, ".pt") if name.startswith(start) and name[len(start) :].isdecimal())
-        return [self.own(folder / f"{name}.pt") for name in names]
+        layers = self._layers_in_use(folder) if self._of_run is not None else _layers_in(folder)
+        paths = (folder / f"{file_name(prompt_id)}_L{layer}.pt" for layer in sorted(layers))
+        return [self.own(path) for path in paths if lexists(path)]
+
+    def _layers_in_use(self, folder: Path) -> set[str]:
+        """The layers, as text, of the internals in a folder when a run began, and of those that it asked for since."""
+        assert self._of_run is not None
+        found = self._of_run.get(folder)
+        return self._of_run.setdefault(folder, set(_layers_in(folder))) if found is None else found
 
     def attention(self, prompt_set: str, prompt_id: PromptId) -> Path:
         """The attention file of a prompt in JSON; `saved` has the form that exists."""
@@ -181,7 +206,11 @@ class Layout:
     def captured_prompt_sets(self) -> list[str]:
         """The prompt sets with at least one capture, sorted."""
         found = self._prompt_set_folders(self.folder / "inference" / "raw" / "residual")
-        return sorted(name for name, folder in found if any(map(is_safe_name, stems_in(folder, ".pt"))))
+        return sorted(name for name, folder in found if holds_any(folder, ".pt", is_safe_name))
+
+    def has_captures(self, prompt_set: str) -> bool:
+        """Whether a prompt set has at least one capture."""
+        return holds_any(self.own(self._raw("residual", prompt_set)), ".pt", is_safe_name)
 
     def captured(self, prompt_set: str) -> list[str]:
         """The ids of captured prompts of a set: numbers in numerical order, then names."""
@@ -189,9 +218,20 @@ class Layout:
 
     def prompt_ids(self, prompt_set: str) -> list[str]:
         """The ids of prompts with a capture or projections: numbers in numerical order, then names."""
+        from tlcapture.storage.projection_shards import sharded_prompts
+
         projected = {name for _, folder in self._projected(prompt_set) for name in stems_in(folder, ".json")}
-        projected |= {prompt_id for _, found in self._sharded(prompt_set) for prompt_id in found}
+        projected |= {each for _, folder in self._folders_of_shards(prompt_set) for each in sharded_prompts(folder)}
         return sorted({*self.captured(prompt_set), *filter(is_safe_name, projected)}, key=natural)
+
+    def has_prompt(self, prompt_set: str, prompt_id: PromptId) -> bool:
+        """Whether a prompt has a capture or projections; looks for its own files alone."""
+        from tlcapture.storage.projection_shards import is_sharded
+
+        if lexists(self.residual(prompt_set, prompt_id)) or self.all_projections(prompt_set, prompt_id):
+            return True
+        folders = (self.shards(component, prompt_set) for component in STREAM_FOLDERS)
+        return any(is_sharded(folder, file_name(prompt_id)) for folder in folders)
 
     def prompt_sets(self) -> list[str]:
         """The prompt sets with a capture or projections, sorted."""
@@ -275,14 +315,15 @@ class Layout:
 
     def projection_folders(self, prompt_set: str | None = None) -> list[tuple[Trait, str]]:
         """The traits and components that prompts of a set, or of any set, are projected onto, sorted."""
+        from tlcapture.storage.projection_shards import traits_in_shards
+
         found = {
             (trait, component)
             for trait, component, stream in self._streams()
             if any(self._with_projections(stream, prompt_set))
         }
-        for component, by_prompt in self._sharded(prompt_set):
-            names = {trait for traits in by_prompt.values() for trait in traits}
-            found |= {(Trait.parse(name), component) for name in names}
+        for component, folder in self._folders_of_shards(prompt_set):
+            found |= {(Trait.parse(name), component) for name in traits_in_shards(folder)}
         return sorted(found)
 
     def shards(self, component: str, prompt_set: str) -> Path:
@@ -298,13 +339,11 @@ class Layout:
             if holds_any(path, COMPACT) or holds_any(path / "+", COMPACT):
                 yield name
 
-    def _sharded(self, prompt_set: str | None = None) -> Iterator[tuple[str, Mapping[str, set[str]]]]:
-        """Component, and traits by prompt, of the projections in the compact form, of a prompt set or of all."""
-        from tlcapture.storage.projection_shards import sharded_traits
-
+    def _folders_of_shards(self, prompt_set: str | None = None) -> Iterator[tuple[str, Path]]:
+        """Component and folder of the projections in the compact form, of a prompt set or of all."""
         for component in STREAM_FOLDERS:
             for name in self._sharded_sets(component) if prompt_set is None else [prompt_set]:
-                yield component, sharded_traits(self.shards(component, name))
+                yield component, self.shards(component, name)
 
     def of_projection(self, path: Path) -> tuple[Trait, str]:
         """Trait and component of a projection file, from its path."""
@@ -329,6 +368,13 @@ class Layout:
 
     def _analysis(self, prompt_set: str) -> Path:
         return self.folder / "analysis" / "per_token" / check_capture_set(prompt_set)
+
+
+@while_unchanged(16)
+def _layers_in(folder: Path) -> frozenset[str]:
+    """The layers, as text, that any file of internals in a folder is of."""
+    ends = (stem.rpartition("_L") for stem in stems_in(folder, ".pt"))
+    return frozenset(layer for stem, _, layer in ends if stem and layer.isdecimal())
 
 
 def derived_files(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:

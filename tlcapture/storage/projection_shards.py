@@ -254,22 +254,37 @@ def sharded_of(folder: Path, prompt_id: str) -> dict[str, Sharded]:
     return found
 
 
-def sharded_traits(folder: Path) -> dict[str, set[str]]:
-    """The traits that each prompt is projected onto in the shards of a folder; damaged shards are left out."""
-    found: dict[str, set[str]] = {}
+def is_sharded(folder: Path, prompt_id: str) -> bool:
+    """Whether a prompt has projections in the shards of a folder; damaged shards are left out."""
+    for path in [shard_of_prompt(folder, prompt_id), *merged_shards(folder)]:
+        with suppress(StorageError):
+            if lexists(path) and prompt_id in Shard.open(path).entries:
+                return True
+    return False
+
+
+def sharded_prompts(folder: Path) -> set[str]:
+    """The prompts that have projections in the shards of a folder; damaged shards are left out."""
+    return {prompt_id for shard in _readable(folder) for prompt_id in shard.entries}
+
+
+def traits_in_shards(folder: Path) -> set[str]:
+    """The traits that prompts are projected onto in the shards of a folder; damaged shards are left out."""
+    return {trait for shard in _readable(folder) for trait in shard.index.traits}
+
+
+def _readable(folder: Path) -> Iterator[Shard]:
     for path in [*merged_shards(folder), *single_shards(folder)]:
         with suppress(StorageError):
-            for entry in Shard.open(path).index.prompts:
-                found.setdefault(entry.id, set()).update(entry.written)
-    return found
+            yield Shard.open(path)
 
 
 def sharded_texts(folder: Path) -> dict[str, str]:
     """The text of each prompt in the shards of a folder; damaged shards are left out."""
     found: dict[str, str] = {}
-    for path in [*merged_shards(folder), *single_shards(folder)]:
+    for shard in _readable(folder):
         with suppress(StorageError):
-            found |= Shard.open(path).texts()
+            found |= shard.texts()
     return found
 
 

@@ -33,6 +33,7 @@ from tlcapture.storage.projection_shards import (
 from tlcapture.storage.safetensors_files import TensorSpec, write_safetensors
 
 MOST_BYTES = 64 * 2**20  # of a shard, unless one prompt has more
+_MOST_SMALL = 16  # shards of several prompts that have less than half of that
 _POINTS = ("residual_in", "after_attn", "residual_out", "attn_out")  # the order of the last axis
 
 Content = Mapping[str, Any]  # of a projection file
@@ -131,9 +132,15 @@ def take_out(folder: Path, prompt_id: str, traits: Iterable[str] | None = None) 
 def merge_shards(folder: Path) -> list[Written]:
     """Merge the shards of single prompts in a folder into shards of up to `MOST_BYTES`; returns the new ones.
 
+    Small ones that earlier runs made are merged again where there are many, since a prompt is looked for in all shards.
+
     No other process may write there at the same time. Damaged shards stay. The shard of a prompt is removed once
     the new one is complete, so that nothing is lost when the process ends in between.
     """
+    small = [path for path in merged_shards(folder) if path.is_file() and path.stat().st_size < MOST_BYTES // 2]
+    for path in small if len(small) > _MOST_SMALL and single_shards(folder) else ():
+        with suppress(StorageError):
+            _divide(folder, path)
     made: list[Written] = []
     together: list[_Block] = []
     n_bytes = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cached_property, lru_cache
 from os.path import lexists
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, f
 
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
-from tlcapture.storage.files import read_json
+from tlcapture.storage.files import FileState, read_json
 from tlcapture.storage.validation import FileContent, Layer, Number, Share, checked
 from tlcapture.traits.critical_values import LEVEL
 
@@ -109,15 +110,30 @@ class Evaluation(FileContent):
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
-        """Read a file; a missing file gives an empty evaluation. Raises `StorageError` for any other file."""
-        return checked(cls, read_json(path), path, "evaluation") if lexists(path) else cls(all_results=[])
+        """Read a file, once for as long as it stays the same; a missing file gives an empty evaluation.
 
-    @property
+        Raises `StorageError` for any other file.
+        """
+        if not lexists(path):
+            return cls(all_results=[])
+        with suppress(OSError):
+            return _read(path, FileState.of(path.stat()))
+        return checked(cls, read_json(path), path, "evaluation")
+
+    @cached_property
+    def rows_of(self) -> dict[str, list[EvaluationRow]]:
+        """The rows by trait."""
+        found: dict[str, list[EvaluationRow]] = {}
+        for row in self.all_results:
+            found.setdefault(row.trait, []).append(row)
+        return found
+
+    @cached_property
     def by_trait(self) -> dict[str, TraitEvaluation]:
         """The valid entries of `best_vectors`; other tools may write others."""
         return _valid(TraitEvaluation, self.best_vectors)
 
-    @property
+    @cached_property
     def cross_traits(self) -> dict[str, dict[str, float]]:
         """The valid rows of `cross_trait`."""
         return {trait: row.root for trait, row in _valid(_CrossTraitRow, self.cross_trait).items()}
@@ -131,6 +147,11 @@ class Evaluation(FileContent):
     def carry_over_to(self, dataset: str) -> dict[str, list[CarryOverRow]]:
         """The valid scores on a dataset, by trait."""
         return {trait: rows.root for trait, rows in _valid(_CarryOverRows, self.carry_overs.get(dataset)).items()}
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, _state: FileState) -> Evaluation:
+    return checked(Evaluation, read_json(path), path, "evaluation")
 
 
 class CarryOverRow(FileContent):

@@ -107,10 +107,16 @@ class SavedProjection:
         """Write other content in the same form."""
         if self.sharded is None:
             return write_json(self.place, content)
-        from tlcapture.storage.shard_writing import write_prompt
+        return write_sharded(self, {self.sharded.trait: content})
 
-        folder = self.path.parent.parent if self.path.parent.name == MERGED else self.path.parent
-        return write_prompt(folder, self.sharded.prompt_id, {self.sharded.trait: content})
+
+def write_sharded(saved: SavedProjection, contents: Mapping[str, Mapping[str, Any]]) -> Written:
+    """Write contents by trait, all at once, to the prompt's own shard beside the one that holds a projection."""
+    from tlcapture.storage.shard_writing import write_prompt
+
+    assert saved.sharded is not None
+    folder = saved.path.parent.parent if saved.path.parent.name == MERGED else saved.path.parent
+    return write_prompt(folder, saved.sharded.prompt_id, contents)
 
 
 def all_saved(layout: Layout, prompt_set: str, prompt_id: str) -> list[SavedProjection]:

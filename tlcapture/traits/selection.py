@@ -16,7 +16,7 @@ from os.path import lexists
 from typing import SupportsIndex
 
 from tlcapture.errors import InputError
-from tlcapture.traits.evaluation_files import EvaluationRow, read_evaluation
+from tlcapture.traits.evaluation_files import Evaluation, EvaluationRow
 from tlcapture.traits.missing_vectors import no_vector, no_vectors_by_method
 from tlcapture.traits.steering_files import SteeringResults, SteeringRun, largest_by_chance
 from tlcapture.traits.vector_files import METHODS, VectorFiles
@@ -175,8 +175,8 @@ def _all_steering_runs(files: VectorFiles) -> list[SteeringRun]:
 
 
 def _all_rows(files: VectorFiles, component: str) -> list[EvaluationRow]:
-    rows = read_evaluation(files.layout.evaluation)
-    return [row for row in rows if (row.trait, row.component) == (str(files.trait), component)]
+    rows = Evaluation.read(files.layout.evaluation).rows_of.get(str(files.trait), ())
+    return [row for row in rows if row.component == component]
 
 
 def is_current(files: VectorFiles, score: SteeringRun | EvaluationRow, component: str) -> bool:

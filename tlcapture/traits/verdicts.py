@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.names import Trait
-from tlcapture.storage.files import FileState
 from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.projection_files import ProjectionFile
@@ -59,7 +57,7 @@ class Doubts:
             if not layout.evaluation.is_file():
                 return None
             try:
-                evaluation = _read(layout.evaluation, FileState.of(layout.evaluation.stat()))
+                evaluation = Evaluation.read(layout.evaluation)
             except StorageError:
                 return _UNREAD
             judged = evaluation.by_trait.get(vector.trait)
@@ -67,7 +65,7 @@ class Doubts:
                 return None
             files = VectorFiles(layout, Trait.parse(vector.trait))
             key = (vector.trait, vector.component, vector.method, vector.layer)
-            rows = [row for row in evaluation.all_results if row.key == key]
+            rows = [row for row in evaluation.rows_of.get(vector.trait, ()) if row.key == key]
             if rows and all(is_current(files, row, vector.component) for row in rows):
                 return judged.doubt + _BY
         return None
@@ -92,8 +90,3 @@ def layers_of(vectors: Iterable[UsedVector]) -> dict[str, int]:
     for vector in vectors:
         found.setdefault(vector.trait, set()).add(vector.layer)
     return {trait: layers.pop() for trait, layers in found.items() if len(layers) == 1}
-
-
-@lru_cache(maxsize=4)
-def _read(path: Path, state: FileState) -> Evaluation:
-    return Evaluation.read(path)
