@@ -23,6 +23,7 @@ from tlcapture.generation.checkpoint_sampling import asked_sampling, sampling_fo
 from tlcapture.generation.loop import generate
 from tlcapture.generation.processors import LogitProcessors, LogitRules, PromptTokens
 from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.stop_texts import StopTexts
 from tlcapture.generation.top_p import TopP
 
 RULES: dict[str, dict[str, Any]] = {
@@ -236,3 +237,14 @@ def test_the_command_records_what_was_given(tlcapture: Callable[..., Result], ro
     tlcapture("capture", *words, "--replay", "--logit-lens")
     assert Capture.open(file).metadata["sampling"]["top_p"] == 0.8
     assert "min_p changes nothing" in tlcapture("capture", *words, "--temperature", 0, "--min-p", 0.1).stderr
+
+
+def test_a_stop_text_of_many_bytes_is_seen_and_no_part_of_it_may_lie_in_the_prompt() -> None:
+    tokenizer = tiny.tokenizer()
+    text = "ж" * 40 + "."
+    first, *rest = tokenizer("a" + text, add_special_tokens=False)["input_ids"]
+    stop = StopTexts(tokenizer, ["never", text])
+    assert [stop.is_completed(first, rest[: at + 1]) for at in range(len(rest))] == [False] * (len(rest) - 1) + [True]
+    one, *others = tokenizer("ab.", add_special_tokens=False)["input_ids"]
+    assert not StopTexts(tokenizer, ["ab", "a"]).is_completed(one, others)
+    assert StopTexts(tokenizer, ["ab", "b."]).is_completed(one, others)
