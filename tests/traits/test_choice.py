@@ -122,3 +122,11 @@ def test_of_vectors_that_nobody_asked_for_only_those_of_layers_that_were_not_kep
     assert "--layers 16,17" in chosen.warning
     few = choose_vectors(layout, VectorChoice(leaves_out_others=True), Model(layers=(3,)), "residual")
     assert few.warning is not None and "their layers 16, 17 was not kept" in few.warning
+
+
+def test_a_vector_that_cannot_match_the_captured_activations_fails(layout: Layout) -> None:
+    facts = {"extraction_model": "tiny", "methods": ["probe"], "layers": [16], "hidden_dim": WIDTH}
+    VectorFiles(layout, FITS).write_metadata("residual", {**facts, "component": "attn_out"})
+    chosen = choose_vectors(layout, VectorChoice(traits=(FITS,)), Model(), "residual")
+    ((trait, error),) = chosen.failures
+    assert trait == FITS and "recorded as a vector of attn_out, not of residual" in str(error)
