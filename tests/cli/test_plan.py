@@ -205,7 +205,7 @@ def test_samples_read_their_prompt_once_and_are_generated_each() -> None:
 
 
 def test_a_step_reads_keys_and_values_of_the_mean_context() -> None:
-    """Two layers with a key and a value of 4 numbers of 2 bytes, for 100 tokens of the prompt and half of the response."""
+    """Two layers with a key and a value of 4 numbers of 2 bytes, for the prompt and half of the response."""
     kept = 2 * 2 * 4 * 2 * (100 + 50 / 2)
     assert pace(Accelerator(kept, 1e30), batch_size=3, n_parameters=0) == pytest.approx(3 * 50 / (50 * 3), rel=1e-3)
 
