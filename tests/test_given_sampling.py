@@ -148,6 +148,8 @@ def test_top_p_sorts_the_whole_vocabulary_only_where_it_must(monkeypatch: pytest
         ({"repetition_penalty": 0}, "repetition_penalty 0: expected a number above 0"),
         ({"repetition_penalty": math.inf}, "repetition_penalty inf: expected a number above 0"),
         ({"temperature": -1}, "temperature -1: expected a number of at least 0; 0 is greedy"),
+        ({"temperature": True}, "temperature True: expected a number of at least 0; 0 is greedy"),
+        ({"min_p": False}, "min_p False: expected a number from 0 to 1"),
         ({"stop": [""]}, "stop '': expected a text that is not empty"),
     ],
 )
