@@ -23,6 +23,7 @@ from tlcapture.generation.checkpoint_sampling import asked_sampling, sampling_fo
 from tlcapture.generation.loop import generate
 from tlcapture.generation.processors import LogitProcessors, LogitRules, PromptTokens
 from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.stop_texts import StopTexts
 from tlcapture.generation.top_p import TopP
 
 RULES: dict[str, dict[str, Any]] = {
@@ -147,6 +148,8 @@ def test_top_p_sorts_the_whole_vocabulary_only_where_it_must(monkeypatch: pytest
         ({"repetition_penalty": 0}, "repetition_penalty 0: expected a number above 0"),
         ({"repetition_penalty": math.inf}, "repetition_penalty inf: expected a number above 0"),
         ({"temperature": -1}, "temperature -1: expected a number of at least 0; 0 is greedy"),
+        ({"temperature": True}, "temperature True: expected a number of at least 0; 0 is greedy"),
+        ({"min_p": False}, "min_p False: expected a number from 0 to 1"),
         ({"stop": [""]}, "stop '': expected a text that is not empty"),
     ],
 )
@@ -236,3 +239,14 @@ def test_the_command_records_what_was_given(tlcapture: Callable[..., Result], ro
     tlcapture("capture", *words, "--replay", "--logit-lens")
     assert Capture.open(file).metadata["sampling"]["top_p"] == 0.8
     assert "min_p changes nothing" in tlcapture("capture", *words, "--temperature", 0, "--min-p", 0.1).stderr
+
+
+def test_a_stop_text_of_many_bytes_is_seen_and_no_part_of_it_may_lie_in_the_prompt() -> None:
+    tokenizer = tiny.tokenizer()
+    text = "ж" * 40 + "."
+    first, *rest = tokenizer("a" + text, add_special_tokens=False)["input_ids"]
+    stop = StopTexts(tokenizer, ["never", text])
+    assert [stop.is_completed(first, rest[: at + 1]) for at in range(len(rest))] == [False] * (len(rest) - 1) + [True]
+    one, *others = tokenizer("ab.", add_special_tokens=False)["input_ids"]
+    assert not StopTexts(tokenizer, ["ab", "a"]).is_completed(one, others)
+    assert StopTexts(tokenizer, ["ab", "b."]).is_completed(one, others)

@@ -246,3 +246,12 @@ def test_an_intervention_on_thinking_acts_at_its_tokens(
 def test_a_malformed_place_is_refused_with_the_forms(text: str) -> None:
     with pytest.raises(InputError, match="expected prompt, response, thinking or first=N"):
         Where.parse(text)
+
+
+def test_markers_of_a_chat_template_are_not_looked_for_in_prompts_that_it_did_not_render() -> None:
+    tokenizer = thinking_tokenizer("<hm>", "</hm>", are_tokens=False)
+    ids = tokenizer("<hm>ab</hm>c", add_special_tokens=False)["input_ids"]
+    assert any(thinking_tokens(tokenizer, "", ids))
+    assert not any(thinking_tokens(tokenizer, "", ids, chat_template=False))
+    followed = thinking_rows(tokenizer, ["<hm>"], [ids[:5]], chat_template=False)
+    assert not any(followed.read(torch.tensor([token])) for token in ids[5:])

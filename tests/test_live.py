@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests import tiny
 from tlcapture import Prompt, PromptSet, capture
@@ -51,3 +52,12 @@ def test_a_system_prompt_that_is_given_takes_the_place_of_a_prompts_own() -> Non
     for given, expected in ((None, ["be rude", "x"]), ("be kind", ["be kind"] * 2)):
         found = capture(tiny.model("llama"), asked, max_new_tokens=1, system_prompt=given)
         assert [each.metadata["system_prompt"] for each in found] == expected
+
+
+def test_a_direction_of_ones_own_is_projected_onto_the_tokens_that_are_kept() -> None:
+    (found,) = capture(tiny.model("llama"), "hi", max_new_tokens=6, tokens="-2:", save_dtype="float32")
+    direction = torch.randn(found.d_model, generator=torch.Generator().manual_seed(0))
+    projection = found.project(direction, layer=1)
+    assert projection.trajectory.isnan().tolist() == [True] * (len(found.tokens) - 2) + [False] * 2
+    torch.testing.assert_close(projection.trajectory[-2:], found.residual(1) @ direction / direction.norm())
+    assert (projection.selection.layer, projection.selection.method) == (1, "own")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 
 from tests import tiny
@@ -18,6 +19,7 @@ from tlcapture.models.checkpoints import count_parameters
 from tlcapture.models.sizes import Measures
 from tlcapture.plan.accelerators import ACCELERATORS, Accelerator
 from tlcapture.plan.cost import Workload, bound_pace, cost_of
+from tlcapture.plan.memory import Memory, memory_of
 from tlcapture.plan.reductions import Change, reductions
 from tlcapture.text import format_bytes, parse_bytes
 
@@ -77,8 +79,17 @@ def test_a_measured_pace_includes_writing_and_leaves_no_files(plan: Callable[...
 MEASURES = Measures(n_layers=2, d_model=8, n_heads=2, n_key_value_heads=1, d_head=4, d_mlp=16, d_vocab=50)
 
 
-def pace(accelerator: Accelerator, *, batch_size: int, efficiency: float = 1.0, n_parameters: int = 10**9) -> float:
-    workload = Workload(1, 100, CaptureOptions(max_new_tokens=50))
+ONE = Workload(1, 100, CaptureOptions(max_new_tokens=50))
+
+
+def pace(
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    efficiency: float = 1.0,
+    n_parameters: int = 10**9,
+    workload: Workload = ONE,
+) -> float:
     return bound_pace(
         "x", accelerator, MEASURES, n_parameters=n_parameters, bytes_per_weight=2, workload=workload,
         batch_size=batch_size, efficiency=efficiency,
@@ -182,3 +193,28 @@ def test_sizes_are_parsed_as_they_are_formatted() -> None:
     assert parse_bytes("500gib") == parse_bytes("500 GB") == 500 * 2**30
     with pytest.raises(InputError, match="is not a size"):
         parse_bytes("-3 GB")
+
+
+def test_samples_read_their_prompt_once_and_are_generated_each() -> None:
+    """At one token per second: 100 tokens of the prompt, and 50 of each of 4 samples."""
+    workload = Workload(3, 100, CaptureOptions(max_new_tokens=50, samples=4))
+    assert (workload.n_captures, workload.n_new_tokens) == (12, 600)
+    busy = Accelerator(bandwidth=1e30, flops=2e9)
+    assert pace(busy, batch_size=4, workload=workload) == pytest.approx(4 * 50 / (100 + 4 * 50), rel=1e-3)
+    assert pace(busy, batch_size=2, workload=workload) == pytest.approx(2 * 50 / (100 + 2 * 50), rel=1e-3)
+
+
+def test_a_step_reads_keys_and_values_of_the_mean_context() -> None:
+    """Two layers with a key and a value of 4 numbers of 2 bytes, for the prompt and half of the response."""
+    kept = 2 * 2 * 4 * 2 * (100 + 50 / 2)
+    assert pace(Accelerator(kept, 1e30), batch_size=3, n_parameters=0) == pytest.approx(3 * 50 / (50 * 3), rel=1e-3)
+
+
+def test_the_memory_of_a_prompt_grows_with_its_response_and_counts_reading_again_for_attention_alone() -> None:
+    def memory(**options: Any) -> Memory:
+        return memory_of(Workload(1, 100, CaptureOptions(**options)), MEASURES, torch.float32, "cpu")
+
+    residual, longer = (memory(max_new_tokens=n_tokens) for n_tokens in (50, 90))
+    assert longer.prompt > residual.prompt and residual.replayed is longer.replayed is None
+    again, later = (memory(max_new_tokens=n_tokens, attention=True).replayed for n_tokens in (50, 90))
+    assert again is not None and later is not None and later > again > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -511,3 +512,13 @@ def test_spans_of_some_tokens_are_those_of_all_and_means_are_null_once_tokens_ar
             is_whole = [each["kind"] == "answer" and selection == "response" for each in again]
             assert [each["mean"] is not None for each in again] == is_whole
             assert [each["peak_velocity"] for each in again] == [None] * len(again)
+
+
+def test_a_slice_is_refused_exactly_if_it_is_empty_for_every_response() -> None:
+    for start, stop in itertools.product((None, *range(-3, 4)), repeat=2):
+        text = f"{'' if start is None else start}:{'' if stop is None else stop}"
+        if any(range(n_tokens)[start:stop] for n_tokens in range(12)):
+            assert KeptTokens.parse(text).of(2, 9).response == tuple(range(7)[start:stop])
+        else:
+            with pytest.raises(InputError, match="keeps no token of any response"):
+                KeptTokens.parse(text)

@@ -18,6 +18,7 @@ from tests.input.strategies import ANY_JSON, Damaged, check_refusal, damaged_jso
 from tlcapture.captures.capture import Capture, CapturedPart
 from tlcapture.captures.capture_names import INDEX
 from tlcapture.errors import StorageError, TlcaptureError
+from tlcapture.prompts.spans import TokenSpan
 from tlcapture.storage.archives import Archive
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import ResidualStream
@@ -53,7 +54,8 @@ def made(
         return CapturedPart("".join(tokens), tokens, list(range(n_tokens)), stream)
 
     choice = {} if kept.is_all else {"layers": list(kept.layers), "points": list(kept.points)}
-    return Capture(part(N_PROMPT), part(n_response), {**METADATA, **choice, **more})
+    turn = TokenSpan.model_validate({"kind": "turn", "role": "user", "start": 1, "stop": N_PROMPT})
+    return Capture(part(N_PROMPT), part(n_response), {**METADATA, **choice, **more}, spans=(turn,))
 
 
 def append_record(path: Path, name: str, data: bytes) -> None:
@@ -63,7 +65,7 @@ def append_record(path: Path, name: str, data: bytes) -> None:
 
 
 def check_same(one: Capture, other: Capture) -> None:
-    assert dict(one.metadata) == dict(other.metadata)
+    assert dict(one.metadata) == dict(other.metadata) and one.spans == other.spans
     for left, right in ((one.prompt, other.prompt), (one.response, other.response)):
         assert (left.text, left.tokens, left.token_ids) == (right.text, right.tokens, right.token_ids)
         assert left.residual.kept == right.residual.kept
@@ -191,6 +193,7 @@ def any_json() -> Any:
         ("response", "attn_out", {"dtype": "int64"}, "response.attn_out.dtype"),
         ("prompt", "points", {"shape": [7, N_PROMPT + 1, WIDTH]}, "prompt: [7, 5, 8], expected [7, 4, 8]"),
         ("prompt", "points", {"shape": [7, N_PROMPT, -WIDTH]}, "prompt.points.shape[2]"),
+        ("prompt", "points", {"row_sums": [0] * 6}, "6 row_sums, expected 7"),
     ],
 )
 def test_an_index_of_another_file_is_refused(
@@ -263,3 +266,22 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_refused(tmp_path: Path, m
     with pytest.raises(StorageError, match="the file was replaced while it was being opened"):
         Capture.open(path)
     check_same(Capture.open(path), made())
+
+
+def test_an_index_without_the_attention_outputs_of_one_part_is_refused(tmp_path: Path) -> None:
+    path = made().save(tmp_path / "1.pt").path
+    index = index_of(path)
+    index["response"]["attn_out"] = None
+    odd = with_index(path, json.dumps(index).encode())
+    with pytest.raises(StorageError, match="prompt and response hold different activations") as caught:
+        Capture.open(odd)
+    check_refusal(caught.value, odd)
+
+
+def test_an_index_without_checksums_is_read(tmp_path: Path) -> None:
+    path = made().save(tmp_path / "1.pt").path
+    index = index_of(path)
+    for part in ("prompt", "response"):
+        for name in ("points", "attn_out"):
+            del index[part][name]["row_sums"]
+    check_same(Capture.open(with_index(path, json.dumps(index).encode())), made())

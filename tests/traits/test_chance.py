@@ -16,6 +16,7 @@ from tlcapture.traits.projection import project
 from tlcapture.traits.reference import Reference, read_reference
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
+from tlcapture.views.kept_tokens import Positions
 from tlcapture.views.residual import ResidualStream
 
 WIDTH, LAYERS = 32, 3
@@ -174,3 +175,46 @@ def test_what_random_directions_do_does_not_depend_on_the_scale_of_activations(
     assert found.chance is not None
     for name in ("commit", "persist", "commitment", "persistence"):
         assert getattr(found.chance, name) == getattr(usual.chance, name), name
+
+
+def test_rises_do_not_depend_on_the_order_of_tokens_nor_on_the_first() -> None:
+    directions, response = RandomDirections(reference(), LAYERS, WIDTH), stream(12, 8)
+    response.points[:, 0] += 20 * vector().unit
+    (one,) = projected(directions, vector(), response=response)
+    prompt = stream(30, 7).points[:, [0, *range(29, 0, -1)]]
+    prompt[:, 0] *= 1e3
+    parts = ResidualStream(prompt), ResidualStream(response.points.flip(1))
+    (other,) = project(*parts, [(vector(), Selection(1, "probe", "override"))], random=directions)
+    assert one.chance is not None
+    assert other.chance is not None
+    assert np.allclose(one.chance.rises, other.chance.rises, rtol=1e-3, atol=1e-5)
+    assert np.allclose(one.chance.standardised, other.chance.standardised, rtol=1e-3, atol=1e-4)
+    assert one.chance.widening > 1
+    assert other.chance.widening == pytest.approx(one.chance.widening, rel=1e-4)
+    assert other.rise == pytest.approx(one.rise, rel=1e-3)
+
+
+def test_without_tokens_of_the_prompt_changes_are_known_beside_chance_and_rises_are_not() -> None:
+    (whole,) = projected(RandomDirections(reference(), LAYERS, WIDTH), vector())
+    chosen = [(vector(), Selection(1, "probe", "override"))]
+    for n_held in (0, 3):
+        held = Positions((*range(n_held), *range(30, 80)), 30, 80)
+        directions = RandomDirections(reference(), LAYERS, WIDTH)
+        prompt = stream(30, 7).select(range(n_held))
+        (part,) = project(prompt, stream(50, 8), chosen, random=directions, held=held)
+        assert part.trajectory[n_held:30].isnan().all()
+        assert torch.equal(part.trajectory[list(held.kept)], whole.trajectory[list(held.kept)])
+        assert part.dynamics.commitment_p == pytest.approx(whole.dynamics.commitment_p)
+        assert part.chance is not None
+        assert whole.chance is not None
+        assert (part.chance.commit, part.chance.commitment) == (whole.chance.commit, whole.chance.commitment)
+        unknown = ("persist", "persistence", "rises", "reference_rises", "standardised", "largest_rise")
+        assert [getattr(part.chance, name) for name in unknown] == [None] * len(unknown)
+
+
+def test_a_vector_that_is_clearer_than_all_random_directions_is_counted_itself() -> None:
+    each, response = vector(), stream(50, 8)
+    response.points[:, 25:] += 1e4 * each.unit
+    (found,) = projected(RandomDirections(None, LAYERS, WIDTH), each, response=response)
+    assert found.chance is not None
+    assert found.chance.commitment == pytest.approx(1 / 201)

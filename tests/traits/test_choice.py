@@ -29,11 +29,12 @@ class Model:
 
     n_layers: int = 20
     d_model: int = WIDTH
+    layers: tuple[int, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=lambda: {"inference_model": "tiny"})
 
     @property
     def kept(self) -> KeptPoints:
-        return KeptPoints.of(self.n_layers)
+        return KeptPoints.of(self.n_layers, self.layers)
 
 
 @pytest.fixture
@@ -110,3 +111,22 @@ def test_captures_of_one_shape_and_origin_share_a_choice_that_is_reported_once(l
     assert len(reported) == 1 and len(reported[0].failures) == 1
     chooser.vectors(Model(n_layers=24), "residual")
     assert len(reported) == 2
+
+
+def test_of_vectors_that_nobody_asked_for_only_those_of_layers_that_were_not_kept_are_left_out(layout: Layout) -> None:
+    write_vector(VectorFiles(layout, Trait("a", "late")), "residual", "probe", 17, torch.ones(WIDTH))
+    chosen = choose_vectors(layout, VectorChoice(leaves_out_others=True), Model(layers=(16,)), "residual")
+    assert traits_of(chosen) == [FITS] and [trait for trait, _ in chosen.failures] == [WIDE]
+    assert chosen.warning is not None
+    assert "1 of 2 packaged vectors left out, since residual_out of their layer 17 was not kept" in chosen.warning
+    assert "--layers 16,17" in chosen.warning
+    few = choose_vectors(layout, VectorChoice(leaves_out_others=True), Model(layers=(3,)), "residual")
+    assert few.warning is not None and "their layers 16, 17 was not kept" in few.warning
+
+
+def test_a_vector_that_cannot_match_the_captured_activations_fails(layout: Layout) -> None:
+    facts = {"extraction_model": "tiny", "methods": ["probe"], "layers": [16], "hidden_dim": WIDTH}
+    VectorFiles(layout, FITS).write_metadata("residual", {**facts, "component": "attn_out"})
+    chosen = choose_vectors(layout, VectorChoice(traits=(FITS,)), Model(), "residual")
+    ((trait, error),) = chosen.failures
+    assert trait == FITS and "recorded as a vector of attn_out, not of residual" in str(error)

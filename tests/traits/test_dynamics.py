@@ -261,3 +261,18 @@ def test_the_same_trajectory_always_has_the_same_dynamics_whatever_is_measured_b
 def test_nan_is_an_error() -> None:
     with pytest.raises(NumericalError, match="NaN or inf"):
         of([1.0, float("nan")])
+
+
+@pytest.mark.parametrize("n_prompt", range(4))
+def test_changes_need_eight_tokens_of_the_response_and_rises_a_baseline_and_every_token(n_prompt: int) -> None:
+    """The first token of a sequence counts for neither."""
+    for n_response in range(max(0, 1 - n_prompt), 11):
+        n_tokens, first = n_prompt + n_response, max(1, n_prompt)
+        for missing in (None, *range(n_tokens)):
+            values = torch.arange(float(n_tokens), dtype=torch.float64)[None].sin()
+            values[:, [] if missing is None else [missing]] = torch.nan
+            held = Positions(tuple(each for each in range(n_tokens) if each != missing), n_prompt, n_tokens)
+            motion = Motion.of(values, n_prompt, held, n_permutations=1)
+            has_changes = n_tokens - first >= 8 and (missing is None or missing < first)
+            has_rises = n_prompt >= 2 and n_response > 0 and missing in (None, 0)
+            assert (motion.changes is not None, motion.rises is not None) == (has_changes, has_rises)

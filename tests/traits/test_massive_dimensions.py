@@ -45,3 +45,8 @@ def test_a_direction_without_massive_dimensions_takes_nothing_from_them() -> Non
     direction = torch.ones(64)
     direction[[7, 20]] = 0
     assert massive_share(activations(), direction)[1] == 0
+
+
+@pytest.mark.parametrize("values", [torch.ones(1, 4), torch.ones(6, 4), torch.eye(5, 4)[1:2].expand(3, 4)])
+def test_a_projection_that_does_not_vary_has_a_share_of_0(values: torch.Tensor) -> None:
+    assert massive_share(values, torch.ones(4))[1] == 0

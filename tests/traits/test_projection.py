@@ -10,6 +10,7 @@ import torch
 from tlcapture.errors import NumericalError, VectorError
 from tlcapture.names import Trait
 from tlcapture.storage.files import write_json
+from tlcapture.traits.centring import Centred
 from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.projection import dynamics_of_file, project, projections_to_json
 from tlcapture.traits.projection_files import ProjectionFile
@@ -155,3 +156,15 @@ def test_a_vectors_length_does_not_matter() -> None:
     direction = torch.randn(WIDTH)
     short, long = project(stream(4), stream(4), chosen(vector("a", 1, direction), vector("a", 1, direction * 1e4)))
     assert torch.allclose(short.prompt, long.prompt, atol=1e-5)
+
+
+def test_activations_whose_sum_overflows_have_scores() -> None:
+    large = ResidualStream(torch.full((2 * LAYERS + 1, 9, WIDTH), 1e37))
+    (found,) = project(large, large, chosen(vector("a", 1, torch.ones(WIDTH))))
+    assert torch.allclose(found.prompt, torch.tensor(4e37))
+
+
+def test_a_centred_projection_states_its_offset_and_the_share_of_massive_dimensions_rounded() -> None:
+    found = Centred(-1.23456789, (3, 1), 0.123456).to_json()
+    assert found == {"offset": -1.23457, "massive_dimensions": (3, 1), "massive_variance_share": 0.1235}
+    assert Centred(0.5, None, None).to_json()["massive_variance_share"] is None

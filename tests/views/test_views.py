@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 import torch
@@ -19,10 +21,12 @@ from tlcapture.generation.loop import teacher_force
 from tlcapture.views import logit_lens
 from tlcapture.views.attention import AttentionPatterns, attention_hooks, attention_view
 from tlcapture.views.cache import stacked
+from tlcapture.views.head_summary import summarised
 from tlcapture.views.internals import internals_hooks, internals_view
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.logit_lens import logit_lens_view
 from tlcapture.views.residual import ResidualStream, residual_hooks, residual_view
+from tlcapture.views.saved_attention import read_attention
 
 NAMES = {"prompt_id": "1", "prompt_set": "set"}
 
@@ -321,3 +325,30 @@ def test_the_lens_does_not_overwrite_logits_that_are_still_used(engine: str) -> 
 def test_a_logit_lens_without_predictions_is_an_error() -> None:
     with pytest.raises(InputError, match="top_k is 0: expected at least 1"):
         logit_lens_view(lambda layer: torch.randn(3, 4), 1, [1, 2, 3], lambda residual: residual, top_k=0)
+
+
+@pytest.mark.parametrize("n_response", [3, 0])
+def test_heads_are_summarised_over_the_response_or_over_the_prompt_without_one(tmp_path: Path, n_response: int) -> None:
+    """The first head attends to all keys alike, the second to the query itself."""
+    n_prompt = 4
+    n_tokens = n_prompt + n_response
+    even = torch.ones(n_tokens, n_tokens).tril() / torch.arange(1.0, n_tokens + 1)[:, None]
+    view = AttentionPatterns(torch.stack([even, torch.eye(n_tokens)])[None], 2, (1,))
+    path = tmp_path / "1_attention.json"
+    content = view.to_json(**NAMES, tokens=["x"] * n_tokens, n_prompt_tokens=n_prompt)
+    path.write_bytes(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY))
+    found, lengths = summarised(read_attention(path)), np.arange(n_tokens)[n_prompt if n_response else 1 :] + 1
+    assert (found.n_queries, found.part) == (len(lengths), "response" if n_response else "prompt")
+    first = {"entropy": np.log(lengths), "distance": (lengths - 1) / 2, "first": 1 / lengths, "previous": 1 / lengths}
+    for name, values in {**first, "self": 1 / lengths}.items():
+        assert np.isnan(found.measures[name][0]).all()
+        assert found.measures[name][1] == pytest.approx([values.mean(), float(name == "self")], rel=1e-3, abs=1e-6)
+
+
+def test_attention_of_layers_without_any_is_an_error_that_names_those_that_have_it() -> None:
+    names = {"blocks.1.attn.hook_pattern", "blocks.2.attn.hook_pattern"}
+    assert attention_hooks(3, names, [0, 2]) == ["blocks.2.attn.hook_pattern"]
+    with pytest.raises(InputError, match="none of them has attention: layers 1, 2 have"):
+        attention_hooks(3, names, [0])
+    with pytest.raises(InputError, match="the model has no attention"):
+        attention_hooks(3, set())

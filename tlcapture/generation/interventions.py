@@ -10,7 +10,7 @@ one layer change the activation one after the other, in the order in which they 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -24,7 +24,7 @@ from tlcapture.models.recordable_hooks import RecordableHooks
 from tlcapture.shapes import Rows, RowVectors, Vector
 from tlcapture.views.hooks import hook
 
-ALL_POSITIONS = slice(None)
+ALL_POSITIONS = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +34,9 @@ class RowMask:
     rows: Tensor
 
 
-# Positions of a pass: a slice of them, some rows of a step of one token, or a mask `[batch, pos]` of the last ones. The
+# Positions of a pass: all of them, some rows of a step of one token, or a mask `[batch, pos]` of the last ones. The
 # rows of a pass in several micro-batches are one after the other in the mask.
-Positions: TypeAlias = slice | RowMask | Tensor
+Positions: TypeAlias = RowMask | Tensor | None
 HookFunction = Callable[..., Any]  # of TransformerLens: activation and hook point -> activation, or None
 
 
@@ -143,11 +143,9 @@ def _less(activation: Tensor, direction: Vector, excess: Callable[[Tensor], Tens
 
 
 @contextmanager
-def applied(
-    model: Model, interventions: Sequence[Intervention], positions: Positions = ALL_POSITIONS
-) -> Iterator[None]:
-    """Within the context, change the activations at `positions` of every forward pass; hooks of the user stay."""
-    with acting(model, [(each, positions) for each in interventions]):
+def applied(model: Model, interventions: Sequence[Intervention]) -> Iterator[None]:
+    """Within the context, change the activations of every forward pass at all positions; hooks of the user stay."""
+    with acting(model, [(each, ALL_POSITIONS) for each in interventions]):
         yield
 
 
@@ -165,34 +163,17 @@ def acting(
     if not changes and not hooks:
         yield
         return
-    key = tuple((each, _key(at)) for each, at in interventions)
+    key = tuple(interventions)
     with model.tl.hooks(fwd_hooks=[*hooks, *changes] if hooks else RecordableHooks(changes, key)):
         yield
 
 
-def _key(positions: Positions) -> Hashable:
-    """A hashable key for positions; Python cannot hash slices before 3.12."""
-    return (positions.start, positions.stop) if isinstance(positions, slice) else positions
-
-
 def _hook_function(intervention: Intervention, positions: Positions) -> HookFunction:
-    if isinstance(positions, slice):
-        return _at_slice(intervention, positions)
+    if positions is None:
+        return lambda activation, hook: intervention.change(activation)
     if isinstance(positions, RowMask):
         return _at_rows(intervention, positions)
     return _by_mask(intervention, positions)
-
-
-def _at_slice(intervention: Intervention, positions: slice) -> HookFunction:
-    def change(activation: Tensor, hook: Any) -> Tensor:
-        part = activation[:, positions]
-        if part.shape[1] == activation.shape[1]:
-            return intervention.change(activation)
-        changed = activation.clone()
-        changed[:, positions] = intervention.change(part)
-        return changed
-
-    return change
 
 
 def _at_rows(intervention: Intervention, mask: RowMask) -> HookFunction:

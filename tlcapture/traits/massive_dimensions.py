@@ -46,6 +46,6 @@ def massive_share(activations: Activations, direction: Vector) -> tuple[tuple[in
     parts = activations[1:].double() * direction.double()
     whole = parts.sum(dim=1)
     massive = parts[:, list(dimensions)].sum(dim=1)
-    deviation = whole - whole.mean() if len(whole) else whole
+    deviation = whole - whole.mean()
     variance = float(deviation @ deviation)
     return dimensions, float((massive @ deviation) / variance) if variance else 0.0
