@@ -77,7 +77,7 @@ def run_capture(
         run.failed(what, reason)
     _warn_of_request(run, prompt_sets, options)
     known_model = partial(executor.known_model, load)
-    planner = TaskPlanner(layout, options, load.name, known_model, run.report.learn)
+    planner = TaskPlanner(layout, options, load, known_model, run.report.learn)
     tasks = planner.tasks(prompt_sets)
     _check_space(CaptureSize.of(tasks, layout, options, lambda: known_model().measures), layout)
     known = known_model() if any(task.has_work for task in tasks) else None
@@ -173,7 +173,7 @@ def estimate_capture(
     outline = load.outline
     options = with_vectors(options, layout, load)
     _check(layout, options)
-    tasks = TaskPlanner(layout, options, load.name, lambda: outline).tasks(prompt_sets)
+    tasks = TaskPlanner(layout, options, load, lambda: outline).tasks(prompt_sets)
     affected = AffectedFiles.of(tasks, layout, options, outline.n_layers)
     size = CaptureSize.of(tasks, layout, options, lambda: outline.measures)
     model = Sized.of(outline.measures, load.device, load.dtype)
@@ -187,6 +187,7 @@ def estimate_capture(
 
 
 def _check(layout: Layout, options: CaptureOptions) -> None:
+    options.check_parts()
     if options.replay:
         _check_replay(options)
     if options.projections_only:
