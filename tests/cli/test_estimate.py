@@ -85,7 +85,8 @@ def test_a_dry_run_names_the_vectors_that_do_not_fit(capture: Run, extract: Run,
     assert dry["estimate"]["files"] == done["files"]["count"] == 3
     for more in (("--dry-run",), ()):
         refused = capture(*words, "--projections-only", "--variant", "v", *more)
-        assert refused.exit_code == 2 and "no trait has a vector that fits" in refused.stderr
+        assert refused.exit_code == 2 and "loading" not in refused.output
+        assert "no trait has a vector that fits, so nothing would be kept: the probe vector of " in refused.stderr
 
 
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))

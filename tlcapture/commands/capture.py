@@ -76,6 +76,8 @@ def run_capture(
     """
     options = with_vectors(options, layout, load)
     _check(layout, options)
+    if options.projections_only and not (options.skip_existing or options.vectors.is_fallback):
+        _chosen_vectors(layout, options, load.name, load.outline.measures)
     run = Run.begin(layout, display)
     for what, reason in refused:
         run.failed(what, reason)
@@ -204,7 +206,8 @@ def _chosen_vectors(layout: Layout, options: CaptureOptions, model: str, measure
     source = options.vectors.layout(layout)
     found = [choose_vectors(source, options.vectors, record, component) for component in options.components]
     if options.projections_only and not any(each.vectors for each in found):
-        raise InputError(NOTHING_KEPT)
+        reasons = [str(error) for each in found for _, error in each.failures]
+        raise InputError(": ".join([NOTHING_KEPT, *reasons[:1]]))
     return found
 
 
