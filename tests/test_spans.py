@@ -434,6 +434,10 @@ def test_channels_other_than_analysis_are_the_answer() -> None:
         ("<turn>assistant\n", "◁think▷so◁/think▷yes", ("so", "yes")),
         ("<turn>assistant\n<thought>\n", "so\n</thought>\n\nyes", ("so", "yes")),  # EXAONE Deep
         ("<turn>assistant\n", "<|inner_prefix|>so<|inner_suffix|>yes", ("so", "yes")),  # Apertus
+        ("<turn>assistant\n", "<think>so</think>\n<response>yes</response>", ("so", "yes")),  # Granite 3.3
+        ("<turn>assistant\n", "<think>so</think><response>ye", ("so", "ye")),
+        ("<turn>assistant\n", "<think>so</think>a <response> is a tag", ("so", "a <response> is a tag")),
+        ("<turn>assistant\n", "<response>yes</response>", (None, "<response>yes</response>")),  # without thinking
         ("<turn>assistant\n", "<thi", (None, "<thi")),
         ("<turn>assistant\n<think>\n", "\u6d77\u6c34\U0001f30a</think>\u76d0", ("\u6d77\u6c34\U0001f30a", "\u76d0")),
         ("", "yes", (None, "yes")),

@@ -177,10 +177,12 @@ def test_a_replayed_file_equals_the_one_written_live(capture: Run, raw: Path, an
             assert torch.allclose(replayed_internals[key], tensor, atol=1e-4), key
 
 
-def test_replay_needs_a_saved_capture_and_generates_nothing(capture: Run, raw: Path) -> None:
+def test_replay_needs_a_saved_capture_and_generates_nothing(capture: Run, raw: Path, tiny_folder: Path) -> None:
     result = capture("--replay", "--attention")
     assert result.exit_code == 1
-    assert "short/1: --replay needs a saved capture" in result.stderr
+    command = f"tlcapture capture --experiment exp --prompt-set short --model {tiny_folder} --skip-existing"
+    failures = [line for line in result.stderr.splitlines() if line.startswith("failed")]
+    assert failures == [f"failed: short: --replay needs saved captures, and 3 of 3 are missing: run '{command}' first"]
     assert not raw.exists()
 
 
@@ -358,7 +360,7 @@ def test_vectors_can_come_from_another_experiment(capture: Run, extract: Run, pr
     assert read_json(projected / "1.json")["metadata"]["vector_source"]["experiment"] == "vectors"
     result = capture("--vector-experiment", "nothing")
     assert result.exit_code == 2
-    assert "experiment 'nothing' has no trait vectors" in result.stderr
+    assert "no experiment 'nothing': expected the folder " in result.stderr
 
 
 def test_length_temperature_and_seed_change_the_response(capture: Run, raw: Path) -> None:

@@ -193,13 +193,14 @@ def test_a_damaged_compact_file_is_named_and_kept_unless_told(capture: Run, anal
 
 def test_parts_are_refused_where_nothing_is_written_of_them(capture: Run) -> None:
     for words, said in (
-        (("--attention-layers", "1"), "add --attention"),
-        (("--lens-top", "5"), "add --logit-lens"),
+        (("--attention-layers", "1"), "error: --attention-layers keeps a part of what --attention writes: add"),
+        (("--lens-top", "5"), "error: --lens-top keeps a part of what --logit-lens writes: add --logit-lens"),
         (("--attention", "--attention-layers", "1,7"), "--attention-layers 7: the model has layers 0 to 2"),
     ):
         done = capture(*words)
         assert done.exit_code == 2, done.output
         assert said in done.stderr
+        assert ("loading" in done.output) == ("7" in said)  # only the model knows its layers
 
 
 def test_a_layer_that_was_not_kept_is_said(capture: Run, analysis: Path) -> None:

@@ -423,3 +423,32 @@ def test_residuals_that_are_equal_are_said_to_be(capture: Run, tlcapture: Run) -
     assert "no trait vectors, so no projections are compared: run 'tlcapture extract --experiment exp' first" in (
         " ".join(result.stderr.split())
     )
+
+
+def test_captures_without_the_last_layer_are_compared_without_divergence(
+    capture: Run, extract: Run, tlcapture: Run, data: Path
+) -> None:
+    extract("--layers", "1")
+    capture("--layers", "0,1")
+    result = tlcapture("compare", "exp", "exp")
+    assert result.exit_code == 0, result.output
+    warned = "short: next-token distributions are not compared: they need residual_out of layer 2, but the capture has "
+    assert result.stderr.count(warned) == 1
+    assert "kl" not in compared(data, b="exp") and compared(data, b="exp")["traits"].keys() == set(TRAITS)
+    again = tlcapture("compare", "exp", "exp", "--skip-existing")
+    assert "3 prompts skipped" in again.stdout and again.stderr.count(warned) == 1
+
+
+def test_captures_of_a_model_of_another_loader_are_compared_without_divergence(
+    capture: Run, tlcapture: Run, data: Path
+) -> None:
+    capture("--limit", 1)
+    path = data / "experiments/exp/inference/raw/residual/short/1.pt"
+    value = torch.load(path)
+    value["metadata"]["model_fingerprint"] = "tl-0123"
+    torch.save(value, path)
+    result = tlcapture("compare", "exp", "exp")
+    assert result.exit_code == 0, result.output
+    assert "are not compared: a capture is from " in result.stderr
+    assert "a model that tlcapture did not load" in result.stderr
+    assert "kl" not in compared(data, b="exp")

@@ -29,7 +29,7 @@ CASES = {
     "project: no such trait": ("project --experiment exp --all-prompt-sets --traits a/b", "'a/b'"),
     "project: no such vectors": (
         "project --experiment exp --all-prompt-sets --vector-experiment none",
-        "experiment 'none' has no trait vectors",
+        "no experiment 'none': expected the folder ",
     ),
     "dynamics: no experiment": ("project --experiment none --all-prompt-sets --dynamics-only", "no experiment 'none'"),
     "extract: no such trait": ("extract --experiment new --traits a/b", "no examples for trait 'a/b'"),
@@ -51,7 +51,14 @@ CASES = {
         "starting with '.' or '-'): did you mean 'exp'?",
     ),
     "capture: no model": (f"capture --experiment new --prompt hi --model {MISSING}", "no such folder"),
-    "capture: no such vectors": ("capture --experiment new --prompt hi --vector-experiment none", "'none'"),
+    "capture: no such vectors": (
+        "capture --experiment new --prompt hi --vector-experiment exq",
+        "; existing experiments: empty, exp",
+    ),
+    "capture: no such vectors to steer with": (
+        "capture --experiment new --prompt hi --no-project --steer tone/loud:1@1 --vector-experiment none",
+        "no experiment 'none'",
+    ),
     "capture: revision without model": (
         "capture --experiment new --prompt hi --revision x",
         "--revision needs --model",

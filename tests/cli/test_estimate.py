@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,35 @@ def test_a_dry_run_counts_only_missing_files(capture: Run, raw: Path) -> None:
     assert "1 prompt to capture, 2 captures to complete" in text
     assert "logit lens    3 files" in text
     assert "raw residual   1 file" in text
+
+
+def test_a_dry_run_counts_the_projections_that_captures_lack(capture: Run, extract: Run, data: Path) -> None:
+    extract()
+    capture("--capture-attn", "--no-project")
+    for form in ((), ("--format", "compact")):
+        words = ("--capture-attn", "--skip-existing", "--json", *form)
+        estimate = json.loads(capture(*words, "--dry-run").stdout)["estimate"]
+        written = json.loads(capture(*words).stdout)["files"]
+        assert (estimate["prompts"], estimate["completed"]) == (0, 3)
+        assert estimate["files"] == (6 if form else 12)
+        is_kept = [row for row in written["list"] if "/+/" not in row[0]]  # shards are put together afterwards
+        assert estimate["files"] == len(is_kept)
+        assert estimate["bytes"] == pytest.approx(sum(size for _, size in is_kept), rel=0.35)
+        assert json.loads(capture(*words, "--dry-run").stdout)["estimate"]["files"] == 0
+        shutil.rmtree(data / "experiments/exp/inference/tone", ignore_errors=True)
+
+
+def test_a_dry_run_names_the_vectors_that_do_not_fit(capture: Run, extract: Run, data: Path) -> None:
+    extract("--component", "residual", "--layers", "1")
+    words = ("--layers", "0", "--json")
+    dry, done = (json.loads(capture(*words, *more).stdout) for more in (("--dry-run",), ()))
+    assert [each["what"] for each in dry["estimate"]["failures"]] == ["tone/loud", "tone/warm"]
+    assert dry["estimate"]["failures"] == done["failures"]
+    assert dry["estimate"]["files"] == done["files"]["count"] == 3
+    for more in (("--dry-run",), ()):
+        refused = capture(*words, "--projections-only", "--variant", "v", *more)
+        assert refused.exit_code == 2 and "loading" not in refused.output
+        assert "no trait has a vector that fits, so nothing would be kept: the probe vector of " in refused.stderr
 
 
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))

@@ -287,6 +287,38 @@ def test_any_changed_byte_of_an_export_is_found_and_named(
     assert tlcapture("import", data / "out", "--experiment", "again").exit_code == 0
 
 
+def test_numbers_that_are_not_finite_are_refused_without_digests(
+    made: Path, export: Run, tlcapture: Run, data: Path
+) -> None:
+    """Exports of earlier versions have none."""
+    from safetensors.torch import load_file, save_file
+
+    assert export("--format", "safetensors", *EVERYTHING).exit_code == 0
+    manifest = data / "out" / MANIFEST
+    manifest.write_text(json.dumps({key: value for key, value in read_json(manifest).items() if key != "sha256"}))
+    for name, key, at in (
+        ("captures/short/1.safetensors", "residual_out_L1", (0, 0)),
+        ("captures/short/1.safetensors", "tone/loud", (0, 0, 1)),
+        ("vectors/tone/loud.safetensors", "residual/mean_diff/1", 3),
+        ("vectors/tone/loud.safetensors", "training_mean/residual", (1, 3)),
+    ):
+        path = data / "out" / name
+        whole = path.read_bytes()
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+        for number in (torch.nan, torch.inf):
+            tensors = load_file(path)
+            tensors[key][at] = number
+            save_file(tensors, path, header)
+            done = tlcapture("import", data / "out", "--experiment", "again")
+            assert done.exit_code == 1, (name, key)
+            (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+            assert ("NaN or infinity" in line or "finite" in line) and "doctor" not in line, line
+            assert [each.name for each in (data / "experiments").iterdir()] == ["exp"]
+        path.write_bytes(whole)
+    assert tlcapture("import", data / "out", "--experiment", "again").exit_code == 0
+
+
 def test_files_of_two_prompts_that_were_exchanged_are_named(
     made: Path, export: Run, tlcapture: Run, data: Path
 ) -> None:

@@ -453,3 +453,15 @@ def test_files_of_other_prompts_are_not_taken_for_finished_ones(make: Run, captu
     for line in expected.values():
         assert line in result.stderr
     assert {path: path.read_bytes() for path in expected} == before
+
+
+def test_a_lens_of_the_whole_vocabulary_lacks_no_predictions(
+    make: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = ("--logit-lens", "--lens-top", 5000, "--limit", 1)
+    make(*wanted)
+    before = states(folder)
+    monkeypatch.setattr("tlcapture.runs.model_loader.ModelLoader.__call__", lambda load: pytest.fail("it was loaded"))
+    for replay in ((), ("--replay",)):
+        assert "wrote 0 files" in make(*wanted, *replay, "--skip-existing").stdout
+        assert states(folder) == before

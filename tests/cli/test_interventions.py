@@ -324,7 +324,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "a range backwards": (("--ablate", f"{LOUD}@2-1"), "'2-1': expected layers"),
     "a place": (("--ablate", f"{LOUD}@1:answer"), "expected prompt, response, thinking or first=N"),
     "no trait": (("--ablate", "loud@1"), "is not of the form category/name"),
-    "an unknown trait": (("--ablate", "tone/shy@1"), "no vectors for trait 'tone/shy'"),
+    "an unknown trait": (("--ablate", "tone/shy@1"), "no vectors for trait 'tone/shy' in experiment 'exp'; "),
     "a layer too many": (("--ablate", f"{LOUD}@9"), "there is no layer 9: the model has layers 0 to 2"),
     "a name": (("--ablate", f"{LOUD}@1", "--variant", "a b"), "variant 'a b' is not a safe file name"),
     "a long name": (("--ablate", f"{LOUD}@1", "--variant", "a" * 65), "at most 64 characters"),

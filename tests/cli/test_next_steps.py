@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import Result
+
+from tlcapture.errors import StorageError
+from tlcapture.traits.token_scores import TokenScores, dynamics_command
 
 Run = Callable[..., Result]
 
@@ -67,3 +71,27 @@ def test_a_failed_command_has_no_next_step(tlcapture: Run) -> None:
 def test_a_quiet_command_and_json_keep_it_from_standard_output(capture: Run) -> None:
     assert "next:" not in capture("--max-new-tokens", 1, "-q").output
     assert "next:" not in capture("--max-new-tokens", 1, "--json").stdout
+
+
+def test_commands_in_messages_name_the_root_too(
+    tlcapture: Run, extract: Run, data: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract("--layers", "1", "--methods", "mean_diff")
+    monkeypatch.delenv("TLCAPTURE_ROOT")
+    where = ("--experiment", "exp", "--root", data)
+    done = tlcapture("capture", *where, "--model", tiny_folder, "--prompt-set", "short", "--max-new-tokens", 2)
+    assert f"'tlcapture evaluate --experiment exp --root {data}' would choose one" in done.stderr
+    assert f"'tlcapture steer --experiment exp --root {data}' first" in (
+        tlcapture("evaluate", *where, "--against-steering").stderr
+    )
+    assert _next(tlcapture("export", *where, "--to", data / "out"))[-2:] == ["--root", str(data)]
+    path = data / "experiments/exp/inference/tone/loud/residual_stream/short/1.json"
+    assert dynamics_command(path) == (
+        f"tlcapture project --experiment exp --root {data} --prompt-set short --dynamics-only"
+    )
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps({key: each for key, each in value.items() if key != "dynamics"}))
+    with pytest.raises(StorageError, match=f"it lacks dynamics: run '{dynamics_command(path)}'"):
+        TokenScores.read(path)
+    assert tlcapture(*shlex.split(dynamics_command(path))[1:]).exit_code == 0
+    assert TokenScores.read(path).trait == "tone/loud"

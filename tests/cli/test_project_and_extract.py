@@ -578,3 +578,22 @@ def test_a_layer_or_method_that_no_trait_has_is_one_error(
         assert result.stderr.splitlines()[-1].startswith(f"error: {said}")
         assert "next:" not in result.stdout
     assert not projected.exists()
+
+
+def test_prompts_without_a_projection_to_recompute_are_one_failure(
+    capture: Run, extract: Run, tlcapture: Run, projected: Path
+) -> None:
+    extract("--methods", "mean_diff", "--component", "residual", "--layers", "1")
+    capture()
+    (projected / "1.json").unlink()
+    (projected / "3.json").unlink()
+    words = ("project", "--experiment", "exp", "--prompt-set", "short", "--traits", "tone/loud")
+    done = tlcapture(*words, "--dynamics-only")
+    assert done.exit_code == 1 and "wrote 1 file" in done.stdout
+    (failure,) = [line for line in done.stderr.splitlines() if line.startswith("failed")]
+    assert failure == (
+        "failed: short: 2 of 3 prompts have no projection to recompute the dynamics of: run "
+        "'tlcapture project --experiment exp --prompt-set short --traits tone/loud --skip-existing' first"
+    )
+    assert tlcapture(*words, "--skip-existing").exit_code == 0
+    assert tlcapture(*words, "--dynamics-only").exit_code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,21 @@ def test_options_that_a_replay_does_not_read_are_reported(capture: Run) -> None:
     assert done.exit_code == 0, done.output
     assert "--replay reads stored tokens: --max-new-tokens, --top-p, --thinking have no effect" in done.stderr
     assert "no effect" not in capture().stderr
+
+
+def test_prompts_without_a_capture_are_one_failure_which_names_the_command(
+    capture: Run, tlcapture: Run, folder: Path
+) -> None:
+    prompts = ("--prompt-set", "eight")
+    capture("--limit", 3, prompts=prompts)
+    replay = ("--replay", "--attention")
+    done = capture(*replay, "--limit", 7, prompts=prompts)
+    assert done.exit_code == 1 and len(files(folder)) == 3
+    (failure,) = [line for line in done.stderr.splitlines() if line.startswith("failed")]
+    assert "eight: --replay needs saved captures, and 4 of 7 are missing: run 'tlcapture capture " in failure
+    assert "would fail: eight: --replay needs" in capture(*replay, "--dry-run", prompts=prompts).stdout
+    command = shlex.split(failure.partition("'")[2].partition("'")[0])
+    assert tlcapture(*command[1:], "--max-new-tokens", 6).exit_code == 0
+    assert capture(*replay, "--limit", 7, prompts=prompts).exit_code == 0
+    of_variant = capture(*replay, "--variant", "v", prompts=prompts)
+    assert "8 of 8 are missing: capture them first, as the others of the variant" in of_variant.stderr

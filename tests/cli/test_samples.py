@@ -94,7 +94,9 @@ def test_a_replay_takes_all_samples_that_are_saved(capture: Run, raw: Path, anal
     assert Capture.open(raw / "1.s2.pt").metadata["sampling"]["top_k"] == 9
     one = capture("--replay", "--logit-lens", "--samples", 1)
     assert one.exit_code == 0 and names(analysis, "*_lens.json") == [f"{n}.s1_logit_lens.json" for n in (1, 2, 3)]
-    assert "--replay needs a saved capture" in capture("--replay", "--logit-lens", "--samples", 3).stderr
+    more = capture("--replay", "--logit-lens", "--samples", 3)
+    command = "tlcapture capture --experiment exp --prompt-set short --samples 3 --skip-existing"
+    assert more.exit_code == 1 and f"3 of 9 are missing: run '{command}' first" in more.stderr
 
 
 def test_a_dry_run_counts_the_files_of_all_samples(capture: Run, raw: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_damaged_file_is_named_in_an_error_of_one_line(
 _ABSENT = {
     "prompt set": ["no prompt set 'odd': looked for "],
     "vector": ["no residual vector of style/odd by 'probe' at layer 1"],
-    "projection file": ["has no projection to recompute the dynamics of", "has no residual projections"],
+    "projection file": ["no projection to recompute the dynamics of", "has no residual projections"],
 }
 
 

@@ -206,7 +206,7 @@ def test_the_fallback_is_layer_16_with_a_warning(files: VectorFiles) -> None:
     assert (found.layer, found.method, found.selected_by) == (16, "probe", "fallback")
     assert found.warning is not None
     assert "layer 16 by default" in found.warning
-    assert "'tlcapture evaluate --experiment exp' would choose one" in found.warning
+    assert f"'tlcapture evaluate --experiment exp --root {files.layout.root}' would choose one" in found.warning
 
 
 def test_the_fallback_is_layer_16_also_where_only_a_later_method_has_it(tmp_path: Path) -> None:
@@ -222,10 +222,8 @@ def test_evaluating_again_is_no_advice_where_evaluation_found_no_effect_size(fil
     evaluation(files, *({"method": "probe", "layer": layer, "val_effect_size": None} for layer in (2, 4)))
     warning = str(select(files, "residual", 30).warning)
     assert "tlcapture evaluate" not in warning
-    assert (
-        "its examples give no effect size; other examples, or 'tlcapture steer --experiment exp', would choose one"
-        in warning
-    )
+    steer = f"tlcapture steer --experiment exp --root {files.layout.root}"
+    assert f"its examples give no effect size; other examples, or '{steer}', would choose one" in warning
 
 
 @pytest.mark.parametrize(("n_layers", "layer"), [(30, 16), (17, 16), (16, 9), (12, 7), (6, 3), (1, 0)])

@@ -210,7 +210,8 @@ def capture(
     load = settings.variants.adapted(model.loader_for(layout, "inference_model", console))
     if not settings.skip_existing:  # with it, there may be nothing to do that needs the model
         load.require()
-    if settings.vectors.vector_experiment is not None and not settings.no_project:
+    takes_vectors = not settings.no_project or settings.interventions.are_given
+    if settings.vectors.vector_experiment is not None and takes_vectors:
         _check_vectors(location, settings.vectors.vector_experiment)
     executor = cluster.make_executor(settings.batch_size, can_collect=not settings.projections_only)
     from tlcapture.commands.adhoc_prompts import numbered_on
@@ -289,11 +290,13 @@ def _prompt_sets(location: Location, chosen: PromptSetOptions) -> tuple[list[Pro
 
 
 def _check_vectors(location: Location, experiment: str) -> None:
-    """Raise `InputError` if the experiment that vectors are taken from has none."""
+    """Raise `InputError` if the experiment that vectors are taken from does not exist, or has none."""
     from tlcapture.traits.packaged_vectors import vectors_layout
     from tlcapture.traits.vector_files import traits_with_vectors
 
-    traits_with_vectors(vectors_layout(location.root, experiment))
+    source = vectors_layout(location.root, experiment)
+    source.check_exists()
+    traits_with_vectors(source)
 
 
 def _show_estimate(

@@ -94,14 +94,15 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
     )
     # Nothing is written to the experiment, and so no record of the run.
     run = Run(location.layout, RunReport(location.layout.folder), console)
-    _show(console, settings, run_export(run, options))
+    _show(console, location.root, settings, run_export(run, options))
     for failure in run.report.failures:
         console.error(f"failed: {failure}")
     if run.report.failures:
         sys.exit(1)
 
 
-def _show(console: Console, settings: _Settings, manifest: Manifest) -> None:
+def _show(console: Console, root: Path, settings: _Settings, manifest: Manifest) -> None:
+    from tlcapture.storage.command_lines import root_words
     from tlcapture.text import counted, format_bytes, layers_named
 
     size = sum(path.stat().st_size for path in settings.to.rglob("*") if path.is_file())
@@ -116,4 +117,4 @@ def _show(console: Console, settings: _Settings, manifest: Manifest) -> None:
         console.line(f"not exported: {each}")
     if manifest.format == "datasets":
         console.line(f"open it with datasets.load_dataset({str(settings.to)!r}, split='train')")
-    console.next = shell_join(["tlcapture", "import", str(settings.to), "--experiment", "copy"])
+    console.next = shell_join(["tlcapture", "import", str(settings.to), "--experiment", "copy", *root_words(root)])

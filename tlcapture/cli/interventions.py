@@ -34,6 +34,11 @@ class InterventionOptions:
     cap: tuple[Cap, ...]
     variant: str | None
 
+    @property
+    def are_given(self) -> bool:
+        """Whether there are any interventions."""
+        return bool(self.steer or self.ablate or self.cap)
+
     def in_order(self) -> tuple[TraitIntervention, ...]:
         """All interventions, in the order in which they were given; then those of `tlcapture.toml`, kind by kind."""
         kinds = {name: iter(getattr(self, name)) for name in ("steer", "ablate", "cap")}

@@ -143,8 +143,9 @@ def _check_request(location: Location, names: tuple[str, ...], settings: _Settin
     if not settings.dynamics_only:
         vector_experiment = settings.vectors.vector_experiment
         is_packaged = vector_experiment is None and takes_packaged(layout, read_config(layout).inference_model)
-        source = PACKAGED if is_packaged else vector_experiment or location.experiment
-        traits_with_vectors(vectors_layout(location.root, source), settings.traits)
+        source = vectors_layout(location.root, PACKAGED if is_packaged else vector_experiment or location.experiment)
+        source.check_exists()
+        traits_with_vectors(source, settings.traits)
 
 
 def _captured_prompt_sets(layout: Layout, chosen: PromptSetOptions, *, dynamics_only: bool) -> tuple[str, ...]:

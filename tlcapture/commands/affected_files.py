@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import Outputs
 from tlcapture.commands.capture_tasks import CaptureTask
@@ -27,11 +28,14 @@ class AffectedFiles:
     Attributes:
         replaced: files that will be written again.
         removed: other files derived from captures that will be replaced; they are kept where the tokens stay the same.
+        projected: saved captures that will be projected, each with the number of projections, and whether other files
+            are added to it as well.
         failures: saved captures with a projection that cannot be read, and so are not completed.
     """
 
     replaced: list[Path] = field(default_factory=list)
     removed: list[Path] = field(default_factory=list)
+    projected: list[tuple[KnownCapture, int, bool]] = field(default_factory=list)
     failures: list[Failed] = field(default_factory=list)
 
     @classmethod
@@ -79,6 +83,8 @@ class AffectedFiles:
         except StorageError as error:
             self.failures.append(Failed(f"{name}/{prompt_id}", str(error)))
             return
+        if chosen:
+            self.projected.append((capture, len(chosen), bool(wanted)))
         traits = ((each.vector.trait, each.vector.component) for each in chosen)
         paths = (files.layout.projection(*each, name, prompt_id) for each in traits)
         self.replaced += [path for path in paths if path.is_file()]

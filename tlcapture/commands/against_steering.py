@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
+from tlcapture.storage.command_lines import command_line
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.selection import COHERENT, effect_sizes, steering_runs
 from tlcapture.traits.vector_files import VectorFiles
@@ -79,7 +80,8 @@ def against_steering(layout: Layout, traits: Sequence[Trait]) -> Comparison:
     """
     points = [_points(VectorFiles(layout, trait)) for trait in traits]
     if not any(each.layers for each in points):
-        raise InputError("no trait has effect sizes and steering results: run 'tlcapture evaluate' and 'steer' first")
+        evaluate, steer = (command_line(layout, name) for name in ("evaluate", "steer"))
+        raise InputError(f"no trait has effect sizes and steering results: run '{evaluate}' and '{steer}' first")
     return Comparison(
         [_correlation(each.trait, [each]) for each in points],
         _correlation("pooled", points),

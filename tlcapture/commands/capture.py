@@ -19,6 +19,8 @@ from functools import partial
 from tlcapture.commands.affected_files import AffectedFiles
 from tlcapture.commands.capture_interventions import with_vectors
 from tlcapture.commands.capture_options import NO_CHOICE, CaptureOptions
+from tlcapture.commands.capture_projections import NOTHING_KEPT
+from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_size import CaptureSize, n_projections
 from tlcapture.commands.capture_tasks import CaptureTask, TaskPlanner
 from tlcapture.commands.capture_worker import CaptureWorker
@@ -26,6 +28,7 @@ from tlcapture.commands.memory_need import PromptSize, Sized, check_memory, most
 from tlcapture.commands.projection_writing import merge_projections
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.models.loading import Model, ModelOutline
+from tlcapture.models.sizes import Measures
 from tlcapture.prompts.prompt_sets import PromptSet, mistyped_keys
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
@@ -39,6 +42,7 @@ from tlcapture.storage.layout import Layout
 from tlcapture.storage.regular_files import is_folder
 from tlcapture.storage.temporary_files import sweep_temporaries
 from tlcapture.text import format_bytes
+from tlcapture.traits.choice import ChosenVectors, choose_vectors
 from tlcapture.traits.missing_vectors import no_vectors
 from tlcapture.traits.packaged_vectors import NOTHING_TO_PROJECT_ONTO, PROJECTED_ONTO_PACKAGED
 from tlcapture.traits.vector_files import traits_with_vectors
@@ -72,12 +76,14 @@ def run_capture(
     """
     options = with_vectors(options, layout, load)
     _check(layout, options)
+    if options.projections_only and not (options.skip_existing or options.vectors.is_fallback):
+        _chosen_vectors(layout, options, load.name, load.outline.measures)
     run = Run.begin(layout, display)
     for what, reason in refused:
         run.failed(what, reason)
     _warn_of_request(run, prompt_sets, options)
     known_model = partial(executor.known_model, load)
-    planner = TaskPlanner(layout, options, load.name, known_model, run.report.learn)
+    planner = TaskPlanner(layout, options, load, known_model, run.report.learn)
     tasks = planner.tasks(prompt_sets)
     _check_space(CaptureSize.of(tasks, layout, options, lambda: known_model().measures), layout)
     known = known_model() if any(task.has_work for task in tasks) else None
@@ -173,9 +179,14 @@ def estimate_capture(
     outline = load.outline
     options = with_vectors(options, layout, load)
     _check(layout, options)
-    tasks = TaskPlanner(layout, options, load.name, lambda: outline).tasks(prompt_sets)
+    tasks = TaskPlanner(layout, options, load, lambda: outline).tasks(prompt_sets)
     affected = AffectedFiles.of(tasks, layout, options, outline.n_layers)
-    size = CaptureSize.of(tasks, layout, options, lambda: outline.measures)
+    is_known = options.projects and not options.vectors.is_fallback and any(task.fresh for task in tasks)
+    chosen = _chosen_vectors(layout, options, load.name, outline.measures) if is_known else []
+    affected.failures += [Failed(str(trait), str(error)) for each in chosen for trait, error in each.failures]
+    n_vectors = sum(len(each.vectors) for each in chosen) if is_known else None
+    size = CaptureSize.of(tasks, layout, options, lambda: outline.measures, n_vectors)
+    size.add_projections(affected.projected, options, outline.measures)
     model = Sized.of(outline.measures, load.device, load.dtype)
     size.memory = most_memory(tasks, layout, options, model)
     try:
@@ -186,7 +197,22 @@ def estimate_capture(
     return size, affected
 
 
+def _chosen_vectors(layout: Layout, options: CaptureOptions, model: str, measures: Measures) -> list[ChosenVectors]:
+    """The vectors of each component that new captures will be projected onto, and why others do not fit.
+
+    Raises `InputError` if nothing would be kept of new captures.
+    """
+    record = CaptureRecord.of_measures(model, measures, options.outputs(measures.n_layers).kept)
+    source = options.vectors.layout(layout)
+    found = [choose_vectors(source, options.vectors, record, component) for component in options.components]
+    if options.projections_only and not any(each.vectors for each in found):
+        reasons = [str(error) for each in found for _, error in each.failures]
+        raise InputError(": ".join([NOTHING_KEPT, *reasons[:1]]))
+    return found
+
+
 def _check(layout: Layout, options: CaptureOptions) -> None:
+    options.check_parts()
     if options.replay:
         _check_replay(options)
     if options.projections_only:

@@ -107,6 +107,11 @@ class CaptureOptions:
         """The components that are captured and projected."""
         return ("residual", "attn_out") if self.capture_attn else ("residual",)
 
+    def check_parts(self) -> None:
+        """Raise `InputError` for parts of a view that is not written."""
+        everything = self.internals == ALL_LAYERS
+        self.parts.check_written(attention=self.attention or everything, logit_lens=self.logit_lens or everything)
+
     def outputs(self, n_layers: int) -> Outputs:
         """The outputs wanted of each prompt, for a model with `n_layers` layers.
 
@@ -118,15 +123,15 @@ class CaptureOptions:
         for layer in layers:
             if layer >= n_layers:
                 raise InputError(f"--layer-internals {layer}: the model has layers 0 to {n_layers - 1}")
-        attention, logit_lens = self.attention or everything, self.logit_lens or everything
-        self.parts.check(n_layers, attention=attention, logit_lens=logit_lens)
+        self.check_parts()
+        self.parts.check_layers(n_layers)
         return Outputs(
             KeptPoints.of(n_layers, self.layers, self.points),
             residual=not self.replay,
             raw=not self.projections_only,
             attn_out=self.capture_attn,
-            attention=attention,
-            logit_lens=logit_lens,
+            attention=self.attention or everything,
+            logit_lens=self.logit_lens or everything,
             internals=layers,
             tokens=self.tokens,
             parts=self.parts,

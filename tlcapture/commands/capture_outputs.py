@@ -117,23 +117,31 @@ class Outputs:
         ]
         return [each for each in present if each is not None]
 
-    def missing(self, files: PromptFiles, saved: KnownCapture, *, overwrite: bool = False) -> Outputs:
+    def missing(
+        self, files: PromptFiles, saved: KnownCapture, d_vocab: Callable[[], int], *, overwrite: bool = False
+    ) -> Outputs:
         """The requested outputs that do not exist or are older than the saved capture.
 
         With `overwrite`, files of add-ons that cannot be read count as missing.
         """
-        return self.lacking(files, since=files.captured_ns, overwrite=overwrite) if self.is_held_by(saved) else self
+        is_held = self.is_held_by(saved)
+        return self.lacking(files, d_vocab, since=files.captured_ns, overwrite=overwrite) if is_held else self
 
-    def lacking(self, files: PromptFiles, *, since: int = 0, overwrite: bool = False) -> Outputs:
-        """The requested add-ons that do not exist or were modified before `since`, in nanoseconds since the epoch."""
+    def lacking(
+        self, files: PromptFiles, d_vocab: Callable[[], int], *, since: int = 0, overwrite: bool = False
+    ) -> Outputs:
+        """The requested add-ons that do not exist or were modified before `since`, in nanoseconds since the epoch.
+
+        `d_vocab` gives the number of predictions of a layer; it is called where a lens file has fewer than are wanted.
+        """
 
         def lacks(file: PresentFile | None, parts: ViewParts | None = self.parts) -> bool:
             if file is None or file.mtime_ns < since:
                 return True
             if file.view is None:  # which is reported by whoever replaces it
                 return overwrite
-            lacks_layers = parts is not None and parts.are_lacked_by(file.view)
-            return lacks_layers or file.view.lacks(self.tokens)
+            lacks_part = parts is not None and parts.are_lacked_by(file.view, d_vocab)
+            return lacks_part or file.view.lacks(self.tokens)
 
         return replace(
             self,

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.errors import InputError
 from tlcapture.generation.samples import n_together
+from tlcapture.models.embedded import NAME as EMBEDDED
 from tlcapture.names import PromptId, capture_name
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt
+from tlcapture.storage.command_lines import command_line
+from tlcapture.storage.config import read_config
+from tlcapture.storage.layout import Layout
 
 T = TypeVar("T")
 
@@ -40,6 +45,28 @@ class Place:
 
 class PromptError(InputError):
     """A prompt cannot be captured as asked; other prompts can."""
+
+
+class NotCapturedError(PromptError):
+    """A prompt is to be replayed and has no capture."""
+
+
+def not_captured(
+    layout: Layout, options: CaptureOptions, model: str, places: Sequence[Place], n_places: int
+) -> list[tuple[str, str]]:
+    """The failure of all prompts of a set that are to be replayed and have no capture: a name, and the reason.
+
+    The reason names the command that makes the captures, unless it would need the options of a variant.
+    """
+    if not places:
+        return []
+    words = [] if (read_config(layout).inference_model or EMBEDDED) == model else ["--model", model]
+    for name, value in (("--samples", options.samples), ("--limit", options.limit)):
+        words += [] if value is None else [name, str(value)]
+    command = command_line(layout, "capture", "--prompt-set", places[0].prompt_set.name, *words, "--skip-existing")
+    remedy = f"run '{command}' first" if options.variant is None else "capture them first, as the others of the variant"
+    missing = f"{len(places)} of {n_places} {'is' if len(places) == 1 else 'are'} missing"
+    return [(places[0].capture_set, f"--replay needs saved captures, and {missing}: {remedy}")]
 
 
 def chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:

@@ -29,6 +29,8 @@ from tlcapture.traits.choice import ChosenVector, ChosenVectors, Subject, Vector
 from tlcapture.traits.projection import scores_of
 from tlcapture.views.kept_tokens import Positions
 
+NOTHING_KEPT = "--projections-only: no trait has a vector that fits, so nothing would be kept"
+
 
 class CaptureProjections:
     """Projects captures onto the vectors that are chosen for them; several threads may use it at a time."""
@@ -47,7 +49,7 @@ class CaptureProjections:
         """Raise `InputError` before prompts run if no vector fits, so that nothing would be kept of them."""
         will_be = CaptureRecord.of_model(model, wanted.kept, attn_out=wanted.attn_out)
         if not any(self._vectors(self._run, will_be, component) for component in self.options.components):
-            raise InputError("--projections-only: no trait has a vector that fits, so nothing would be kept")
+            raise InputError(NOTHING_KEPT)
 
     def are_finished(self, files: PromptFiles) -> bool:
         """Whether a saved capture already has all its projections; `False` unless only missing files are written."""

@@ -16,6 +16,7 @@ from tlcapture.captures.capture_names import CaptureNames
 from tlcapture.captures.provenance import is_same_computation, model_record, point_hooks
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import Model
+from tlcapture.models.sizes import Measures
 from tlcapture.names import PromptId
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.saved_projections import all_saved
@@ -65,6 +66,12 @@ class CaptureRecord(CaptureNames):
         hooks = point_hooks(model, attn_out=attn_out, points=kept.points)
         recorded = {"inference_model": model.name, "hooks": hooks, "layers": kept.layers, "points": kept.points}
         return cls({**measures, **model_record(model), **recorded})
+
+    @classmethod
+    def of_measures(cls, model: str, measures: Measures, kept: KeptPoints) -> CaptureRecord:
+        """The part of the record of future captures that is known without the model's weights."""
+        sizes = {"n_layers": measures.n_layers, "d_model": measures.d_model}
+        return cls({**sizes, "inference_model": model, "layers": kept.layers, "points": kept.points})
 
     @classmethod
     def find(cls, layout: Layout, prompt_set: str, name: PromptId) -> CaptureRecord | None:

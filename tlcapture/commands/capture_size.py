@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.captures.capture import Capture
+from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import Outputs, wanted_positions
 from tlcapture.commands.capture_tasks import CaptureTask
@@ -67,11 +68,19 @@ class CaptureSize:
 
     @classmethod
     def of(
-        cls, tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, measures: Callable[[], Measures]
+        cls,
+        tasks: Sequence[CaptureTask],
+        layout: Layout,
+        options: CaptureOptions,
+        measures: Callable[[], Measures],
+        n_vectors: int | None = None,
     ) -> CaptureSize:
-        """The size of the files that tasks will write; `measures` is called only where there is something to do."""
+        """The size of the files that tasks will write; `measures` is called only where there is something to do.
+
+        `n_vectors` is the number of vectors that new captures are projected onto; by default all that may fit.
+        """
         total = cls()
-        n_vectors = n_projections(layout, options)
+        n_vectors = n_projections(layout, options) if n_vectors is None else n_vectors
         for task in tasks:
             name = task.capture_set
             total.failures += [Failed(*each) for each in task.failing]
@@ -89,6 +98,15 @@ class CaptureSize:
                     kept = _kept_of_saved(layout.residual(name, saved), options.tokens)
                     total._add(sizes(measures(), kept, wanted, options, 0))
         return total
+
+    def add_projections(
+        self, projected: Sequence[tuple[KnownCapture, int, bool]], options: CaptureOptions, measures: Measures
+    ) -> None:
+        """Count the projections that saved captures lack; see `AffectedFiles.projected`."""
+        for capture, count, is_counted in projected:
+            self.n_completed += not is_counted
+            wanted = Outputs(capture.kept, residual=False, attn_out=capture.has_attn_out, parts=options.parts)
+            self._add(sizes(measures, capture.positions, wanted, options, count))
 
     @property
     def n_files(self) -> int:
@@ -150,13 +168,14 @@ def sizes(
 def _projections(
     tokens: Positions, wanted: Outputs, count: int, as_json: float, rest: float
 ) -> Iterator[tuple[str, float]]:
-    """A prompt's projections: JSON files, or one shard, in which each has `rest` beside its numbers."""
+    """A prompt's projections: JSON files, or one shard per component, in which each has `rest` beside its numbers."""
     if not is_written_compact(wanted.parts.form, as_json):
         yield from (("projection", as_json) for _ in range(count))
     elif count:
         numbers = len(wanted.kept.layers) * len(wanted.kept.points) + 2
-        text = _PER_FILE + _PER_TOKEN * tokens.n_tokens
-        yield "projection", text + count * (rest + _PER_COMPACT_SCORE * tokens.n_tokens * numbers)
+        text, n_shards = _PER_FILE + _PER_TOKEN * tokens.n_tokens, min(count, 1 + wanted.attn_out)
+        each = text + count / n_shards * (rest + _PER_COMPACT_SCORE * tokens.n_tokens * numbers)
+        yield from (("projection", each) for _ in range(n_shards))
 
 
 def _positions(tokens: Positions) -> int:

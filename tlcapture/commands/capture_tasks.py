@@ -17,7 +17,7 @@ from tlcapture.captures.known_capture import KnownCapture, conversation_of
 from tlcapture.commands.capture_interventions import check_same_interventions
 from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import Outputs
-from tlcapture.commands.capture_places import Place, PromptError, batches, chunks
+from tlcapture.commands.capture_places import NotCapturedError, Place, PromptError, batches, chunks, not_captured
 from tlcapture.commands.given_responses import most_new_tokens, prompt_of
 from tlcapture.commands.known_files import KnownFiles, PromptFiles
 from tlcapture.commands.projections import without_projection
@@ -32,6 +32,8 @@ from tlcapture.prompts.response_lengths import THINKING_TOKENS
 from tlcapture.prompts.template_args import template_args
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize_prompt
 from tlcapture.runs.existing_files import OVERWRITE, REPLACE, check_replaceable
+from tlcapture.runs.model_loader import ModelLoader
+from tlcapture.storage.command_lines import command_line
 from tlcapture.storage.config import read_config
 from tlcapture.storage.file_index import Learn
 from tlcapture.storage.layout import Layout, derived_files
@@ -108,20 +110,23 @@ class CaptureTask:
 
 
 class TaskPlanner:
-    """Plans the tasks of a capture; `model` is called only when a tokenizer or the number of layers is needed."""
+    """Plans the tasks of a capture; `model` is called only when a tokenizer or the number of layers is needed.
+
+    `load` names the model, and has its outline.
+    """
 
     def __init__(
         self,
         layout: Layout,
         options: CaptureOptions,
-        model_name: str,
+        load: ModelLoader,
         model: Callable[[], Model | ModelOutline],
         learn: Learn = lambda path, learned: None,
     ):
         self._layout = layout
         self._options = options
         self._config = read_config(layout)
-        self._model_name = model_name
+        self._load = load
         self._model = model
         self._learn = learn
         self._other_sampling: list[PromptId] = []
@@ -151,6 +156,7 @@ class TaskPlanner:
         check_same_interventions(files, self._options)
         saved: dict[PromptId, Outputs] = {}
         refused: list[tuple[str, str]] = []
+        bare: list[Place] = []
         unreadable: list[tuple[str, str]] = []
         fresh: set[PromptId] = set()
         self._other_sampling = []
@@ -161,14 +167,16 @@ class TaskPlanner:
                 wanted = self._wanted(place, files.of(place.name))
             except StorageError as error:
                 unreadable.append((str(place), str(error)))
-                continue
+            except NotCapturedError:
+                bare.append(place)
             except PromptError as error:
                 refused.append((str(place), str(error)))
-                continue
-            if wanted.residual:
-                fresh.add(place.name)
             else:
-                saved[place.name] = wanted
+                if wanted.residual:
+                    fresh.add(place.name)
+                else:
+                    saved[place.name] = wanted
+        refused += not_captured(self._layout, self._options, self._load.name, bare, sum(map(len, places)))
         batched, not_tokenized = self._batched(prompt_set, places, fresh) if fresh else ([], [])
         return CaptureTask(
             prompt_set,
@@ -270,7 +278,7 @@ class TaskPlanner:
         """The outputs that a prompt lacks, given its saved capture; raises `PromptError` where it cannot have them."""
         options = self._options
         if options.replay and saved is None:
-            raise PromptError(f"--replay needs a saved capture: {files.raw} does not exist")
+            raise NotCapturedError
         if options.projections_only:
             return self._lacking_projections(place, files, saved)
         if saved is None or not (options.skip_existing or options.replay):
@@ -278,7 +286,7 @@ class TaskPlanner:
         wanted = options.outputs(saved.n_layers)
         if not options.skip_existing or not (options.replay or self._is_whole_and_of(saved, place, files)):
             return wanted
-        lacking = wanted.missing(files, saved, overwrite=options.overwrite)
+        lacking = wanted.missing(files, saved, self._d_vocab, overwrite=options.overwrite)
         if lacking.logit_lens and not (saved.kept.has_outputs(lacking.parts.lens_layers) or options.replay):
             return wanted  # the logit lens needs layers that were not kept
         if not lacking.residual and not options.replay:
@@ -297,7 +305,7 @@ class TaskPlanner:
                 and self._is_whole_and_of(projected, place, files)
                 and projected.kept.includes(wanted.kept)
                 and projected.holds(wanted.tokens)
-                and not wanted.lacking(files, overwrite=options.overwrite)
+                and not wanted.lacking(files, self._d_vocab, overwrite=options.overwrite)
                 and not any(
                     without_projection(files, self._chooser.vectors(projected, component), options.existing)
                     for component in options.components
@@ -305,13 +313,15 @@ class TaskPlanner:
             )
             if projected is not None and is_done:
                 self._note_sampling(projected)
-            return wanted.lacking(files) if is_done else wanted
+            return wanted.lacking(files, self._d_vocab) if is_done else wanted
         if options.skip_existing and self._is_whole_and_of(saved, place, files):
-            lacking = options.outputs(saved.n_layers).missing(files, saved, overwrite=options.overwrite)
+            wanted = options.outputs(saved.n_layers)
+            lacking = wanted.missing(files, saved, self._d_vocab, overwrite=options.overwrite)
             return replace(lacking, residual=False)
+        project = command_line(self._layout, "project", "--prompt-set", place.capture_set)
         raise PromptError(
             f"--projections-only would leave projections of one run next to the raw capture of another, {files.raw}: "
-            "remove it, or run 'tlcapture project'"
+            f"remove it, or run '{project}'"
         )
 
     def _note_sampling(self, saved: KnownCapture) -> None:
@@ -333,7 +343,7 @@ class TaskPlanner:
         is_of_this_model = (
             not files.is_unfinished
             and identity(saved.metadata.get("interventions")) == identity(self._options.intervention_records)
-            and saved.metadata["inference_model"] == self._model_name
+            and saved.metadata["inference_model"] == self._load.name
             and saved.metadata.get("adapter") == self._options.adapter
         )
         if not is_of_this_model or given is not None:
@@ -372,6 +382,9 @@ class TaskPlanner:
             template_args=self._all_template_args,
         )
         return [replace(tokenized, sample=sample) for sample in samples]
+
+    def _d_vocab(self) -> int:
+        return self._load.outline.measures.d_vocab
 
     @cached_property
     def _all_template_args(self) -> Mapping[str, Any]:

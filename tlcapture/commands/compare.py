@@ -19,7 +19,13 @@ from tlcapture.commands.capture_places import chunks
 from tlcapture.commands.compared_sets import ComparedSets
 from tlcapture.commands.projections import ChanceLevels, report_choice
 from tlcapture.commands.unembeddings import LoadedUnembeddings
-from tlcapture.comparison.comparing import Comparison, VectorPair, compare_captures
+from tlcapture.comparison.comparing import (
+    Comparison,
+    NoDistributionsError,
+    Unembeddings,
+    VectorPair,
+    compare_captures,
+)
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import InputError, StorageError
 from tlcapture.runs.display import Display
@@ -188,11 +194,12 @@ class CompareWorker:
         if (
             options.skip_existing
             and existing
-            and _is_current(self._run.layout.root, path, existing, raws, vectors, kl=options.kl)
+            and _is_current(self._run.layout.root, path, existing, raws, vectors)
+            and (existing.kl is not None or self._unembeddings_of(sets, a, b) is None)
         ):
             self._run.report.n_skipped += 1
             return
-        unembeddings = self._unembeddings.of(a, b) if options.kl else None
+        unembeddings = self._unembeddings_of(sets, a, b)
         random = [self._levels.of(each, [*of_side.values()]) for each, of_side in zip((a, b), chosen, strict=False)]
         found = compare_captures(a, b, vectors, unembeddings, random)
         content = found.to_json(str(sets.a), str(sets.b), self._metadata(found))
@@ -203,6 +210,14 @@ class CompareWorker:
                 f"{sets.a.name}: some responses differ: only the tokens that both begin with are compared; means of "
                 "responses cover each response as a whole"
             )
+
+    def _unembeddings_of(self, sets: ComparedSets, a: Capture, b: Capture) -> Unembeddings | None:
+        """The unembeddings of two captures if next-token distributions are wanted; warns where they cannot be had."""
+        try:
+            return self._unembeddings.of(a, b) if self._options.kl else None
+        except NoDistributionsError as error:
+            self._run.warn(f"{sets.a.name}: next-token distributions are not compared: {error}")
+            return None
 
     def _existing(self, path: Path) -> ComparisonFile | None:
         """The existing comparison; raises `StorageError` if it cannot be read and is not to be overwritten."""
@@ -254,9 +269,9 @@ def _model(capture: Capture) -> dict[str, Any]:
 
 
 def _is_current(
-    root: Path, path: Path, existing: ComparisonFile, raws: Sequence[Path], vectors: Sequence[VectorPair], *, kl: bool
+    root: Path, path: Path, existing: ComparisonFile, raws: Sequence[Path], vectors: Sequence[VectorPair]
 ) -> bool:
-    """Whether a comparison uses these vectors, holds what is asked for, and is no older than its sources."""
+    """Whether a comparison uses these vectors and is no older than its sources."""
     made_from = list(raws)
     for pair in vectors:
         found = existing.traits.get(str(pair.a.trait))
@@ -271,6 +286,4 @@ def _is_current(
             layout = vectors_layout(root, vector.experiment)
             files = VectorFiles(layout, vector.trait)
             made_from += [files.file(vector.component, vector.method, vector.layer), layout.reference("residual")]
-    if kl and existing.kl is None:
-        return False
     return path.stat().st_mtime_ns >= max(each.stat().st_mtime_ns for each in made_from if each.is_file())

@@ -32,6 +32,7 @@ from tlcapture.runs.prompt_shares import PromptShare
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
+from tlcapture.storage.command_lines import command_line
 from tlcapture.storage.config import read_config
 from tlcapture.storage.file_index import remember
 from tlcapture.storage.layout import Layout
@@ -208,7 +209,7 @@ def _recompute_dynamics(
     options: ProjectOptions,
 ) -> None:
     """Rewrite projection files with new dynamics and otherwise unchanged content."""
-    layout = run.layout
+    layout, bare = run.layout, 0
     with run.progress(len(ids), prompt_set, "prompt") as progress:
         for prompt_id in ids:
             name = f"{prompt_set}/{prompt_id}"
@@ -218,8 +219,7 @@ def _recompute_dynamics(
                     layout, prompt_set, prompt_id, options.component, options.vectors.traits
                 )
             if not projections:
-                if projections is not None:
-                    run.failed(name, "has no projection to recompute the dynamics of")
+                bare += projections is not None
                 continue
             in_shards: dict[str, dict[str, Any]] = {}
             for saved in projections:
@@ -236,6 +236,12 @@ def _recompute_dynamics(
                     run.wrote(write_sharded(next(each for each in projections if each.sharded), in_shards))
             run.report.n_prompts += 1
             progress.advance(1)
+    if bare:
+        words = [] if options.component == "residual" else ["--component", options.component]
+        words += ["--traits", ",".join(map(str, options.vectors.traits))] if options.vectors.traits else []
+        command = command_line(layout, "project", "--prompt-set", prompt_set, *words, "--skip-existing")
+        which = f"{bare} of {len(ids)} prompts {'has' if bare == 1 else 'have'} no projection"
+        run.failed(prompt_set, f"{which} to recompute the dynamics of: run '{command}' first")
 
 
 def _with_new_dynamics(saved: SavedProjection) -> dict[str, Any]:

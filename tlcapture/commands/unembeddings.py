@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlcapture.captures.capture import Capture
-from tlcapture.comparison.comparing import Unembeddings
-from tlcapture.errors import InputError
+from tlcapture.comparison.comparing import NoDistributionsError, Unembeddings, check_has_outputs
 from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model
 from tlcapture.models.unembedding import WantedModel, load_unembedding
 from tlcapture.runs.run import Run
@@ -25,19 +24,20 @@ class LoadedUnembeddings:
         """The final norm and unembedding of the models of two captures.
 
         Raises:
-            InputError: a capture does not say which model it is from, or the vocabularies differ.
+            NoDistributionsError: captures lack the last residual or do not say which model they are from, or the
+                vocabularies differ.
             ModelError: a model cannot be loaded, or has changed since.
         """
-        one, other = (self._model(each.metadata) for each in (a, b))
+        check_has_outputs(a, b)
+        one, other = (self._model(each) for each in [_wanted(each.metadata) for each in (a, b)])
         if one.d_vocab != other.d_vocab:
-            raise InputError(
+            raise NoDistributionsError(
                 f"the models have vocabularies of {one.d_vocab} and {other.d_vocab} tokens, whose distributions cannot "
-                "be compared: leave them out with --no-kl"
+                "be compared"
             )
         return Unembeddings(one.unembed, other.unembed, one.d_vocab)
 
-    def _model(self, metadata: Mapping[str, Any]) -> Model:
-        wanted = _wanted(metadata)
+    def _model(self, wanted: WantedModel) -> Model:
         wanted = wanted.of_base if wanted.has_unembedding_of_base else wanted
         if wanted not in self._models:
             self._run.line(
@@ -51,9 +51,6 @@ def _wanted(metadata: Mapping[str, Any]) -> WantedModel:
     fingerprint, engine, dtype = (metadata.get(name) for name in ("model_fingerprint", "engine", "dtype"))
     name = str(metadata["inference_model"])
     if not (fingerprint and engine and dtype) or str(fingerprint).startswith(EXTERNAL_PREFIX):
-        raise InputError(
-            f"a capture from {name!r}, a model that tlcapture did not load, cannot have its next-token distributions "
-            "computed: leave them out with --no-kl"
-        )
+        raise NoDistributionsError(f"a capture is from {name!r}, a model that tlcapture did not load")
     own = {name: metadata.get(name) for name in ("adapter", "base_fingerprint", "adapter_digest")}
     return WantedModel(name, str(fingerprint), str(engine), str(dtype), **own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tlcapture.commands.known_views import KnownView
@@ -26,21 +27,28 @@ class ViewParts:
     lens_top: int = TOP_K
     form: str | None = None
 
-    def check(self, n_layers: int, *, attention: bool, logit_lens: bool) -> None:
-        """Raise `InputError` for a layer that the model does not have, and for parts of a view that is not written."""
-        for option, layers, is_written, view in (
-            ("--attention-layers", self.attention_layers, attention, "--attention"),
-            ("--lens-layers", self.lens_layers, logit_lens, "--logit-lens"),
-            ("--lens-top", () if self.lens_top == TOP_K else (0,), logit_lens, "--logit-lens"),
+    def check_written(self, *, attention: bool, logit_lens: bool) -> None:
+        """Raise `InputError` for parts of a view that is not written."""
+        for option, is_given, is_written, view in (
+            ("--attention-layers", bool(self.attention_layers), attention, "--attention"),
+            ("--lens-layers", bool(self.lens_layers), logit_lens, "--logit-lens"),
+            ("--lens-top", self.lens_top != TOP_K, logit_lens, "--logit-lens"),
         ):
-            if layers and not is_written:
+            if is_given and not is_written:
                 raise InputError(f"{option} keeps a part of what {view} writes: add {view}")
-            if option != "--lens-top" and any(layer >= n_layers for layer in layers):
-                beyond = as_ranges([layer for layer in layers if layer >= n_layers])
-                raise InputError(f"{option} {beyond}: the model has layers 0 to {n_layers - 1}")
 
-    def are_lacked_by(self, view: KnownView) -> bool:
-        """Whether an existing file of attention or logit lens lacks a layer, or predictions that were asked for."""
+    def check_layers(self, n_layers: int) -> None:
+        """Raise `InputError` for a layer that the model does not have."""
+        for option, layers in (("--attention-layers", self.attention_layers), ("--lens-layers", self.lens_layers)):
+            if beyond := [layer for layer in layers if layer >= n_layers]:
+                raise InputError(f"{option} {as_ranges(beyond)}: the model has layers 0 to {n_layers - 1}")
+
+    def are_lacked_by(self, view: KnownView, d_vocab: Callable[[], int]) -> bool:
+        """Whether an existing file of attention or logit lens lacks a layer, or predictions that were asked for.
+
+        `d_vocab` gives the number of predictions that there are.
+        """
         wanted = (self.lens_layers if view.top_k else self.attention_layers) or range(view.n_layers)
-        too_few = bool(view.top_k) and self.lens_top != TOP_K and view.top_k < self.lens_top
-        return too_few or not set(wanted) <= set(view.layers)
+        if not set(wanted) <= set(view.layers):
+            return True
+        return bool(view.top_k) and self.lens_top != TOP_K and view.top_k < self.lens_top and view.top_k < d_vocab()

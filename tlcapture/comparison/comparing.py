@@ -214,14 +214,21 @@ def _response_mean(capture: Capture, rows: Tensor) -> Tensor | None:
     return rows[[row for row, index in enumerate(held.kept) if index >= first]].mean(dim=0)
 
 
-def _divergence(a: Capture, b: Capture, shared: SharedTokens, unembeddings: Unembeddings) -> Values:
-    last = a.n_layers - 1
-    for each in (a, b):
+class NoDistributionsError(InputError):
+    """Captures whose next-token distributions cannot be computed, or not be compared."""
+
+
+def check_has_outputs(*captures: Capture) -> None:
+    """Raise `NoDistributionsError` for a capture without the residual that next-token distributions come from."""
+    for each in captures:
+        last = each.n_layers - 1
         if last not in each.kept.layers or "residual_out" not in each.kept.points:
-            raise InputError(
-                f"the next-token distributions need residual_out of layer {last}, but {each.kept.described()}: leave "
-                "them out with --no-kl"
-            )
+            raise NoDistributionsError(f"they need residual_out of layer {last}, but {each.kept.described()}")
+
+
+def _divergence(a: Capture, b: Capture, shared: SharedTokens, unembeddings: Unembeddings) -> Values:
+    check_has_outputs(a, b)
+    last = a.n_layers - 1
     one, other = a.residual(last)[shared.rows_a], b.residual(last)[shared.rows_b]
     return divergence(one, other, unembeddings.a, unembeddings.b, unembeddings.d_vocab).numpy()
 

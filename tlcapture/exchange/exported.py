@@ -24,6 +24,7 @@ from tlcapture.captures.notes import Note, put_note, read_notes
 from tlcapture.errors import StorageError
 from tlcapture.names import Trait, prompt_id_problem
 from tlcapture.prompts.spans import TokenSpan, check_spans, labels_of
+from tlcapture.storage.command_lines import command_line
 from tlcapture.storage.files import Written, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.projection_places import STREAM_FOLDERS
@@ -101,7 +102,8 @@ def read_exported(layout: Layout, prompt_set: str, file: str, wanted: Wanted) ->
     saved = {each.place: each for each in all_saved(layout, prompt_set, file)}
     projections = {place: each.content() for place, each in saved.items()}
     contents = {place: ProjectionFile.parse(value, saved[place].path) for place, value in projections.items()}
-    tokens = _common_tokens(raw, capture, contents)
+    again = command_line(layout, "project", "--prompt-set", prompt_set)
+    tokens = _common_tokens(raw, capture, contents, again)
     record, columns = _head(prompt_set, file, capture, contents, tokens)
     record["notes"] = [note.model_dump() for note in _notes(layout, prompt_set, file)]
     record["projections"] = []
@@ -155,18 +157,16 @@ def _checked_note(exported: ExportedCapture, value: Any) -> Note:
 
 
 def _common_tokens(
-    raw: Path, capture: Capture | None, contents: Mapping[Path, ProjectionFile]
+    raw: Path, capture: Capture | None, contents: Mapping[Path, ProjectionFile], again: str
 ) -> tuple[list[str], list[str]]:
-    """The tokens of prompt and response, which all files of a prompt must have."""
+    """The tokens that all files of a prompt must have, of prompt and response; `again` is the command that projects."""
     found = [(path, (content.prompt.tokens, content.response.tokens)) for path, content in contents.items()]
     if capture is not None:
         found.insert(0, (raw, (capture.prompt.tokens, capture.response.tokens)))
     first, tokens = found[0]
     for path, others in found[1:]:
         if others != tokens:
-            raise StorageError(
-                f"{path}: its tokens differ from the tokens of {first}: run 'tlcapture project' again, and then export"
-            )
+            raise StorageError(f"{path}: its tokens differ from the tokens of {first}: run '{again}', and then export")
     return tokens
 
 
@@ -233,6 +233,9 @@ def _capture(exported: ExportedCapture) -> Capture | None:
     record, metadata = exported.record, exported.record["capture"]
     if metadata is None or not exported.activations:
         return None
+    for name, tensor in exported.activations.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{exported.name}: {name} holds NaN or infinity")
     by_point = {_layer_and_point(name): tensor for name, tensor in exported.activations.items()}
     points = [point for point in POINTS if any(at == point for _, at in by_point)]
     if not points:

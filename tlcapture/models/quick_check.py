@@ -26,6 +26,7 @@ from tlcapture.models.layer_inputs import layer_inputs
 from tlcapture.models.memory import free_memory
 from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.files import write_json
+from tlcapture.text import shell_join
 from tlcapture.version import __version__, installed
 from tlcapture.views.hooks import hook
 
@@ -125,11 +126,11 @@ def quick_check(model: Model, reference: QuickReference) -> None:
 
 def _differs(model: Model, where: str, found: float, bound: float) -> str:
     other = "try --engine bridge, " if model.engine == "hooked" else ""
-    lens = installed("transformer_lens")
+    lens, doctor = installed("transformer_lens"), shell_join(["tlcapture", "doctor", "--model", model.name])
     return (
         f"{model.name}: TransformerLens {lens} on engine {model.engine} computes something other "
         f"than Hugging Face: {where} deviates by {found:.2g} of its norm, {bound:.1g} allowed; {other}see the full "
-        f"check with 'tlcapture doctor --model {model.name}', or skip this one with --no-check"
+        f"check with '{doctor}', or skip this one with --no-check"
     )
 
 

@@ -110,5 +110,6 @@ def comparison(layout: Layout, prompt_set: str) -> MissingError:
             for name in Layout(layout.root, other).captured_prompt_sets():
                 if base_set(name) == base_set(prompt_set) and f"{other}/{name}" != own:
                     return _error(layout, what, f"tlcapture compare {own} {other}/{name}")
+    command = f"tlcapture compare {own} OTHER/{base_set(prompt_set)}{root_option(layout.root)}"
     how = "capture its prompts again as a variant (--steer, --adapter) or in another experiment"
-    return MissingError(f"{what}: {how}; then 'tlcapture compare {own} OTHER/{base_set(prompt_set)}'", "")
+    return MissingError(f"{what}: {how}; then '{command}'", "")

@@ -12,6 +12,7 @@ from tlcapture.errors import StorageError
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS, peak_of
 from tlcapture.traits.saved_projections import SavedProjection
+from tlcapture.traits.token_scores import dynamics_command
 from tlcapture.traits.verdicts import Doubts, used_vector
 
 
@@ -21,12 +22,12 @@ def projection_of(saved: SavedProjection, content: ProjectionFile, doubts: Doubt
     prompt, response = content.trajectory
     dynamics = content.dynamics
     if dynamics is None or dynamics.velocity is None or dynamics.acceleration is None:
-        raise StorageError(f"{path}: its dynamics are incomplete: run 'tlcapture project --dynamics-only'")
+        raise StorageError(f"{path}: its dynamics are incomplete: run '{dynamics_command(saved.place)}'")
     scale, is_current = content.calibration, content.metadata.definitions == DEFINITIONS
     vector = used_vector(content, str(trait), component)
     warnings = [*content.metadata.warnings, *filter(None, [vector and doubts.of(vector)])]
     if not is_current:
-        warnings.append("its dynamics follow earlier definitions: run 'tlcapture project --dynamics-only'")
+        warnings.append(f"its dynamics follow earlier definitions: run '{dynamics_command(saved.place)}'")
     held = content.positions
     has_peak = is_current and dynamics.persistence is not None and held.has_all(held.n_prompt, held.n_tokens)
     trajectory = [*prompt, *response]

@@ -174,10 +174,14 @@ def _channels(source: str) -> ThinkingMarkers:
     )
 
 
-_RESPONSE = _literal("answer", "<|START_RESPONSE|>", "<|END_RESPONSE|>")
+_RESPONSES = (
+    _literal("answer", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    # Granite 3.3's system prompt asks for these tags; an answer may have them elsewhere, as part of its text.
+    _Field("answer", re.compile(r"(?<=</think>)\s*<response>"), re.compile(r"</response>")),
+)
 _TABLE = (
     _channels(TABLE),
-    *(ThinkingMarkers(TABLE, (_literal("thinking", *tags), _RESPONSE)) for tags in THINKING_TAGS),
+    *(ThinkingMarkers(TABLE, (_literal("thinking", *tags), *_RESPONSES)) for tags in THINKING_TAGS),
 )
 
 

@@ -12,8 +12,9 @@ STREAM_FOLDERS = {"residual": "residual_stream", "attn_out": "attn_stream"}
 
 @dataclass(frozen=True)
 class ProjectionPlace:
-    """The place of a projection file: its trait, component, prompt set, and the name of its prompt."""
+    """The place of a projection file: its experiment's folder, trait, component, prompt set, and its prompt's name."""
 
+    folder: Path
     trait: Trait
     component: str
     prompt_set: str
@@ -29,5 +30,6 @@ def place_of_projection(path: Path) -> ProjectionPlace | None:
         for at in (each for each, part in enumerate(parts) if part == stream):
             if at >= 3 and parts[at - 3] == "inference" and len(parts) > at + 2:
                 trait = Trait(parts[at - 2], parts[at - 1])
-                return ProjectionPlace(trait, component, "/".join(parts[at + 1 : -1]), path.stem)
+                folder = Path(*parts[: at - 3])
+                return ProjectionPlace(folder, trait, component, "/".join(parts[at + 1 : -1]), path.stem)
     return None

@@ -44,10 +44,6 @@ def how_to_extract(layout: Layout, traits: Iterable[object] = (), method: str | 
     return f"extract your own in another experiment with {command}" if is_in_package(layout) else f"run {command}"
 
 
-def _place(layout: Layout) -> str:
-    return "the package" if is_in_package(layout) else str(layout.folder)
-
-
 def no_vectors(layout: Layout) -> InputError:
     """The error for an experiment without any vectors."""
     return InputError(f"experiment {layout.experiment!r} has no trait vectors: {how_to_extract(layout)}")
@@ -63,7 +59,7 @@ def no_vectors_of_trait(layout: Layout, trait: Trait, packaged: str = f"vector e
     if extract and has_packaged(layout, trait):
         extract += f", or take those that come with the package, {packaged}"
     return InputError(
-        f"no vectors for trait {str(trait)!r} in {_place(layout)}{beside(str(trait), traits, 'available traits')}"
+        f"no vectors for trait {str(trait)!r} in {_source(layout)}{beside(str(trait), traits, 'available traits')}"
         f"{extract}"
     )
 
@@ -77,7 +73,7 @@ def has_packaged(layout: Layout, trait: Trait) -> bool:
 def no_component_vectors(layout: Layout, component: str) -> InputError:
     """The error for an experiment whose vectors are all of another component."""
     return InputError(
-        f"no {component} vectors in {_place(layout)}; available traits: {_available(layout)}; {how_to_extract(layout)}"
+        f"no {component} vectors in {_source(layout)}; available traits: {_available(layout)}; {how_to_extract(layout)}"
     )
 
 

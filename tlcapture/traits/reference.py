@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcapture.errors import StorageError
+from tlcapture.storage.command_lines import command_line
 from tlcapture.storage.files import Written, read_tensors, write_tensors
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.tensors import described, is_plain
@@ -62,7 +63,8 @@ def read_reference(layout: Layout, component: str) -> Reference | None:
     value = read_tensors(path)
     problem = _problem(value)
     if problem:
-        raise StorageError(f"{path}: not a valid reference: {problem}: remove it, and run 'tlcapture evaluate' again")
+        again = command_line(layout, "evaluate")
+        raise StorageError(f"{path}: not a valid reference: {problem}: remove it, and run '{again}' again")
     names = ("model_fingerprint", "made_from", "prompts", "prompt_means", "response_means")
     return Reference(**{name: value[name] for name in names})
 

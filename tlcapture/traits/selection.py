@@ -16,6 +16,8 @@ from os.path import lexists
 from typing import SupportsIndex
 
 from tlcapture.errors import InputError
+from tlcapture.storage.command_lines import command_line
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import Evaluation, EvaluationRow
 from tlcapture.traits.missing_vectors import no_vector, no_vectors_by_method
 from tlcapture.traits.steering_files import SteeringResults, SteeringRun, largest_by_chance
@@ -24,7 +26,6 @@ from tlcapture.traits.vector_files import METHODS, VectorFiles
 COHERENT = 70
 FALLBACK_LAYER = 16
 FALLBACK_DEPTH = 0.6
-NO_NULL = "its steering gain was not compared with random vectors: run 'tlcapture steer' again to add them"
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _ranked(files: VectorFiles, component: str, available: Mapping[str, list[int
     """
     runs = [run for run in _all_steering_runs(files) if run.component == component]
     chance = largest_by_chance(runs)
-    note = NO_NULL if chance is None else None
+    note = _no_null(files.layout) if chance is None else None
     steered = [
         (Selection(run.layer, run.method, "steering", run.delta, note), run)
         for run in runs
@@ -165,7 +166,7 @@ def _current(
             command = "steer" if selection.selected_by == "steering" else "evaluate"
             warning = (
                 f"a higher score, of {selection.method} at layer {selection.layer}, is left out, since that vector was "
-                f"replaced or damaged since: 'tlcapture {command} --experiment {files.layout.experiment}' scores it"
+                f"replaced or damaged since: '{command_line(files.layout, command)}' scores it"
             )
 
 
@@ -205,10 +206,16 @@ def _has_earlier_scores(files: VectorFiles, component: str) -> bool:
 
 def _what_would_choose(files: VectorFiles, component: str) -> str:
     """The command whose scores would choose a layer; another one for evaluated vectors without effect sizes."""
-    rows, option = _all_rows(files, component), f"--experiment {files.layout.experiment}"
+    rows, layout = _all_rows(files, component), files.layout
     if rows and all(row.effect_size is None and is_current(files, row, component) for row in rows):
-        return f"its examples give no effect size; other examples, or 'tlcapture steer {option}',"
-    return f"'tlcapture evaluate {option}'"
+        return f"its examples give no effect size; other examples, or '{command_line(layout, 'steer')}',"
+    return f"'{command_line(layout, 'evaluate')}'"
+
+
+def _no_null(layout: Layout) -> str:
+    """The doubt about a steering gain without random vectors beside it."""
+    again = command_line(layout, "steer")
+    return f"its steering gain was not compared with random vectors: run '{again}' again to add them"
 
 
 def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence[str], remedy: str) -> Selection:

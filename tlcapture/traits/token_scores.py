@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.names import PromptId, capture_name, of_variant
+from tlcapture.names import PromptId, capture_name, is_safe_name, of_variant
 from tlcapture.prompts.spans import TokenSpan
+from tlcapture.storage.command_lines import command_line
+from tlcapture.storage.layout import Layout
 from tlcapture.storage.projection_places import place_of_projection
 from tlcapture.text import layers_named
 from tlcapture.traits.calibration import Calibration
@@ -170,7 +172,7 @@ class TokenScores:
         if lacking or dynamics is None:
             raise StorageError(
                 f"{path}: not a complete projection file: it lacks {', '.join(lacking)}"
-                + (": run 'tlcapture project --dynamics-only'" if lacking == ["dynamics"] else "")
+                + (f": run '{dynamics_command(place_of)}'" if lacking == ["dynamics"] else "")
             )
         sublayers = content.sublayers(labels["component"])
         none = [np.nan] * len(sublayers)  # in place of a layer that was not kept
@@ -194,3 +196,13 @@ class TokenScores:
             sample=metadata.sample,
             experiment=source.experiment,
         )
+
+
+def dynamics_command(path: Path) -> str:
+    """The command that recomputes the dynamics of a projection whose JSON file is or would be at `path`."""
+    place = place_of_projection(path)
+    if place is None or place.folder.parent.name != "experiments" or not is_safe_name(place.folder.name):
+        return "tlcapture project --dynamics-only"
+    component = [] if place.component == "residual" else ["--component", place.component]
+    layout = Layout(place.folder.parents[1], place.folder.name)
+    return command_line(layout, "project", "--prompt-set", place.prompt_set, *component, "--dynamics-only")
