@@ -59,6 +59,9 @@ def test_evaluate_writes_rows_best_vectors_and_pictures(tlcapture: Run, data: Pa
         "tone/loud": {"tone/loud", "tone/warm"},
         "tone/warm": {"tone/loud", "tone/warm"},
     }
+    farthest = value["cross_trait_chance"]
+    assert 0 < farthest <= 0.5
+    assert f"vectors lie within {0.5 - farthest:.2f} to {0.5 + farthest:.2f} in 95 %" in result.output
     for trait in ("tone/loud", "tone/warm"):
         rows = [EvaluationRow(**each) for each in value["all_results"] if each["trait"] == trait]
         assert (vectors / "extraction" / trait / "evaluation.png").read_bytes() == heatmaps_in_words(trait, rows)
