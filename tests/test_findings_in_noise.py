@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tests.evidence import Evidence
 from tlcapture.commands.against_steering import _correlation, _Points
 from tlcapture.comparison.paired import LEVEL, paired_differences
-from tlcapture.extraction.cross_validation import largest_of_given
+from tlcapture.extraction.cross_validation import farthest_of_given, largest_of_given
 from tlcapture.extraction.evaluation import auroc, effect_size_interval
 from tlcapture.extraction.monitoring import RANDOM_VECTORS, monitoring
 from tlcapture.extraction.steering import random_directions
@@ -98,6 +98,16 @@ def separation(draw: Draw, n: int) -> Values:
     return np.array(found)
 
 
+def separation_of_another_trait(draw: Draw, n: int) -> Values:
+    """Any of three other traits' vectors on eight pairs, in either direction, beside shuffled labels."""
+    labels, groups = torch.arange(16) < 8, [str(number % 8) for number in range(16)]
+    found = []
+    for scores in torch.from_numpy(draw((n // 2, 3, 16))):
+        null = farthest_of_given(scores, labels, groups)
+        found.append(bool((auroc(scores, labels) - 0.5).abs().max() > critical_value(null)))
+    return np.array(found)
+
+
 def monitored(draw: Draw, n: int) -> Values:
     """A random vector that is said to follow the coefficient, in responses to three questions."""
     random, own = random_directions(32, RANDOM_VECTORS), random_directions(32, RANDOM_VECTORS + n)[RANDOM_VECTORS:]
@@ -142,9 +152,10 @@ FINDINGS = {
     "a trait of three changes between models": (change_of_a_trait, "sign flips, t without skewness", 0.12, False),
     "the interval of an effect size leaves out 0": (effect_size, "noncentral t of pairs", 0.08, False),
     "the best of three vectors separates": (separation, "labels exchanged within pairs", 0.06, False),
+    "a vector separates another trait": (separation_of_another_trait, "labels exchanged within pairs", 0.06, False),
     "a projection follows steering": (monitored, "random vectors", 0.06, True),
     "a gain of steering selects a vector": (gain_of_steering, "random vectors", 0.12, True),
-    "effect size correlates with steering": (correlation_with_steering, "layers turned as a ring", 0.08, True),
+    "effect size correlates with steering": (correlation_with_steering, "the effective number of layers", 0.08, True),
 }  # fmt: skip
 
 

@@ -59,6 +59,9 @@ def test_evaluate_writes_rows_best_vectors_and_pictures(tlcapture: Run, data: Pa
         "tone/loud": {"tone/loud", "tone/warm"},
         "tone/warm": {"tone/loud", "tone/warm"},
     }
+    farthest = value["cross_trait_chance"]
+    assert 0 < farthest <= 0.5
+    assert f"vectors lie within {0.5 - farthest:.2f} to {0.5 + farthest:.2f} in 95 %" in result.output
     for trait in ("tone/loud", "tone/warm"):
         rows = [EvaluationRow(**each) for each in value["all_results"] if each["trait"] == trait]
         assert (vectors / "extraction" / trait / "evaluation.png").read_bytes() == heatmaps_in_words(trait, rows)
@@ -121,7 +124,7 @@ def test_steer_writes_results_and_skips_existing_runs(tlcapture: Run, vectors: P
     assert [(c["layers"], c["coefficients"]) for c in configs] == [([n], [x]) for n in (0, 2) for x in (0.1, 0.5)]
     assert all(c["methods"] == ["mean_diff"] and c["component"] == "residual" for c in configs)
     scores = {"trait_mean", "coherence_mean", "gain", "standard_error", "n"}
-    assert all(set(run["result"]) - {"null"} == scores for run in value["runs"])
+    assert all(set(run["result"]) - {"null", "null_covariance"} == scores for run in value["runs"])
     base = value["baseline"]["trait_mean"]
     assert all(run["result"]["gain"] == pytest.approx(run["result"]["trait_mean"] - base) for run in value["runs"])
     ranked = sorted(value["runs"], key=lambda r: (r["result"]["coherence_mean"] >= 70, r["result"]["gain"]))
@@ -140,6 +143,21 @@ def test_steer_writes_results_and_skips_existing_runs(tlcapture: Run, vectors: P
     more = tlcapture("steer", "--experiment", "exp", "--traits", "tone/loud", "--layers", 1, "--search")
     assert more.exit_code == 0
     assert len(read_json(path)["runs"]) > 4
+
+
+def test_random_vectors_have_the_covariance_of_the_reference_also_in_place_of_earlier_ones(
+    tlcapture: Run, data: Path, evaluated: Result
+) -> None:
+    path = with_questions(data) / "steering" / "tone" / "loud" / "results.json"
+    words = ("steer", "--experiment", "exp", "--traits", "tone/loud", "--methods", "mean_diff", "--layers", "1")
+    assert tlcapture(*words, "--coefficients", "0.1").exit_code == 0
+    (made,) = read_json(path)["runs"]
+    assert made["result"]["null_covariance"] == "reference"
+    earlier = json.loads(path.read_text())
+    earlier["runs"][0]["result"] |= {"null": [0.0] * 20, "null_covariance": "isotropic"}
+    path.write_text(json.dumps(earlier))
+    assert tlcapture(*words, "--coefficients", "0.1").exit_code == 0
+    assert read_json(path)["runs"] == [made]
 
 
 def test_random_vectors_are_added_to_earlier_results_and_runs_of_other_questions_are_made_again(

@@ -66,6 +66,14 @@ def test_skewed_differences_of_mean_0_seldom_stand_out() -> None:
     assert np.mean([any(each.stands_out for each in paired_differences(run)) for run in runs]) < 0.2
 
 
+def test_a_set_with_a_prompt_that_changes_the_other_way_by_much_does_not_stand_out() -> None:
+    """Of eight prompts like the others alone, all change the same way, which is a finding about such prompts."""
+    values = -1 + 0.5 * np.random.default_rng(9).standard_normal((50, 8, 1))
+    assert np.mean([paired_differences(each)[0].stands_out for each in values]) > 0.9
+    values[:, 3] = 9
+    assert not any(paired_differences(each)[0].stands_out for each in values)
+
+
 def test_a_clear_change_stands_out_among_traits_that_do_not_change() -> None:
     generator = np.random.default_rng(2)
     values = generator.normal(size=(12, 10))

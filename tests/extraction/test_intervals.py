@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy.stats import nct
+from scipy.stats import nct, ttest_rel
 
 from tlcapture.extraction.evaluation import _noncentrality, effect_size_interval
 
@@ -26,7 +26,7 @@ def coverage(effect: float, correlation: float, *, paired: bool) -> float:
 def test_the_interval_of_thirteen_pairs_covers_the_effect_size(effect: float) -> None:
     found = {correlation: coverage(effect, correlation, paired=True) for correlation in (0.0, 0.5, 0.8)}
     print(f"effect size {effect:g}: coverage by correlation within pairs {found}")
-    assert all(0.92 <= share <= 0.98 for share in found.values()), found
+    assert all(0.92 <= share <= 0.985 for share in found.values()), found
 
 
 @pytest.mark.parametrize("effect", [0.0, 3.0, 6.0])
@@ -42,6 +42,15 @@ def test_the_interval_of_sides_of_unequal_numbers_and_variances_seldom_leaves_ou
     positive, negative = (torch.randn(600, n, generator=generator) for n in (n_positive, n_negative))
     low, high = effect_size_interval(sd * positive, negative, paired=False).unbind(dim=1)
     assert float(((low > 0) | (high < 0)).float().mean()) <= 0.08
+
+
+@pytest.mark.parametrize("n_pairs", [3, 5, 8])
+def test_the_interval_of_pairs_leaves_out_0_where_the_paired_t_test_does(n_pairs: int) -> None:
+    """With the degrees of freedom of the pooled variance alone, five pairs left out an effect of 0 in 8 % of cases."""
+    noise = torch.randn(2, 200, n_pairs, generator=torch.Generator().manual_seed(2))
+    low, high = effect_size_interval(noise[0], noise[1], paired=True).unbind(dim=1)
+    p = ttest_rel(noise[0].double(), noise[1].double(), axis=1).pvalue
+    assert (((low > 0) | (high < 0)).numpy() == (p < 0.05)).mean() >= 0.985
 
 
 @pytest.mark.parametrize("freedom", [4.0, 19.3, 38.0, 70.0])

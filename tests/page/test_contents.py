@@ -129,6 +129,7 @@ def test_gains_come_with_their_null_and_vectors_with_their_verdict(contents: Con
     rows = [{"trait": TRAIT, "method": "probe", "layer": 1, "val_auroc": 0.9, "val_effect_size": 1.0}]
     best = {TRAIT: {"layer": 1, "method": "probe", "nested_auroc": 0.8, "verdict": "adds nothing", "p": 0.2}}
     evaluation = {"all_results": rows, "best_vectors": best, "cross_trait": {TRAIT: {TRAIT: 0.9, "a/b": 0.4}}}
+    evaluation |= {"cross_trait_chance": 0.25}
     write(folder / "extraction" / "extraction_evaluation.json", evaluation)
     found = contents.vectors("exp", "style", "odd")
     assert found["steering"]["runs"][0]["null"] == [0.0, 19.0]
@@ -139,7 +140,9 @@ def test_gains_come_with_their_null_and_vectors_with_their_verdict(contents: Con
     ]
     assert found["components"]["residual"]["selected"]["selected_by"] == "effect_size"  # 10 is less than 20
     assert found["evaluation"]["trait"]["verdict"] == "adds nothing"
-    assert found["evaluation"]["cross_trait"] == {"traits": ["a/b", TRAIT], "aurocs": [[None, None], [0.4, 0.9]]}
+    assert found["evaluation"]["cross_trait"] == {
+        "traits": ["a/b", TRAIT], "aurocs": [[None, None], [0.4, 0.9]], "by_chance": (0.25, 0.75)
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

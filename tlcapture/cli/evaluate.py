@@ -164,7 +164,7 @@ def _print(console: Console, evaluation: Evaluation) -> None:
         if each.verdict is not None:
             chosen = ", ".join(f"{name} ({count})" for name, count in each.chosen_layers.items())
             console.line(f"{trait}: {each.verdict}; folds chose {chosen}")
-    _print_cross_traits(console, evaluation.cross_traits)
+    _print_cross_traits(console, evaluation.cross_traits, evaluation.cross_traits_by_chance)
     console.line()
 
 
@@ -185,7 +185,9 @@ def _cells(pair: tuple[str, TraitEvaluation]) -> tuple[str, ...]:
     )
 
 
-def _print_cross_traits(console: Console, matrix: dict[str, dict[str, float]]) -> None:
+def _print_cross_traits(
+    console: Console, matrix: dict[str, dict[str, float]], by_chance: tuple[float, float] | None
+) -> None:
     if len(matrix) < 2:
         return
     names = sorted({*matrix, *(name for row in matrix.values() for name in row)})
@@ -200,6 +202,12 @@ def _print_cross_traits(console: Console, matrix: dict[str, dict[str, float]]) -
         for trait, row in sorted(matrix.items())
     ]
     console.table(columns, rows)
+    if by_chance is not None:
+        low, high = by_chance
+        console.line(
+            f"on another trait's examples, vectors lie within {low:.2f} to {high:.2f} in 95 % of shuffled labellings, "
+            "all cells together"
+        )
 
 
 def _number(value: float | None, form: str) -> str:
@@ -219,9 +227,7 @@ def _compare(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> Non
         for name, line in lines
     ]
     console.table([Column("trait"), *(Column(name, right=True) for name in names)], rows)
-    console.line(
-        "p: share of random shifts of the gains along each trait's layers that correlate as much, in either direction"
-    )
+    console.line("p: within traits and methods, given how alike neighbouring layers and traits are")
     if any(line.n_layers < FEWEST_LAYERS for _, line in lines):
         needed = f"with fewer than {FEWEST_LAYERS}, chance gives large correlations"
         console.line(f"a correlation needs vectors at {FEWEST_LAYERS} layers that were evaluated and steered; {needed}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from tlcapture.commands.cross_traits import cross_trait_aurocs
+from tlcapture.commands.cross_traits import cross_traits
 from tlcapture.commands.evaluation_rows import EvaluatedComponent, best_vector, doubts, rows_of
 from tlcapture.commands.extract import kept_activations
 from tlcapture.commands.held_out_calibrations import held_out_calibrations, keep_held_out_calibrations
@@ -299,7 +299,8 @@ def _write_cross_traits(run: Run) -> None:
     layout = run.layout
     if not layout.evaluation.is_file():
         return
-    matrix = cross_trait_aurocs(layout)
+    found = cross_traits(layout)
     with run_lock(run, "the evaluation"):
         content = Evaluation.read(layout.evaluation).model_dump(exclude_unset=True)
-        run.wrote(write_json(layout.evaluation, {**content, "cross_trait": matrix}, indent=True))
+        cross = {"cross_trait": found.aurocs, "cross_trait_chance": found.chance}
+        run.wrote(write_json(layout.evaluation, {**content, **cross}, indent=True))

@@ -10,6 +10,7 @@ from os.path import lexists
 import torch
 from pydantic import ValidationError
 
+from tlcapture.commands.projections import random_directions as as_in_reference
 from tlcapture.commands.steering_results import Results, scored_by
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.extraction.judge import Judge
@@ -38,6 +39,7 @@ from tlcapture.storage.files import read_bytes, read_json, write_bytes
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import first_problem
 from tlcapture.text import decoded
+from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import COHERENT, select
 from tlcapture.traits.steering_files import SteeringResults, SteeringRun
@@ -184,6 +186,7 @@ class _Trials:
     definition: str
     results: Results
     baseline: SteeringScore
+    random: RandomDirections
     progress: Progress
 
     @classmethod
@@ -193,7 +196,8 @@ class _Trials:
         results = Results(run, task.trait, model, scored_by(judge, task.asked.eval_prompt), task.asked)
         definition = _definition(Datasets(run.layout.root), task.trait)
         scorer = SteeringScorer(model, prompts, [question.completions for question in task.questions])
-        trials = cls(task, scorer, judge, definition, results, scorer.baseline(), progress)
+        random = as_in_reference(run.layout, "residual", model.n_layers, model.d_model, run.warn)
+        trials = cls(task, scorer, judge, definition, results, scorer.baseline(), random, progress)
         results.set_baseline(trials._judged(trials.baseline))
         return trials
 
@@ -219,13 +223,16 @@ class _Trials:
     def add_nulls(self) -> None:
         """Steer with random vectors of the same norm at the cells with the largest gains, unless that was done."""
         for run in self.results.largest_gains(N_NULLS):
-            if run.null is None:
-                self.results.set_null(run, self._random_gains(run))
+            covariance = "isotropic" if self.random.reference is None else "reference"
+            if run.null is None or covariance == "reference" != run.null_covariance:
+                self.results.set_null(run, self._random_gains(run), covariance)
             cell = f"{self.task.trait} layer {run.layer} x {run.coefficient:g}"
             self.progress.advance(1, done=f"{cell}: random vectors added")
 
     def _random_gains(self, run: SteeringRun) -> list[float]:
-        directions = random_directions(self.scorer.d_model)
+        isotropic = random_directions(self.scorer.d_model)
+        drawn = self.random.vectors(len(isotropic), run.layer)
+        directions = isotropic if drawn is None else drawn
         additions = [Addition(run.layer, direction, run.coefficient) for direction in directions]
         if self.judge is None:
             means = [float(100 * score.nanmean()) for score in self.scorer.trait_scores(additions)]

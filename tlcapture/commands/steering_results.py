@@ -106,11 +106,12 @@ class Results:
         runs = SteeringResults.parse({**self._content, "runs": current}, self._path).single_layer_runs
         return sorted(runs, key=lambda run: (run.coherence_mean >= COHERENT, run.delta), reverse=True)[:n]
 
-    def set_null(self, run: SteeringRun, gains: Sequence[float]) -> None:
-        """Record the gains of random vectors in place of a run's vector."""
+    def set_null(self, run: SteeringRun, gains: Sequence[float], covariance: str) -> None:
+        """Record the gains of random vectors of a covariance in place of a run's vector."""
         for record in self._content["runs"]:
             if self._parsed_config(record) == (run.component, run.method, run.layer, run.coefficient):
                 record["result"]["null"] = [rounded_or_none(gain, _DIGITS) for gain in gains]
+                record["result"]["null_covariance"] = covariance
         self._write()
 
     def has_monitoring(self, vector: TraitVector, coefficients: Sequence[float]) -> bool:

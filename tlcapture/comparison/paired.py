@@ -13,6 +13,11 @@ A mean is significant if all of three tests find it so; its p is the largest of 
   any direction. A change of the trait is larger than that of 95 % of random directions, the largest of as many traits,
   each in units of its own directions' root mean square.
 
+No test of a mean holds for all distributions (Bahadur and Savage 1956): where one prompt in ten changes by much and the
+others a little to the other side, the sets without a prompt of the rare kind (43 % of sets of eight) show what all of
+their prompts do. That is a finding about prompts like these, and rightly one; with a rare prompt among them, hardly any
+set shows a change.
+
 In simulations, sign flips alone called skewed differences of mean 0 significant in 3 to 15 % of sets for one trait, and
 in 18 to 53 % for any of ten; with the t test it is 2 to 10 % and 4 to 29 %. `benchmarks/paired_null.py` compares
 several tests.
@@ -101,6 +106,7 @@ def interval(values: Values, n_means: int = 1) -> tuple[float, float] | None:
 
     It is that of Student's t where the values are symmetric about their mean, and is longer on the side of their tail
     where they are not. Intervals of `n_means` means together cover all of them in 95 % (Bonferroni).
+    Of 3 to 8 lognormal values it covers the mean in 86 to 90 %, of exponential ones in 91 to 95 %.
 
     Example:
         interval(np.array([1.0, 2.0, 3.0]))  # (-0.48, 4.48)

@@ -180,6 +180,14 @@ def largest_of_given(
     return torch.tensor([float(auroc(scores[:, held_out], each[held_out]).max()) for each in drawn])
 
 
+def farthest_of_given(
+    scores: Float[Tensor, "n_vectors n_examples"], labels: Labels, groups: Sequence[str], *, seed: int = 0
+) -> Float[Tensor, " n_labellings"]:
+    """How far from 0.5 the farthest AUROC of vectors not fitted to the examples is, for each of 200 labellings."""
+    drawn = relabelled(labels, groups, RELABELLINGS, seed=seed)
+    return torch.stack([(auroc(scores, each) - 0.5).abs().max() for each in drawn])
+
+
 def _relabelled_on_both(
     labels: Labels, groups: Sequence[str], held_out: Labels, seed: int
 ) -> Bool[Tensor, "n_labellings n_examples"]:

@@ -87,7 +87,11 @@ def _evaluation(layout: Layout, trait: Trait, tell: _Tell) -> dict[str, Any]:
     return {
         "rows": rows,
         "trait": None if found is None else found.model_dump(include={*_OF_TRAIT}),
-        "cross_trait": {"traits": names, "aurocs": [[matrix.get(a, {}).get(b) for b in names] for a in names]},
+        "cross_trait": {
+            "traits": names,
+            "aurocs": [[matrix.get(a, {}).get(b) for b in names] for a in names],
+            "by_chance": content.cross_traits_by_chance,
+        },
     }
 
 

@@ -162,6 +162,14 @@ class RandomDirections:
         drawn = self._layer(layer)
         return drawn.directions(trait).double() @ (drawn.basis.double() @ activation.double())
 
+    def vectors(self, n: int, layer: int) -> Float[Tensor, "n d_model"] | None:
+        """Random vectors of length 1, the same combinations of responses at every layer; `None` without a reference."""
+        if self.reference is None:
+            return None
+        basis = self._layer(layer).basis
+        drawn = torch.randn(n, len(basis), generator=_generator("vectors", 0))
+        return torch.nn.functional.normalize(drawn @ basis, dim=1)
+
     def digest(self, layer: int) -> str:
         """A digest of a layer's directions: equal ones have an equal digest."""
         return self._layer(layer).digest

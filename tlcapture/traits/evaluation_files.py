@@ -7,7 +7,7 @@ from contextlib import suppress
 from functools import cached_property, lru_cache
 from os.path import lexists
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator
 
@@ -99,13 +99,15 @@ class TraitEvaluation(FileContent):
 class Evaluation(FileContent):
     """The content of the file.
 
-    `cross_trait` is the AUROC of each trait's vector on the examples of each trait, `carry_over` the scores on other
-    datasets by their name and trait.
+    `cross_trait` is the AUROC of each trait's vector on the examples of each trait, `cross_trait_chance` how far from
+    0.5 the farthest of them on another trait's examples is by chance, `carry_over` the scores on other datasets by
+    their name and trait.
     """
 
     all_results: list[EvaluationRow]
     best_vectors: Any = None  # other tools write other things here
     cross_trait: Any = None
+    cross_trait_chance: Any = None
     carry_over: Any = None
 
     @classmethod
@@ -137,6 +139,14 @@ class Evaluation(FileContent):
     def cross_traits(self) -> dict[str, dict[str, float]]:
         """The valid rows of `cross_trait`."""
         return {trait: row.root for trait, row in _valid(_CrossTraitRow, self.cross_trait).items()}
+
+    @property
+    def cross_traits_by_chance(self) -> tuple[float, float] | None:
+        """The AUROCs between which those on another trait's examples lie by chance; `None` where that is not known."""
+        with suppress(ValidationError):
+            farthest = _Farthest.model_validate(self.cross_trait_chance).root
+            return 0.5 - farthest, 0.5 + farthest
+        return None
 
     @property
     def carry_overs(self) -> dict[str, dict[str, Any]]:
@@ -182,6 +192,10 @@ class CarryOverRow(FileContent):
 
 class _CarryOverRows(RootModel[list[CarryOverRow]]):
     pass
+
+
+class _Farthest(RootModel[Annotated[float, Field(ge=0, le=0.5)]]):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class _CrossTraitRow(RootModel[dict[str, Share]]):

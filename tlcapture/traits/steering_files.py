@@ -34,6 +34,7 @@ class SteeringMeans(FileContent):
     gain: Number | None = None
     standard_error: Number | None = None
     null: list[Number] | None = Field(default=None, min_length=1)
+    null_covariance: str | None = None
 
 
 class SteeringBaseline(FileContent):
@@ -98,7 +99,8 @@ def percentile_95(values: Sequence[float]) -> float:
 class SteeringRun:
     """One single-layer steering run: its settings, its scores, and `delta`, the gain over the baseline.
 
-    `null` are the gains of random vectors of the same norm at the same layer and coefficient, where they were measured.
+    `null` are the gains of random vectors of the same norm at the same layer and coefficient, where they were measured;
+    `null_covariance` is `reference` where these have the covariance of the reference prompts' responses.
     """
 
     layer: int
@@ -111,6 +113,7 @@ class SteeringRun:
     vector_digest: str | None = None
     standard_error: float | None = None
     null: tuple[float, ...] | None = None
+    null_covariance: str | None = None
 
 
 class SteeringMonitoring(FileContent):
@@ -164,4 +167,5 @@ class SteeringResults(FileContent):
             vector_digest=record.vector_digest,
             standard_error=result.standard_error,
             null=None if result.null is None else tuple(result.null),
+            null_covariance=result.null_covariance,
         )

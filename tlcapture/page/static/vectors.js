@@ -41,7 +41,8 @@ tl.views.vectors = {
       matrix.replaceChildren();
       if (!found || found.traits.length < 2) return [];
       const made = figure("cross_trait", 120 + 26 * found.traits.length);
-      matrix.append(made.element);
+      const [low, high] = found.by_chance ?? [];
+      matrix.append(made.element, ...(found.by_chance ? [tl.note(`On another trait's examples, vectors lie within ${tl.number(low, 2)} to ${tl.number(high, 2)} in 95 % of shuffled labellings, all cells together.`)] : []));
       const labels = found.traits.map((name) => tl.plain(name));
       return [made.draw([{ type: "heatmap", x: labels, y: labels, z: found.aurocs, zmin: 0, zmax: 1, colorscale: colours.amountScale(), colorbar: colours.bar("AUROC"), hovertemplate: "%{y} on the examples of %{x}: %{z:.3~f}<extra></extra>" }],
         { title: "AUROC of each trait's vector (rows) on each trait's examples (columns)", xaxis: { tickangle: 30 }, yaxis: { autorange: "reversed" }, margin: { l: 150, r: 14, t: 30, b: 90 } })];
