@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ def test_free_running_captures_are_compared_where_their_tokens_are_shared(
     both("--temperature", 0)
     result = tlcapture("compare", "exp", "tuned")
     assert result.exit_code == 0, result.output
-    assert "pairs of responses differ" in result.output
+    assert "pairs of captures differ from some token on" in result.output
+    assert "pairs share no token of the response: what is said of them by token is of their prompts" in result.output
     a, b = raw(data, "exp"), raw(data, "tuned")
     found = compared(data)
     n = len(found["tokens"])
@@ -412,13 +414,17 @@ def test_captures_of_different_prompts_are_refused_whatever_their_ids(capture: R
 def test_another_system_prompt_does_not_make_another_prompt(capture: Run, tlcapture: Run) -> None:
     capture("--system-prompt", "Be brief.")
     assert capture("--experiment", "formal", "--system-prompt", "Be formal.", "--no-project").exit_code == 0
-    assert tlcapture("compare", "exp", "formal", "--no-kl").exit_code == 0
+    result = tlcapture("compare", "exp", "formal", "--no-kl")
+    assert result.exit_code == 0
+    assert re.search(r"\b(\d+) of \1 pairs share no token of the response: what is said of them", result.output)
+    assert "over the tokens of the prompts that captures share" in " ".join(result.output.split())
+    assert "mean over the responses" not in result.output
 
 
 def test_residuals_that_are_equal_are_said_to_be(capture: Run, tlcapture: Run) -> None:
     capture()
     result = tlcapture("compare", "exp", "exp", "--no-kl")
-    assert "residual: the same in every layer at these tokens" in result.output
+    assert "residual: the same in every layer, over the responses" in result.output
     assert "cosine" not in result.output
     assert "no trait vectors, so no projections are compared: run 'tlcapture extract --experiment exp' first" in (
         " ".join(result.stderr.split())

@@ -69,6 +69,15 @@ def test_a_summary_is_of_all_prompts_and_counts_the_samples_of_one_once(page_roo
     assert [each["index"] for each in found["tokens"]][:4] == [3, 3, 3, 3]
 
 
+def test_captures_that_share_no_token_of_the_response_are_counted(page_root: Path, compared: Path) -> None:
+    apart = comparison(3, shift=9.0)
+    apart["n_prompt_tokens"] = len(apart["tokens"])
+    write(compared / "3.json", apart)
+    found = Contents(page_root).compared_set("exp", OTHER, "odd")
+    assert (found["n_files"], found["n_apart"]) == (3, 1)
+    assert found["traits"][TRAIT]["mean"] == pytest.approx((1 + 2 + 9) / 3), "of whole responses"
+
+
 def test_a_damaged_file_is_a_problem_of_the_set_and_an_error_of_its_own(page_root: Path, compared: Path) -> None:
     broken = comparison(2)
     broken["kl"] = broken["kl"][:-1]

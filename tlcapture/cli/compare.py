@@ -156,22 +156,27 @@ def _notes(summary: ComparisonSummary) -> Iterator[str]:
         )
         if smallest_p(summary.n_prompts) > LEVEL:
             yield f"{summary.n_prompts} prompts are too few for a change to stand out from chance: expected at least 6"
+    n_apart = summary.n_apart
+    over = "the responses" if n_apart < summary.n_files else "the tokens of the prompts that captures share"
     if summary.kl is not None:
         interval = summary.kl.interval
         bounds = "" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})"
-        yield f"next token: D(a || b) of {summary.kl.mean:.3g} nats{bounds}, mean over the responses"
+        yield f"next token: D(a || b) of {summary.kl.mean:.3g} nats{bounds}, mean over {over}"
     layer = summary.least_alike
     if layer is not None and summary.is_alike:
-        yield "residual: the same in every layer at these tokens"
+        yield f"residual: the same in every layer, over {over}"
     elif layer is not None:
         yield (
             f"residual: cosine {summary.cosine[layer]:.6g} at layer {layer}, where it is lowest; norm ratio "
-            f"{summary.norm_ratio[layer]:.4g} there"
+            f"{summary.norm_ratio[layer]:.4g} there; means over {over}"
         )
     if summary.tokens:
         listed = ", ".join(f"{each.token!r} ({each.prompt_id}, token {each.index})" for each in summary.tokens)
         yield f"tokens that differ most: {listed}"
     if summary.n_cut:
-        cut = f"{summary.n_cut} of {summary.n_files} pairs of responses differ"
+        cut = f"{summary.n_cut} of {summary.n_files} pairs of captures differ from some token on"
         yield f"{cut}: token by token, only their beginnings are compared"
+    if n_apart:
+        pairs = f"{n_apart} of {summary.n_files} pairs share no token of the response"
+        yield f"{pairs}: what is said of them by token is of their prompts"
     yield from (f"not read: {problem}" for problem in summary.problems)

@@ -65,7 +65,8 @@ class ComparisonSummary:
         kl: the mean divergence of the next token in the response, in nats.
         cosine, norm_ratio: of `residual_out` in the response, by layer; NaN at layers without activations.
         tokens: the tokens of responses that differ most, by divergence, or without it by cosine at the last layer.
-        n_cut: files whose captures share only the beginning.
+        n_cut: files whose captures share only the beginning,
+        n_apart: and of these, those that share no token of the response, whose values by token are of the prompt.
         problems: files that cannot be read, with the reason.
         vectors: the vectors that captures were projected onto.
     """
@@ -81,6 +82,7 @@ class ComparisonSummary:
     tokens: Sequence[DifferingToken]
     by: str
     n_cut: int
+    n_apart: int
     problems: Sequence[str]
     vectors: Sequence[UsedVector] = ()
 
@@ -103,6 +105,7 @@ class ComparisonSummary:
             "n_prompts": self.n_prompts,
             "n_files": self.n_files,
             "n_cut": self.n_cut,
+            "n_apart": self.n_apart,
             "traits": {trait: each.to_json() for trait, each in self.traits.items()},
             "kl": None if self.kl is None else {"mean": self.kl.mean, "interval": self.kl.interval},
             "cosine": _nullable(self.cosine),
@@ -150,6 +153,7 @@ def summary_of(files: Mapping[str, ComparisonFile], problems: Sequence[str] = ()
         _most_different(files, by),
         by,
         sum(each.continuations is not None for each in files.values()),
+        sum(len(each.tokens) == each.n_prompt_tokens for each in files.values()),
         problems,
         _vectors(files.values()),
     )

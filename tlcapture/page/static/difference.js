@@ -50,10 +50,12 @@ tl.views.difference = {
       const cells = (name, change) => [name, change.n ? tl.number(change.mean, 3) : "unknown", change.interval ? `${tl.number(change.interval[0], 3)} to ${tl.number(change.interval[1], 3)}` : "\u2013", change.p === null ? "\u2013" : (Math.round(change.p * 1000 - 1e-9) / 1000).toFixed(3), change.stands_out ? "stands out" : "within chance"];
       const rows = Object.entries(summary.traits).map(([name, change]) => element("tr", {}, cells(name, change).map((text) => element("td", {}, text))));
       const samples = summary.n_files > summary.n_prompts ? `, ${summary.n_files} samples` : "";
-      const cut = summary.n_cut ? ` ${summary.n_cut} of ${summary.n_files} pairs of responses differ: token by token, only their beginnings are compared.` : "";
+      const cut = summary.n_cut ? ` ${summary.n_cut} of ${summary.n_files} pairs of captures differ from some token on: token by token, only their beginnings are compared.` : "";
+      const isApart = summary.n_apart === summary.n_files;
+      const apart = summary.n_apart ? ` ${summary.n_apart} of ${summary.n_files} pairs share no token of the response: what is said of them by token is of their prompts.` : "";
       facts.replaceChildren(element("p", {}, element("b", {}, `${summary.b} less ${summary.a}`), `, ${summary.n_prompts} prompts${samples}`),
         rows.length ? element("table", {}, element("thead", {}, element("tr", {}, ["trait", "change", "95 % interval", "p", "finding"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)) : null,
-        tl.note(`Change: of the mean projection over the response. p: the largest of sign flips over prompts, a t test of the mean and random directions${rows.length > 1 ? `, corrected for ${rows.length} traits, as intervals are` : ""}.${summary.kl ? ` Next token: ${tl.number(summary.kl.mean, 3)} nats, mean over the responses.` : ""}${cut}`));
+        tl.note(`Change: of the mean projection over the response. p: the largest of sign flips over prompts, a t test of the mean and random directions${rows.length > 1 ? `, corrected for ${rows.length} traits, as intervals are` : ""}.${summary.kl ? ` Next token: ${tl.number(summary.kl.mean, 3)} nats, mean over the ${isApart ? "tokens of the prompts that captures share" : "responses"}.` : ""}${cut}${apart}`));
       notes.replaceChildren(...(summary.doubts ?? []).map((doubt) => tl.note(doubt)), ...summary.problems.map((problem) => tl.warning(problem)));
     }
 
