@@ -458,3 +458,16 @@ def test_captures_of_a_model_of_another_loader_are_compared_without_divergence(
     assert "are not compared: a capture is from " in result.stderr
     assert "a model that tlcapture did not load" in result.stderr
     assert "kl" not in compared(data, b="exp")
+
+
+def test_captures_made_again_leave_no_comparison_of_the_earlier_ones(
+    both: Callable[..., None], capture: Run, tlcapture: Run, data: Path
+) -> None:
+    both("--temperature", 0)
+    assert tlcapture("compare", "exp", "tuned", "--no-kl").exit_code == 0
+    files = sorted((data / "experiments/exp/analysis/compare").rglob("*.json"))
+    assert len(files) == 3
+    result = capture("--limit", 1, "--no-project")
+    assert result.exit_code == 0
+    assert sorted((data / "experiments/exp/analysis/compare").rglob("*.json")) == files[1:]
+    assert "removed and not written again" in result.output

@@ -378,9 +378,15 @@ def _layers_in(folder: Path) -> frozenset[str]:
 
 
 def derived_files(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:
-    """The existing files made from a raw residual, or whatever is at their paths, without shards of several prompts."""
+    """The existing files made from a raw residual, or whatever is at their paths, without shards of several prompts.
+
+    Comparisons that another experiment holds of it are not among them.
+    """
+    compare = layout.folder / "analysis" / "compare"
+    others = compare.iterdir() if is_folder(compare) else ()
     files = [*layout.forms(layout.attention(prompt_set, prompt_id))]
     files += layout.forms(layout.logit_lens(prompt_set, prompt_id))
     files += layout.all_internals(prompt_set, prompt_id) + layout.all_projections(prompt_set, prompt_id)
     files += [layout.shards(component, prompt_set) / f"{file_name(prompt_id)}{COMPACT}" for component in STREAM_FOLDERS]
+    files += [layout.own(other / prompt_set / f"{file_name(prompt_id)}.json") for other in sorted(others)]
     return [path for path in files if lexists(path)]
