@@ -85,25 +85,6 @@ def test_hooks_change_what_they_change_in_transformer_lens(
         assert not torch.equal(found, fast(tokens()))
 
 
-def test_the_pieces_of_attention_are_computed_only_for_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
-
-    computed: list[Any] = []
-    own = PositionEmbeddingsAttentionBridge.forward
-    recorded = lambda self, *args, **kwargs: (computed.append(self), own(self, *args, **kwargs))[1]  # noqa: E731
-    monkeypatch.setattr(PositionEmbeddingsAttentionBridge, "forward", recorded)
-    tl = copy.deepcopy(tiny.model("llama", "bridge").tl)
-    with torch.no_grad():
-        expected, cache = tl.run_with_cache(tokens(), names_filter="blocks.0.attn.hook_pattern")
-        assert computed == [tl.blocks[0].attn]
-        assert torch.equal(tl(tokens()), expected) and len(computed) == 1
-        rotated = [("blocks.1.attn.hook_rot_k", lambda keys, hook: keys * 2)]
-        assert not torch.equal(tl.run_with_hooks(tokens(), fwd_hooks=rotated), expected) and len(computed) == 2
-        tl.set_use_attn_result(True)
-        _, cache = tl.run_with_cache(tokens(), names_filter="blocks.1.attn.hook_result")
-        assert cache["blocks.1.attn.hook_result"].ndim == 4
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_steps_have_the_bits_of_transformer_lens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def steps(model: Any) -> list[Tensor]:

@@ -30,7 +30,7 @@ from tlcapture.models.engines.more_adapters import register_adapters
 from tlcapture.models.engines.newer_transformers import support_newer_transformers
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.models.engines.versions import version_advice
-from tlcapture.models.fast.bridge_components import make_components_fast, recording
+from tlcapture.models.fast.bridge_components import make_components_fast, offering_only
 from tlcapture.models.fast.growing_cache import grow_in_place
 from tlcapture.models.fast.linear_modules import make_linears_fast
 from tlcapture.models.processes import ProcessRefusedError
@@ -138,7 +138,7 @@ class BridgeModel(Model):
         routers = {name: self._routers[name] for name in hooks & self._routers.keys()}
         scores: dict[str, Tensor] = {}
         names = hooks - routers.keys()
-        with router_scores(routers, scores), recording(self.tl, names) as recorded:
+        with router_scores(routers, scores), offering_only(self.tl, names):
             (logits, past), cache = self.tl.run_with_cache(
                 tokens.to(self.device),
                 names_filter=names.__contains__,
@@ -153,7 +153,7 @@ class BridgeModel(Model):
         state.past = state.past if past is None else past
         if FAST:
             grow_in_place(state.past)
-        return logits, {**cache, **recorded, **scores}
+        return logits, {**cache, **scores}
 
     @cached_property
     def _routers(self) -> dict[str, tuple[Any, int]]:

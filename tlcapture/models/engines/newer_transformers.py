@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tlcapture.models.fast.bridge_components import RoundRotated
-
 _NEW = "cache"
 _OLD = ("past_key_values", "cache_params")
 _ROTATED = ("hook_rot_q", "hook_rot_k")
@@ -35,7 +33,7 @@ def support_newer_transformers(original_model: nn.Module, dtype: torch.dtype) ->
             module.register_forward_pre_hook(_every_name, with_kwargs=True)
         for name in _ROTATED:
             if name in module._modules:
-                module.get_submodule(name).register_forward_pre_hook(RoundRotated(dtype))
+                module.get_submodule(name).register_forward_pre_hook(lambda hook, args: args[0].to(dtype))
     if takes_new:
         logging.getLogger("transformers.utils.generic").addFilter(_is_not_about_the_names)
 

@@ -1,8 +1,8 @@
 """Components of a TransformerBridge without the work whose results are not used; outputs are bit-identical.
 
 Left out are calls of hook points without hooks, the scale and the normalised input of a norm while they have no hooks,
-the checks in each pass of which arguments a block takes and of the names of its hooks, hooks that only record, and the
-move of offloaded weights if none are offloaded.
+the checks in each pass of which arguments a block takes and of the names of its hooks, the names of hooks that nobody
+asked for, and the move of offloaded weights if none are offloaded.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from functools import cache
 from inspect import Parameter, signature
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-_RECORDS = "_tlcapture_records"  # the attribute of a point that says where to record, under which names,
-_OFFERED = "_tlcapture_offered"  # and that of a bridge with the names of the only hooks that a pass has to look at
-_OUTER_POINTS = ("hook_in", "hook_out")
-_CHANGES_OF_ATTENTION = ("use_split_qkv_input", "use_attn_in", "use_attn_result", "use_hook_mlp_in")  # of its config
+_OFFERED = "_tlcapture_offered"  # the attribute of a bridge with the names of the only hooks that a pass looks at
+# Options of TransformerLens that need what blocks keep by hooks before norms, and these hooks.
+_NEEDS_CAPTURES = ("use_split_qkv_input", "use_attn_in", "use_attn_result", "use_hook_mlp_in")
 _CAPTURES_OF_BLOCKS = ("_capture_pre_ln1", "_capture_mlp_in")
 
 
@@ -34,19 +32,12 @@ class _Fast:
 
 
 class _FastPoint:
-    """Passes on what it gets while it has no hooks, without a module's call: there are some forty in each layer.
-
-    Where it is told to, it records what it passes on, after its hooks.
-    """
+    """Passes on what it gets while it has no hooks, without a module's call: there are some forty in each layer."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        is_idle = len(args) == 1 and not kwargs and not _is_hooked(self)
-        passed = args[0] if is_idle else super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if _RECORDS in vars(self):
-            cache, names = vars(self)[_RECORDS]
-            first = passed[0] if isinstance(passed, tuple) else passed
-            cache.update(dict.fromkeys(names, first.detach()))
-        return passed
+        if len(args) != 1 or kwargs or _is_hooked(self):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return args[0]
 
 
 class _FastLinear(_Fast):
@@ -83,48 +74,7 @@ class _FastNorm(_Fast):
         return bool(chosen) and type(self._modules["_original_component"]) is not nn.Identity and self._is_unseen()
 
     def _is_unseen(self: Any) -> bool:
-        return not any(_is_hooked(each) or _RECORDS in vars(each) for each in (self.hook_scale, self.hook_normalized))
-
-
-class _FastAttention(_Fast):
-    """Calls Hugging Face's attention while only the hook points around it and of its linear modules have hooks.
-
-    TransformerLens computes attention itself, so that scores and patterns have hook points, and takes twice the time.
-    """
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._is_changed():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        modules = self._modules
-        if args:
-            args = (modules["hook_in"](args[0]), *args[1:])
-        else:
-            kwargs["hidden_states"] = modules["hook_in"](kwargs["hidden_states"])
-        output, *others = modules["_original_component"].forward(*args, **kwargs)
-        return (modules["hook_out"](output), *others)
-
-    def _is_changed(self: Any) -> bool:
-        if self.compatibility_mode or _changes_attention(self.config):
-            return True
-        modules = self._modules
-        n_modules, points = vars(self).get("_inner_points", (0, []))
-        if n_modules != len(modules):
-            points = [
-                each for name, each in modules.items() if isinstance(each, _FastPoint) and name not in _OUTER_POINTS
-            ]
-            vars(self)["_inner_points"] = (len(modules), points)
-        return any(map(_is_used, points))
-
-
-class RoundRotated:
-    """A hook before `hook_rot_q` or `hook_rot_k` that gives the model's dtype to what TransformerLens rotated."""
-
-    def __init__(self, dtype: torch.dtype):
-        self._dtype = dtype
-
-    def __call__(self, point: nn.Module, args: tuple[Tensor]) -> Tensor:
-        """What goes on to the hook point."""
-        return args[0].to(self._dtype)
+        return not (_is_hooked(self.hook_scale) or _is_hooked(self.hook_normalized))
 
 
 class _FastBlock(_Fast):
@@ -161,38 +111,16 @@ class _FastBridge:
 
 
 @contextmanager
-def recording(bridge: Any, names: Set[str]) -> Iterator[dict[str, Tensor]]:
-    """Within this context, the hook points of a fast bridge record what they pass on, and it names no others.
-
-    Adding a hook to each point in each pass and looking through all names takes longer than to record.
-
-    Args:
-        bridge: a TransformerBridge.
-        names: the hooks whose activations are wanted.
-
-    Returns:
-        The activations by name, filled by a pass. Those of a bridge that is not fast, and those that TransformerLens
-        converts, are left to `run_with_cache`.
-    """
-    cache: dict[str, Tensor] = {}
+def offering_only(bridge: Any, names: Set[str]) -> Iterator[None]:
+    """Within this context, a fast bridge names these hooks only: `run_with_cache` looks at each name three times."""
     if not isinstance(bridge, _FastBridge):
-        yield cache
+        yield
         return
-    found = bridge.hook_dict
-    recorded: dict[Any, list[str]] = {}
-    for name in names & found.keys():
-        if isinstance(found[name], _FastPoint) and found[name].hook_conversion is None:
-            recorded.setdefault(found[name], []).append(name)
-    others = (names & found.keys()).difference(*recorded.values())
+    vars(bridge)[_OFFERED] = names & bridge.hook_dict.keys()
     try:
-        for point, named in recorded.items():
-            vars(point)[_RECORDS] = (cache, named)
-        vars(bridge)[_OFFERED] = others
-        yield cache
+        yield
     finally:
-        vars(bridge).pop(_OFFERED, None)
-        for point in recorded:
-            vars(point).pop(_RECORDS, None)
+        del vars(bridge)[_OFFERED]
 
 
 def make_components_fast(bridge: Any) -> None:
@@ -211,16 +139,11 @@ def make_components_fast(bridge: Any) -> None:
 
 def _kind(component: Any) -> type[_Fast]:
     from transformer_lens.model_bridge.generalized_components import BlockBridge, LinearBridge, NormalizationBridge
-    from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import (
-        PositionEmbeddingsAttentionBridge,
-    )
 
     if isinstance(component, NormalizationBridge):
         return _FastNorm
     if type(component) is LinearBridge:
         return _FastLinear
-    if type(component) is PositionEmbeddingsAttentionBridge:
-        return _FastAttention
     if isinstance(component, BlockBridge):
         return _OpenBlock if _takes_any(component.original_component) else _FastBlock
     return _Fast
@@ -235,20 +158,8 @@ def _is_hooked(point: nn.Module) -> bool:
     return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks)
 
 
-def _is_used(point: nn.Module) -> bool:
-    """Whether a point records, or has hooks other than `RoundRotated`."""
-    if _RECORDS in vars(point) or not _is_hooked(point):
-        return _RECORDS in vars(point)
-    return bool(
-        any(not isinstance(each, RoundRotated) for each in point._forward_pre_hooks.values())
-        or point._forward_hooks
-        or point._backward_hooks
-        or point._backward_pre_hooks
-    )
-
-
-def _changes_attention(config: Any) -> bool:
-    return any(getattr(config, name, False) for name in _CHANGES_OF_ATTENTION)
+def _needs_captures(config: Any) -> bool:
+    return any(getattr(config, name, False) for name in _NEEDS_CAPTURES)
 
 
 def _has_idle_hooks(component: Any) -> bool:
@@ -257,7 +168,7 @@ def _has_idle_hooks(component: Any) -> bool:
         return True
     named = [getattr(each, "__name__", "") for each in component._forward_pre_hooks.values()]
     others = component._forward_hooks or component._backward_hooks or component._backward_pre_hooks
-    return not (others or set(named) - set(_CAPTURES_OF_BLOCKS) or _changes_attention(component.config))
+    return not (others or set(named) - set(_CAPTURES_OF_BLOCKS) or _needs_captures(component.config))
 
 
 def _takes_any(module: Any) -> bool:
