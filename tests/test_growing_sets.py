@@ -52,6 +52,7 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             self._entries.close()
 
     monkeypatch.setattr(folders, "scandir", Counted)
+    monkeypatch.setattr(folders, "_AGAIN", 1e9)  # so that no half a minute ends while names are counted
     return found
 
 
@@ -83,7 +84,7 @@ def test_the_internals_of_each_prompt_are_found_in_one_listing(
     for number in range(50):
         found = layout.all_internals("s", number)
         assert found == [layout.internals("s", number, layer) for layer in (0, 12)]
-    assert len(listed) <= 2 * 2 * 50  # once, or twice where the five seconds of a listing end here
+    assert len(listed) <= 2 * 50
     assert layout.all_internals("s", 5) == [layout.internals("s", 5, layer) for layer in (0, 12)]
     layout.internals("s", 5, 3).touch()  # by another run, which changes the folder's time
     assert [path.name for path in layout.all_internals("s", 5)] == ["5_L0.pt", "5_L12.pt", "5_L3.pt"]
@@ -231,7 +232,7 @@ def test_an_open_page_reads_what_it_has_listed_again_when_it_changes(
     assert len(read) == 40
     listed.clear()
     assert contents.prompt_set("exp", "odd") == before
-    assert (len(read), len(listed) < 60) in ((40, True), (80, False))  # again where half a minute ends here
+    assert len(read) == 40 and len(listed) < 60
     add_note(layout, "odd", "3.s1", Marked(0, 1, ["<bos>"]), "here")
     assert contents.prompt_set("exp", "odd") != before
     path = layout.projection(Trait.parse("style/even"), "residual", "odd", "3.s2")
