@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -73,9 +73,14 @@ class Command:
             if pid:
                 return Ended(os.waitstatus_to_exitcode(status), *(path.read_text() for path in self._outputs))
             time.sleep(min(max(waited / 20, 0.002), 0.05))
-        os.kill(self.pid, signal.SIGKILL)
+        self._fail("the process hangs")
+
+    def _fail(self, what: str) -> NoReturn:
+        """Kill the process, which would otherwise hold pipes of this one open."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
-        raise AssertionError(f"the process hangs; its output is {[path.read_text() for path in self._outputs]}")
+        raise AssertionError(f"{what}; its output is {[self.stdout, self.stderr]}")
 
     @property
     def stdout(self) -> str:
@@ -95,9 +100,11 @@ class Command:
         """Wait until the process is where `pause_at` stops it, send it a signal, and let it go on."""
         deadline = time.monotonic() + _TIMEOUT
         while not (found := os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT)):
-            assert time.monotonic() < deadline, "the process never paused"
+            if time.monotonic() > deadline:
+                self._fail("the process never paused")
             time.sleep(0.001)
-        assert found.si_code == os.CLD_STOPPED, f"the process ended; its output is {self.stdout} {self.stderr}"
+        if found.si_code != os.CLD_STOPPED:
+            self._fail("the process ended")
         self.send(number)
         self.send(signal.SIGCONT)
 
@@ -106,10 +113,10 @@ class Command:
         deadline = time.monotonic() + _TIMEOUT
         while not condition():
             has_ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            assert condition() or not has_ended, (
-                f"the process ended; its output is {[path.read_text() for path in self._outputs]}"
-            )
-            assert time.monotonic() < deadline, "the condition never held"
+            if has_ended and not condition():
+                self._fail("the process ended")
+            if time.monotonic() > deadline:
+                self._fail("the condition never held")
             time.sleep(0.001)
 
 
