@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +13,8 @@ from tlcapture.errors import InputError
 from tlcapture.explore.attention_heads import AttentionHeads
 from tlcapture.explore.offline_figure import OfflineFigure, plotly_text
 from tlcapture.views.head_summary import MEASURES, HeadSummary, summarised
-from tlcapture.views.json_files import AttentionEntry, AttentionHead
-from tlcapture.views.saved_attention import SavedAttention, read_attention
+from tlcapture.views.json_files import AttentionHead
+from tlcapture.views.saved_attention import read_attention
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -85,28 +84,20 @@ def _summary(capture: ExplorableCapture) -> HeadSummary:
     return summarised(_LiveAttention(heads, n_layers))
 
 
-class _LiveAttention(SavedAttention):
-    """The patterns of a live capture, by layer, as those of a file."""
+class _LiveAttention:
+    """The patterns of a live capture, by layer, read as those of a file."""
 
     def __init__(self, heads: Mapping[int, AttentionHeads], n_layers: int):
         first = next(iter(heads.values()))
         self._heads = heads
-        self.path = Path(first.source)
         self.head = AttentionHead(
             tokens=list(first.tokens), n_prompt_tokens=first.n_prompt_tokens, n_layers=n_layers, n_heads=first.n_heads
         )
         self._queries = first.positions
 
     @property
-    def token_indices(self) -> list[int]:
-        return self._queries
-
-    @property
     def present_layers(self) -> list[int]:
         return list(self._heads)
-
-    def entry(self, token: int) -> AttentionEntry:
-        raise NotImplementedError
 
     def rows(self, layers: Sequence[int]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         for layer in layers:

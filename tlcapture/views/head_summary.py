@@ -7,14 +7,15 @@ The first token is never a query: it can only attend to itself. Loads no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import InputError
-from tlcapture.views.json_files import no_weights
+from tlcapture.views.json_files import AttentionHead, no_weights
 from tlcapture.views.saved_attention import SavedAttention
 
 Weights = NDArray[np.float32]  # `[n_heads, query + 1]`
@@ -55,17 +56,30 @@ class HeadSummary:
     part: str
 
 
-def summarised(saved: SavedAttention) -> HeadSummary:
-    """The means over the response, or over the prompt if the file has none of the response.
+class ReadByRow(Protocol):
+    """Attention weights that are read query by query: those of a file, `SavedAttention`, or of a live capture."""
 
-    Raises `StorageError` if the file is damaged.
+    head: AttentionHead
+
+    @property
+    def present_layers(self) -> list[int]:
+        """The layers that have weights."""
+
+    def rows(self, layers: Sequence[int]) -> Iterator[tuple[int, int, Weights]]:
+        """Layer, query and the query's weights `[n_heads, query + 1]`, for some layers that have weights."""
+
+
+def summarised(saved: ReadByRow) -> HeadSummary:
+    """The means over the response, or over the prompt if there are no weights of the response.
+
+    Raises `StorageError` if a file is damaged.
     """
     n_prompt = saved.head.n_prompt_tokens
     found = _over(saved, range(n_prompt, len(saved.head.tokens)), "response")
     return found if found.n_queries else _over(saved, range(n_prompt), "prompt")
 
 
-def _over(saved: SavedAttention, queries: range, part: str) -> HeadSummary:
+def _over(saved: ReadByRow, queries: range, part: str) -> HeadSummary:
     shape = (saved.head.n_layers, saved.head.n_heads)
     sums = {name: np.full(shape, np.nan) for name in MEASURES}
     layers, seen = saved.present_layers, set[int]()
