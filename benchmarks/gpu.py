@@ -29,6 +29,7 @@ from typing import Any
 import click
 from bench import END_OF_TABLE as END_OF_TABLES
 from gpu_report import Report
+from gpu_stacks import py_spy, recording, seconds_of
 
 HERE = Path(__file__).resolve().parent
 THEIRS = ("plain", "hidden states")
@@ -176,34 +177,49 @@ class Session:
             into[worker] = self.workers[worker].run(workload)
 
     def command(
-        self, what: str, n_prompts: int, *options: str, place: str = "memory", trees: Sequence[str] = ("this",)
+        self,
+        what: str,
+        n_prompts: int,
+        *options: str,
+        place: str = "memory",
+        trees: Sequence[str] = ("this",),
+        watched: bool = False,
     ) -> None:
-        """Run `tlcapture capture` of some prompts, in batches of 64, with the files in memory or on the disk."""
+        """Run `tlcapture capture` of some prompts, in batches of 64, with the files in memory or on the disk.
+
+        Where `watched`, it is said where its threads were.
+        """
         folder = self.work if place == "memory" else Path(tempfile.mkdtemp(dir=self.report.disk_folder))
         try:
             for name in filter(self.trees.__contains__, trees):
                 if self.seconds_left < 30:
                     self.report.notes.append(f"Left out: files to {place}, {what}, {name}.")
                     continue
-                found = self._command(name, self.trees[name], folder, n_prompts, options)
+                stacks = self.work / f"{name}-{n_prompts}.stacks" if watched and py_spy() else None
+                found = self._command(name, self.trees[name], folder, n_prompts, options, stacks)
                 self.report.captures.append({"tree": name, "place": place, "what": what, "prompts": n_prompts, **found})
+                if stacks is not None:
+                    self.report.threads[f"{what}, {n_prompts} prompts, {name}"] = seconds_of(stacks)
         finally:
             if place != "memory":
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _command(self, name: str, tree: Path, folder: Path, n_prompts: int, options: Sequence[str]) -> dict[str, Any]:
+    def _command(
+        self, name: str, tree: Path, folder: Path, n_prompts: int, options: Sequence[str], stacks: Path | None
+    ) -> dict[str, Any]:
         root = folder / f"root-{name}"
         prepare = [sys.executable, str(HERE / "gpu_worker.py"), "prepare", str(self.work), str(root), str(n_prompts)]
         subprocess.run(prepare, env=environment(tree), check=True, capture_output=True)
         temperature = () if "--temperature" in options else ("--temperature", "0")
-        command = [sys.executable, "-m", "tlcapture", "capture", "--root", str(root), "--experiment", "bench"]
+        command = [] if stacks is None else recording(str(py_spy()), stacks)
+        command += [sys.executable, "-m", "tlcapture", "capture", "--root", str(root), "--experiment", "bench"]
         command += ["--model", str(self.work / "model"), "--prompt-set", "bench", "--max-new-tokens", "50"]
         command += ["--batch-size", "64", "--device", self.device, "--json", *temperature, *options]
         limit = min(90.0, max(30.0, self.seconds_left))
         done = subprocess.run(command, env=environment(tree), capture_output=True, text=True, timeout=limit)
         if done.returncode:
             raise WorkloadError(f"{name}, {' '.join(options)}: exit {done.returncode}: {done.stderr.strip()[-300:]}")
-        said = json.loads(done.stdout.strip().splitlines()[-1])
+        said = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
         files = [path.stat().st_size for path in (root / "experiments/bench/inference").rglob("*") if path.is_file()]
         shutil.rmtree(root)
         return {
@@ -270,14 +286,14 @@ def main(
             ("batch 10", 10, lambda: session.speeds(10, few, both)),
             ("batch 1", 10, lambda: session.speeds(1, few, both)),
             ("memory", 15, lambda: session.once("long 1", report.memory, everyone)),
-            ("several batches", 45, lambda: session.command("ten traits", 192)),
+            ("command", 40, lambda: session.command("ten traits", 64, trees=list(trees))),
+            ("several batches", 45, lambda: session.command("ten traits", 192, watched=True)),
             ("command with the lens", 40, lambda: session.command("lens alone", 64, "--no-project", "--logit-lens")),
             ("disk", 40, lambda: session.command("ten traits", 64, place="disk")),
             ("compiled", 90, lambda: session.once("compiled 64", report.compiled, ["hugging face"])),
             ("batch 64", 20, lambda: session.speeds(64, THEIRS, ("residual", "residual and attention"))),
             ("temperature 0.7", 15, session.sampled_speeds),
             ("profile", 15, lambda: session.once("profile", report.profiles, list(trees))),
-            ("command", 40, lambda: session.command("ten traits", 64, trees=list(trees))),
             ("command without traits", 40, lambda: session.command("no traits", 64, "--no-project", trees=list(trees))),
             ("tests", 40, session.tests),
         ]
@@ -288,6 +304,8 @@ def main(
                 if name not in skipped and (not asked or name in (*asked, "start")):
                     session.part(name, needs, measure)
                     (out / "gpu.json").write_text(report.json())
+                    for stacks in work.glob("*.stacks"):
+                        shutil.copy(stacks, out)
                     (out / "GPU.md").write_text(f"{report.markdown()}\n{END_OF_TABLES}{remarks}")
         finally:
             for worker in session.workers.values():

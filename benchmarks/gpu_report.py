@@ -25,6 +25,7 @@ class Report:
     lens: dict[str, dict[str, float]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     captures: list[dict[str, Any]] = field(default_factory=list)
+    threads: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     compiled: dict[str, Any] = field(default_factory=dict)
     tests: str = ""
     failures: list[str] = field(default_factory=list)
@@ -45,6 +46,7 @@ class Report:
             + self._profile_table()
             + self._lens_table()
             + self._capture_table()
+            + self._thread_table()
             + self._memory_table()
         )
         if self.tests:
@@ -149,6 +151,16 @@ class Report:
             cells += [f"{each['files']:,}", f"{each['GB']:.2f}", f"{each['GB'] / each['seconds']:.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
         return [*lines, "", "Seconds are those that the command reports, with loading the model.", ""]
+
+    def _thread_table(self) -> list[str]:
+        lines = []
+        for what, threads in self.threads.items():
+            lines += [f"Where threads of the command were ({what}), seconds with what each function calls:", ""]
+            lines += ["| thread | function | seconds |", "| --- | --- | --- |"]
+            for thread, functions in threads.items():
+                lines += [f"| {thread} | {name or 'all'} | {seconds:.2f} |" for name, seconds in functions.items()]
+            lines.append("")
+        return lines
 
     def _memory_table(self) -> list[str]:
         if not self.memory:
