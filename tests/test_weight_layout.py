@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests import tiny
 from tests.test_parity import random_ids
-from tlcapture.models.engines.weight_layout import lay_out, memory_order
+from tlcapture.models.engines.weight_layout import laid_out_on, lay_out, memory_order
 
 ARCHITECTURES = ["llama", "gpt2", "gemma2", "gpt_neox", "qwen2"]
 
@@ -61,3 +61,19 @@ def test_weights_that_are_not_transposed_stay_row_major() -> None:
     assert memory_order("blocks.0.mlp.W_in", weight, gated_mlp=False) == (0, 1)
     assert memory_order("blocks.0.mlp.W_in", weight, gated_mlp=True) == (1, 0)
     assert memory_order("embed.W_E", weight, gated_mlp=True) == (0, 1)
+
+
+def test_tied_weights_share_their_memory_also_where_they_are_copied() -> None:
+    embedding = torch.randn(6, 4)
+    weights = {"embed.W_E": embedding, "unembed.W_U": embedding.T, "blocks.0.mlp.W_in": torch.randn(4, 6)}
+    copied = laid_out_on("cpu", torch.bfloat16, weights, gated_mlp=True)
+    assert copied["unembed.W_U"].data_ptr() == copied["embed.W_E"].data_ptr() != embedding.data_ptr()
+    for name, weight in weights.items():
+        assert torch.equal(copied[name], weight.bfloat16()), name
+        assert copied[name].permute(memory_order(name, weight, gated_mlp=True)).is_contiguous()
+
+
+@pytest.mark.parametrize(("name", "n_tables"), [("llama", 1), ("gemma3", 2)])
+def test_layers_share_equal_rotary_tables(name: str, n_tables: int) -> None:
+    model = tiny.model(name).tl
+    assert len({block.attn.rotary_sin.data_ptr() for block in model.blocks}) == n_tables

@@ -17,7 +17,12 @@ from tlcapture.models.checkpoints import fingerprint
 from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step, soft_cap
 from tlcapture.models.engines.hooked_config import hooked_fields, weight_converter
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
-from tlcapture.models.engines.weight_layout import join_in_place, lay_out, lay_out_in_place, memory_order
+from tlcapture.models.engines.weight_layout import (
+    join_in_place,
+    laid_out_on,
+    lay_out_in_place,
+    share_tables_in_place,
+)
 from tlcapture.models.fast.forward import final_norm, unembed
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 from tlcapture.version import installed
@@ -233,13 +238,8 @@ def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_de
     )
     hooked = HookedTransformer(cfg, move_to_device=False)
     weights = fill_missing_keys(hooked, weight_converter(model.config)(model, cfg))
-    gated = bool(cfg.gated_mlp)
     first = device if n_devices == 1 else "cpu"  # the whole model may not fit on one device
-    laid_out = {
-        key: lay_out(value.detach().to(first, value.dtype if not value.is_floating_point() else cfg.dtype), order)
-        for key, value in weights.items()
-        for order in [memory_order(key, value, gated_mlp=gated)]
-    }
+    laid_out = laid_out_on(first, cfg.dtype, weights, gated_mlp=bool(cfg.gated_mlp))
     # Converters may add zero biases that the architecture does not have; nonzero ones mean a different model.
     unexpected = hooked.load_state_dict(laid_out, strict=False, assign=True).unexpected_keys
     if any(laid_out[key].any() for key in unexpected):
@@ -249,6 +249,7 @@ def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_de
         hooked.to(device, print_details=False)
     else:
         spread(hooked)
+    share_tables_in_place(hooked)
     hooked.set_tokenizer(for_transformer_lens(tokenizer, name))
     if fast:
         make_fast(hooked)

@@ -7,6 +7,7 @@ transpose: `.contiguous()` then returns the parameter's own memory, and outputs 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,6 +43,42 @@ def lay_out(weight: Tensor, order: tuple[int, ...]) -> Tensor:
     """A tensor with the values and shape of `weight`, stored in the memory order `order`; copied only if needed."""
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return weight.permute(order).contiguous().permute(inverse)
+
+
+def laid_out_on(
+    device: torch.device | str, dtype: torch.dtype, weights: Mapping[str, Tensor], *, gated_mlp: bool
+) -> dict[str, Tensor]:
+    """Parameters on a device, with floating-point ones in a dtype, each in its memory order.
+
+    Parameters that are views of the same memory, as a tied embedding and unembedding, share it on the device too.
+    """
+    moved: dict[tuple[Any, ...], Tensor] = {}
+    laid_out = {}
+    for name, weight in weights.items():
+        order = memory_order(name, weight, gated_mlp=gated_mlp)
+        in_memory = weight.detach().permute(order)
+        source = (in_memory.data_ptr(), in_memory.shape, in_memory.stride(), in_memory.dtype, in_memory.device)
+        if source not in moved or not weight.numel():
+            own = in_memory.to(device, dtype if weight.is_floating_point() else weight.dtype)
+            moved[source] = own.contiguous()
+        laid_out[name] = moved[source].permute(sorted(range(len(order)), key=order.__getitem__))
+    return laid_out
+
+
+def share_tables_in_place(hooked: Any) -> None:
+    """Let the attention modules of a device that have equal rotary tables share one, as many as a model has layers."""
+    known: dict[tuple[Any, ...], list[Tensor]] = {}
+    for block in hooked.blocks:
+        tables = block.attn._buffers
+        for name in ("rotary_sin", "rotary_cos"):
+            if (own := tables.get(name)) is None:
+                continue
+            alike = known.setdefault((name, own.shape, own.dtype, own.device), [])
+            same = next((each for each in alike if torch.equal(each, own)), None)
+            if same is None:
+                alike.append(own)
+            else:
+                tables[name] = same
 
 
 def lay_out_in_place(module: Any) -> None:
