@@ -25,9 +25,9 @@ from tlcapture.shapes import Logits, Residual
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
 from tlcapture.views.hooks import hook
 from tlcapture.views.kept_tokens import Positions
+from tlcapture.views.vocabulary_scan import GROUP, scanned
 
 TOP_K = 50
-_GROUP = 64  # neighbours in the vocabulary that are compared together
 _LANES = 128  # of eight bytes; each byte counts to at most 255
 # Predictions whose logits over the whole vocabulary are in memory at one time: what stays near in a processor's caches,
 # and what keeps all of a GPU busy.
@@ -247,10 +247,17 @@ def _predictions(logits: Logits, next_ids: Int[Tensor, " n_predictions"], top_k:
     """
     logits = logits if logits.is_cuda and logits.itemsize == 2 else logits.float()
     next_ids = next_ids.to(logits.device)[:, None]
-    top_ids = _top(logits, min(top_k, logits.shape[-1]))
-    rank = _n_above(logits, logits.gather(-1, next_ids)) + 1
-    probs = (_exponentials if logits.is_cuda else _softmax)(logits, torch.cat([next_ids, top_ids], dim=1))
-    return top_ids, probs[:, 1:], rank, probs[:, 0]
+    actual = logits.gather(-1, next_ids)
+    scan = scanned(logits, actual[:, 0])
+    top_ids = _top(logits, min(top_k, logits.shape[-1]), None if scan is None else scan.maxima)
+    ids = torch.cat([next_ids, top_ids], dim=1)
+    if scan is not None:
+        n_above = scan.n_above
+        probs = (logits.gather(-1, ids).float() - scan.largest[:, None]).exp_() / scan.total[:, None]
+    else:
+        n_above = _n_above(logits, actual)
+        probs = (_exponentials if logits.is_cuda else _softmax)(logits, ids)
+    return top_ids, probs[:, 1:], n_above + 1, probs[:, 0]
 
 
 def _softmax(logits: Logits, ids: Int[Tensor, "n_predictions n"]) -> Float[Tensor, "n_predictions n"]:
@@ -277,18 +284,20 @@ def _exponentials(logits: Logits, ids: Int[Tensor, "n_predictions n"]) -> Float[
     return chosen.sub(largest).exp_().div_(torch.cat(totals))
 
 
-def _top(logits: Logits, top_k: int) -> Int[Tensor, "n_predictions top_k"]:
+def _top(logits: Logits, top_k: int, maxima: Tensor | None) -> Int[Tensor, "n_predictions top_k"]:
     """Indices of `logits.topk(top_k)`, searched in the `top_k` groups of neighbours with the largest maxima.
 
-    No other group can hold one of the largest, and a group's maximum is cheaper than sorting it.
+    No other group can hold one of the largest, and a group's maximum is cheaper than sorting it. `maxima` are those of
+    all groups, `[n_predictions, n_groups]`, if they are known.
     """
-    n_groups = logits.shape[-1] // _GROUP
+    n_groups = logits.shape[-1] // GROUP
     if n_groups <= top_k:
         return logits.topk(top_k, dim=-1).indices
-    grouped = logits[:, : n_groups * _GROUP].unflatten(-1, (n_groups, _GROUP))
-    groups = grouped.amax(dim=-1).topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values
-    candidates = (groups[..., None] * _GROUP + torch.arange(_GROUP, device=logits.device)).flatten(1)
-    rest = torch.arange(n_groups * _GROUP, logits.shape[-1], device=logits.device).expand(len(logits), -1)
+    if maxima is None:
+        maxima = logits[:, : n_groups * GROUP].unflatten(-1, (n_groups, GROUP)).amax(dim=-1)
+    groups = maxima.topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values
+    candidates = (groups[..., None] * GROUP + torch.arange(GROUP, device=logits.device)).flatten(1)
+    rest = torch.arange(n_groups * GROUP, logits.shape[-1], device=logits.device).expand(len(logits), -1)
     candidates = torch.cat([candidates, rest], dim=1)
     return candidates.gather(-1, logits.gather(-1, candidates).topk(top_k, dim=-1).indices)
 
