@@ -26,22 +26,26 @@ def recording(program: str, into: Path) -> list[str]:
     return [program, "record", "--rate", str(RATE), "--threads", "--idle", "--format", "raw", "-o", str(into), "--"]
 
 
-def seconds_of(stacks: Path, least: float = 0.02, most: int = 40) -> dict[str, dict[str, float]]:
-    """Seconds of each thread, and within each function of the package that it called, by thread and function.
+def seconds_of(stacks: Path, least: float = 0.03, most: int = 25) -> dict[str, dict[str, float]]:
+    """Seconds of each kind of thread, and within each function of the package that it called.
 
-    Functions with less than the share `least` of the thread's seconds are left out, as are all beyond the `most`
-    dearest; `import` is all imports. A function's seconds hold those of what it calls.
+    Threads are of one kind if their names differ by a number; their seconds are added up. Kinds and functions with less
+    than the share `least` are left out, as are all functions beyond the `most` dearest; `import` is all imports. A
+    function's seconds hold those of what it calls.
     """
     within: dict[str, Counter[str]] = defaultdict(Counter)
     for line in stacks.read_text().splitlines():
         stack, _, count = line.rpartition(" ")
         thread, *frames = stack.split(";")
-        name = re.sub(r"thread \(\w+\)(: )?", "", thread) or "unnamed"
+        name = re.sub(r"thread \(\w+\)(: )?|[-_]?\d+", "", thread) or "unnamed"
         ours = {re.sub(r":\d+\)$", "", frame) for frame in frames if _counts(frame)}
         imports = {"import"} if any(frame.startswith(_IMPORT) for frame in frames) else set()
         within[name].update(dict.fromkeys({"", *ours, *imports}, int(count)))
     found = {}
+    longest = max(counts[""] for counts in within.values())
     for name, counts in within.items():
+        if counts[""] < least * longest:
+            continue
         dear = [(key, n) for key, n in counts.most_common(most) if n >= least * counts[""]]
         found[name] = {key.replace(" (" + _OURS, " ("): n / RATE for key, n in dear}
     return dict(sorted(found.items(), key=lambda item: -item[1][""]))

@@ -269,7 +269,7 @@ def test_internals_hold_a_layer_under_transformerlens_names(name: str, gated: bo
     model, ids = tiny.model(name), random_ids(8)
     hooks = internals_hooks(1, model.hook_names)
     internals = internals_view(teacher_force(model, ids, hooks), 1)
-    _, theirs = model.tl.run_with_cache(torch.tensor([ids]))
+    _, theirs = model.tl.run_with_cache(torch.tensor([ids]), device="cpu")
     expected = {"attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", "attn.hook_pattern", "hook_attn_out"}
     expected |= {"mlp.hook_pre", "mlp.hook_post", "hook_mlp_out", "hook_resid_pre", "hook_resid_mid", "hook_resid_post"}
     assert set(internals) == {f"blocks.1.{key}" for key in expected | ({"mlp.hook_pre_linear"} if gated else set())}

@@ -31,7 +31,7 @@ TOP_K = 50
 _LANES = 128  # of eight bytes; each byte counts to at most 255
 # Predictions whose logits over the whole vocabulary are in memory at one time: what stays near in a processor's caches,
 # and what keeps all of a GPU busy.
-CHUNK, CHUNK_ON_GPU = 128, 512
+CHUNK, CHUNK_ON_GPU = 128, 1024
 _PIECE = 2**23  # logits whose exponentials a GPU has at one time, as many as stay in its cache
 _TURNS: dict[torch.device, tuple[Lock, Any]] = {}  # a lock and a stream for each GPU
 
