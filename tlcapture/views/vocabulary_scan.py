@@ -43,14 +43,11 @@ def scanned(logits: Logits, actual: Float[Tensor, " n_predictions"]) -> Scan | N
         return None
     try:
         from tlcapture.views import vocabulary_kernel as kernel
-    except ImportError:
-        _without.append("Triton is not installed")
-        return None
-    try:
+
         return scan_with(kernel, logits, actual)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of many kinds: no C compiler, a GPU that Triton does not know
+    except Exception as error:  # of many kinds: no Triton, no C compiler, a GPU that Triton does not know
         _without.append(first_line(error))
         _log.info("the logit lens is slower, since its kernel cannot be compiled: %s", first_line(error))
         return None
