@@ -19,6 +19,7 @@ from typing import Any
 
 NEW_TOKENS, PROMPT_TOKENS, LONG = 50, 100, 4096
 N_TRAITS = 10
+BRIDGE = "bridge: "
 RESULT = "result "
 _SENTENCE = "The keeper of the lock writes down every boat that comes by, its name, its length and its load. {:03d}"
 _LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
@@ -177,6 +178,7 @@ class Ours(Workloads):
         import transformer_lens  # noqa: F401  while the model is being made
 
         super().__init__(work, device)
+        self.bridge: Any = None
 
     def run(self, workload: str) -> dict[str, Any]:
         if workload == "load":
@@ -185,6 +187,8 @@ class Ours(Workloads):
             return self.profile()
         if workload == "profile of the lens":
             return self.profile_of_lens()
+        if workload.startswith(BRIDGE):
+            return self.on_bridge(workload.removeprefix(BRIDGE))
         name, batch = workload.rsplit(" ", 1)
         if name == "long":
             prompts = self.tokenized(int(batch), LONG - NEW_TOKENS)
@@ -197,12 +201,25 @@ class Ours(Workloads):
         return self.timed(lambda: self.generate(prompts, name))
 
     def load(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        self.model = self._loaded("auto")
+        return {"seconds": time.perf_counter() - start, "engine": self.model.engine}
+
+    def _loaded(self, engine: str) -> Any:
         from tlcapture import load_model
 
-        start = time.perf_counter()
         dtype = "bfloat16" if self.cuda else "float32"
-        self.model = load_model(str(self.work / "model"), device=self.device, dtype=dtype, check=False)
-        return {"seconds": time.perf_counter() - start, "engine": self.model.engine}
+        return load_model(str(self.work / "model"), engine=engine, device=self.device, dtype=dtype, check=False)
+
+    def on_bridge(self, workload: str) -> dict[str, Any]:
+        """A workload on the engine `bridge`, the only one of TransformerLens 4."""
+        if self.bridge is None:
+            self.bridge = self._loaded("bridge")
+        hooked, self.model = self.model, self.bridge
+        try:
+            return self.run(workload)
+        finally:
+            self.model = hooked
 
     def tokenized(self, batch: int, n_tokens: int) -> list[Any]:
         import torch
