@@ -112,7 +112,7 @@ class Report:
     def _profile_table(self) -> list[str]:
         if not self.profiles:
             return []
-        names = list(next(iter(self.profiles.values())))
+        names = [name for name in next(iter(self.profiles.values())) if name != "kernels"]
         lines = [
             "A step of ten prompts with all residual points, by the profiler:",
             "",
@@ -121,6 +121,15 @@ class Report:
         ]
         for worker, found in self.profiles.items():
             lines.append(f"| {worker} | " + " | ".join(f"{found[name]:.1f}" for name in names) + " |")
+        for worker, found in self.profiles.items():
+            lines += [
+                "",
+                f"Its dearest kernels ({worker}):",
+                "",
+                "| kernel | ms a step | launches |",
+                "| --- | --- | --- |",
+            ]
+            lines += [f"| `{name}` | {ms:.3f} | {n:.1f} |" for name, (ms, n) in found.get("kernels", {}).items()]
         return [*lines, ""]
 
     def _lens_table(self) -> list[str]:

@@ -277,11 +277,15 @@ class Ours(Workloads):
         return n_tokens
 
     def profile(self) -> dict[str, Any]:
-        """Launches, waits and busy time of a step of ten prompts: the difference of 24 and 4 new tokens, by steps."""
+        """Launches, waits and busy time of a step of ten prompts: the difference of 24 and 4 new tokens, by steps.
+
+        `kernels` are the dearest, by shortened name: milliseconds and launches a step.
+        """
         from torch.profiler import ProfilerActivity, profile
 
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.cuda else [])
         prompts, found, steps = self.tokenized(10, PROMPT_TOKENS), [], (4, 24)
+        kernels: list[dict[str, tuple[float, int]]] = []
         self.generate(prompts, "residual", new_tokens=max(steps))
         for new_tokens in steps:
             self.generate(prompts, "residual", new_tokens=new_tokens)  # what is recorded once for a length
@@ -292,6 +296,14 @@ class Ours(Workloads):
                 seconds = time.perf_counter() - start
             events = seen.key_averages()
             count = {event.key: event.count for event in events}
+            # What runs on the device has no time of its own on the host; operators stand for the same kernels again.
+            kernels.append(
+                {
+                    event.key: (event.self_device_time_total / 1e3, event.count)
+                    for event in events
+                    if event.self_device_time_total and not event.self_cpu_time_total
+                }
+            )
             found.append(
                 {
                     "launches": sum(count.get(name, 0) for name in _LAUNCHES),
@@ -299,12 +311,20 @@ class Ours(Workloads):
                     "waits": sum(count.get(name, 0) for name in _WAITS),
                     "copies": count.get("cudaMemcpyAsync", 0),
                     "single numbers read": count.get("aten::_local_scalar_dense", 0),
-                    "busy ms": sum(event.self_device_time_total for event in events) / 1e3,
+                    "busy ms": sum(ms for ms, _ in kernels[-1].values()),
                     "ms": seconds * 1e3,
                 }
             )
         n_steps = steps[1] - steps[0]
-        return {name: (found[1][name] - found[0][name]) / n_steps for name in found[0]}
+        of_step: dict[str, Any] = {name: (found[1][name] - found[0][name]) / n_steps for name in found[0]}
+        few, many = kernels
+        each = {
+            name: tuple((b - a) / n_steps for a, b in zip(few.get(name, (0, 0)), both, strict=True))
+            for name, both in many.items()
+        }
+        dearest = sorted(each, key=lambda name: each[name][0], reverse=True)[:20]
+        of_step["kernels"] = {name[:100]: each[name] for name in dearest}
+        return of_step
 
     def profile_of_lens(self) -> dict[str, Any]:
         """Milliseconds of the logit lens of one prompt, those of its dearest kernels, and their shortened names."""
@@ -336,6 +356,7 @@ class Ours(Workloads):
         times = {
             event.key: (event.self_device_time_total if self.cuda else event.self_cpu_time_total) / 1e3
             for event in seen.key_averages()
+            if not (self.cuda and event.self_cpu_time_total)
         }
         dearest = sorted(times, key=times.__getitem__, reverse=True)[:12]
         rows = {"all, without the profiler": without_profiler, "reading residuals in main memory": reading()}
