@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import tiny
@@ -187,6 +189,34 @@ def test_what_fits_on_the_device_decides_how_many_columns_it_holds(monkeypatch: 
     a_column = 10 * 4 * 8 * 4
     for free, n_held in ((2 * 100 * a_column, 100), (2 * 99 * a_column, 32), (2 * 9 * a_column, 9), (a_column, 0)):
         assert device_buffers.columns_that_fit(like, 4, 10, 100, free) == n_held
+
+
+@given(st.integers(1, 2**40))
+def test_rows_that_share_pinned_memory_waste_little_of_it(n_bytes: int) -> None:
+    n_rows = device_buffers.pinned_together(n_bytes)
+    taken = next(2**power for power in range(60) if 2**power >= n_rows * n_bytes)
+    assert taken <= 1.25 * n_rows * n_bytes
+    assert n_rows == 1 or taken / n_rows < next(2**power for power in range(60) if 2**power >= n_bytes)
+
+
+def test_prompts_of_a_batch_share_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_device(monkeypatch, free=2**40, chunk=1)
+    shapes: list[tuple[int, ...]] = []
+
+    def noted(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> Tensor:
+        shapes.append(tuple(shape))
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    monkeypatch.setattr(device_buffers, "in_main_memory", noted)
+    lengths = [7, 2, 6, 7]
+    recorder = Recorder(["a"], lengths, max_new_tokens=3)  # at most 10 tokens of 16 bytes: three rows in 512 bytes
+    prompts = torch.arange(4.0 * 7).reshape(4, 7, 1).expand(-1, -1, 4).contiguous()
+    recorder.record([0, 1, 2, 3], {"a": prompts})
+    recorder.record([0, 1, 2, 3], {"a": torch.zeros(4, 1, 4)})
+    for row, length in enumerate(lengths):
+        found = recorder.take(row)["a"]
+        assert torch.equal(found, torch.cat([prompts[row, 7 - length :], torch.zeros(1, 4)]))
+    assert shapes == [(10 + 5 + 9, 1, 4), (10, 1, 4)]
 
 
 def test_whole_prompts_are_not_stacked_on_a_device_whose_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:

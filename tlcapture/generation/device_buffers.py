@@ -13,7 +13,8 @@ from tlcapture.generation.transfers import Copies, in_main_memory, upload
 
 _CHUNK = 32  # columns that leave together
 _FEW = 256  # new tokens up to which main memory for all of them is taken from the start
-_PINNED = 0.125  # of free main memory that may be pinned
+_PINNED = 0.25  # of free main memory that may be pinned
+_MOST_TOGETHER = 8  # rows that share pinned memory
 SHARE = 0.5  # of an accelerator's free memory that recorded activations may take
 
 
@@ -40,11 +41,14 @@ class DeviceBuffer:
         self._max_new_tokens = max_new_tokens
         self._n_held = n_held
         self._is_whole = n_held >= self._width + max_new_tokens
-        # Torch takes up to twice the bytes that are pinned.
-        self._is_pinned = self._is_whole and 2 * self._buffer.nbytes <= _PINNED * virtual_memory().available
+        a_row = (self._width + max_new_tokens) * math.prod(self._buffer.shape[2:]) * like.itemsize
+        self._n_together = pinned_together(a_row) if max_new_tokens <= _FEW else 1
+        pinned = -(-len(lengths) // self._n_together) * _taken(self._n_together * a_row)
+        self._is_pinned = self._is_whole and pinned <= _PINNED * virtual_memory().available
         self._starts = [self._width - length for length in lengths]
         self._left = list(self._starts)  # the first column of each row that has not left yet
         self._targets: dict[int, Tensor] = {}
+        self._reserved: dict[int, Tensor] = {}  # pinned memory of rows whose neighbours have theirs already
 
     def write(self, indices: Sequence[int], activations: Sequence[Tensor], stop: int, n_columns: int) -> None:
         """Write the last `n_columns` of activations `[batch, pos, ...]` of these rows; `stop` is the column after."""
@@ -94,10 +98,25 @@ class DeviceBuffer:
 
     def _target(self, index: int, n_tokens: int | None) -> Tensor:
         if index not in self._targets:
-            at_most = self._width - self._starts[index] + self._max_new_tokens
-            shape = (n_tokens or at_most, *self._buffer.shape[2:])
-            self._targets[index] = in_main_memory(shape, self._buffer.dtype, pinned=self._is_pinned)
+            if self._is_pinned and n_tokens is None:
+                self._targets[index] = self._pinned(index)
+            else:
+                shape = (n_tokens or self._most_tokens(index), *self._buffer.shape[2:])
+                self._targets[index] = in_main_memory(shape, self._buffer.dtype, pinned=self._is_pinned)
         return self._targets[index]
+
+    def _pinned(self, index: int) -> Tensor:
+        """Pinned memory for all tokens that a row may get, which it shares with its neighbours."""
+        if index not in self._reserved:
+            first = index - index % self._n_together
+            rows = range(first, min(first + self._n_together, len(self._starts)))
+            sizes = [self._most_tokens(row) for row in rows]
+            whole = in_main_memory((sum(sizes), *self._buffer.shape[2:]), self._buffer.dtype, pinned=True)
+            self._reserved |= zip(rows, whole.split(sizes), strict=True)
+        return self._reserved.pop(index)
+
+    def _most_tokens(self, index: int) -> int:
+        return self._width - self._starts[index] + self._max_new_tokens
 
 
 def _put(target: Tensor, indices: Sequence[int], values: Tensor) -> None:
@@ -106,6 +125,16 @@ def _put(target: Tensor, indices: Sequence[int], values: Tensor) -> None:
         target[indices[0] : indices[-1] + 1] = values
     else:
         target.index_copy_(0, upload(indices, target.device), values)
+
+
+def pinned_together(n_bytes: int) -> int:
+    """How many rows of so many bytes torch pins with the least waste: it takes a power of two each time."""
+    return min(range(1, _MOST_TOGETHER + 1), key=lambda n_rows: _taken(n_rows * n_bytes) / n_rows)
+
+
+def _taken(n_bytes: int) -> int:
+    """The bytes that torch pins for a tensor."""
+    return 1 << max(0, n_bytes - 1).bit_length()
 
 
 def columns_that_fit(like: Tensor, n_hooks: int, n_rows: int, n_columns: int, free: int) -> int:
