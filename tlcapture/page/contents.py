@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from tlcapture.commands.compare_summary import read_comparisons, summary_of
+from tlcapture.commands.compare_summary import SavedComparisons
 from tlcapture.comparison.comparison_files import ComparisonFile
+from tlcapture.comparison.outdated import is_outdated
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait, base_set, split_name
 from tlcapture.page import missing, readable
@@ -279,12 +280,18 @@ class Contents(NoteContents):
     def compared_set(self, experiment: str, other: str, prompt_set: str) -> dict[str, Any]:
         """The summary of the comparisons of a set, and the names of the compared prompts and samples."""
         layout = self._layout(experiment)
-        files, problems = read_comparisons(layout, other, prompt_set)
-        if not files:
+        files = SavedComparisons(layout, other, prompt_set, before_each=SHORT_REQUESTS.give_way)
+        found = files.summary()
+        problems = [self.problem(StorageError(each)) for each in found.problems]
+        if found.left_out is not None:
+            again = missing.outdated(layout, prompt_set, next(iter(files.outdated.values())), found.left_out)
+            if not found.n_files:
+                raise again
+            problems.append(str(again))
+        if not found.n_files:
             raise missing.comparison(layout, prompt_set)
-        found = summary_of(files, [self.problem(StorageError(each)) for each in problems])
         doubts = Doubts(self.root).lines(found.vectors)
-        return {**found.to_json(), "ids": list(files), "doubts": doubts}
+        return {**found.to_json(), "problems": problems, "ids": [*found.names, *found.outdated], "doubts": doubts}
 
     def comparison(self, experiment: str, other: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The comparison of one prompt."""
@@ -292,7 +299,10 @@ class Contents(NoteContents):
         path = comparison_file(layout, other, prompt_set, prompt_id)
         if not path.is_file():
             raise missing.comparison(layout, prompt_set)
-        return ComparisonFile.read(path).model_dump(exclude_unset=True)
+        found = ComparisonFile.read(path)
+        if is_outdated(layout, prompt_set, path, found):
+            raise missing.outdated(layout, prompt_set, found.b, "a capture of this prompt was made again since")
+        return found.model_dump(exclude_unset=True)
 
     def _tokens_of_capture(self, layout: Layout, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The tokens of a capture that is not projected, from the capture itself or else from its add-ons."""
