@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from tlcapture.captures.notes import Marked, add_note
 from tlcapture.commands import projection_writing
 from tlcapture.commands.project import ProjectOptions, _recompute_dynamics
 from tlcapture.commands.projection_writing import ProjectionFiles
+from tlcapture.explore.set_means import SetLine, mean_of
 from tlcapture.names import Trait
 from tlcapture.page import prompt_list
 from tlcapture.page.average import average_trajectory
@@ -29,7 +31,9 @@ from tlcapture.storage import folders, json_text, projection_shards, shard_writi
 from tlcapture.storage.file_index import Learned
 from tlcapture.storage.files import FileState, read_json, write_json
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.saved_projections import SavedProjection
 from tlcapture.traits.selection import select
+from tlcapture.traits.token_scores import TokenScores
 from tlcapture.traits.vector_files import VectorFiles
 
 LONG_AGO = 10**18  # nanoseconds since the epoch
@@ -146,7 +150,9 @@ def test_a_prompt_is_looked_for_in_few_shards_however_many_runs_made_them(
     assert projection_shards.merged_shards(folder) == before
 
 
-def test_a_mean_takes_no_more_memory_for_one_long_capture_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def largest(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """The size of the largest array that was made so far."""
     largest = 0
     zeros = np.zeros
 
@@ -157,11 +163,48 @@ def test_a_mean_takes_no_more_memory_for_one_long_capture_among_many(monkeypatch
         return made
 
     monkeypatch.setattr(np, "zeros", counted)
-    monkeypatch.setattr(np, "full", counted)
+    monkeypatch.setattr(np, "full", lambda shape, *how, **more: counted(shape))
+    return lambda: largest
+
+
+def test_a_mean_takes_no_more_memory_for_one_long_capture_among_many(largest: Callable[[], int]) -> None:
     found = average_trajectory([([9.0, 1.0], [2.0, 4.0])] * 100 + [([9.0, 1.0], [2.0] * 500)])
-    assert largest == 502
+    assert largest() == 502
     assert found["mean"][:3] == [1.0, 2.0, pytest.approx(402 / 101)]
     assert (found["n"][2:4], found["sd"][3]) == ([101, 1], None)
+
+
+def test_nor_does_the_mean_that_a_figure_draws(largest: Callable[[], int]) -> None:
+    lines = [SetLine("style/odd", 2, np.array([9.0, 1.0, *response]), None) for response in [[2.0, 4.0]] * 100]
+    lines.append(SetLine("style/odd", 2, np.array([9.0, 1.0, *[2.0] * 500]), None))
+    found = mean_of(lines, lambda line: line.trajectory)
+    assert largest() == 502
+    assert found.mean[1:4].tolist() == [1.0, 2.0, pytest.approx(402 / 101)]
+    assert (found.n[2:5].tolist(), np.isnan(found.spread[[0, 4]]).tolist()) == ([101, 101, 1], [True, True])
+
+
+def test_a_frame_or_a_figure_of_a_set_holds_the_scores_of_one_projection(
+    of_samples: Callable[[int], Layout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = of_samples(4)
+    alive: list[weakref.ref[TokenScores]] = []
+    most = 0
+    read = SavedProjection.scores
+
+    def counted(saved: SavedProjection) -> TokenScores:
+        nonlocal most
+        found = read(saved)
+        alive.append(weakref.ref(found))
+        most = max(most, sum(each() is not None for each in alive))
+        return found
+
+    monkeypatch.setattr(SavedProjection, "scores", counted)
+    captures = Experiment("exp", layout.root).captures("odd")
+    frame = captures.to_pandas("style/odd")
+    assert len(frame) == 8 * 6 and set(frame["sample"]) == {1, 2}
+    figure = captures.plot.trajectory("style/odd")
+    assert figure.data[1].customdata.tolist() == [8] * 5
+    assert (len(alive), most) == (16, 2)  # the last one and this one
 
 
 def test_a_note_looks_for_its_prompt_alone(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tlcapture.commands.compare_summary import SavedComparisons
 from tlcapture.comparison.comparison_files import ComparisonFile
@@ -242,7 +243,7 @@ class Contents(NoteContents):
 
     def _average(
         self, layout: Layout, prompt_set: str, names: Sequence[str], trait: str, component: str
-    ) -> tuple[dict[str, Any], list[list[float]]]:
+    ) -> tuple[dict[str, Any], list[NDArray[np.float64]]]:
         """Mean and deviation of the trajectories of captures, and the trajectories of their responses."""
         trajectories, scales, problems = [], [], []
         for each in names:
@@ -254,7 +255,8 @@ class Contents(NoteContents):
                 problems.append(self.problem(error))
                 continue
             if content is not None:
-                trajectories.append(content.trajectory)
+                prompt, response = map(np.array, content.trajectory)
+                trajectories.append((prompt, response))
                 scales.append(content.calibration)
         if not trajectories:
             raise missing.projections(layout, prompt_set)
