@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tlcapture.commands.evaluate import _merged
+from tlcapture.commands.evaluation_entries import Entry, with_entries
 from tlcapture.commands.evaluation_rows import EvaluatedComponent, rows_of
 from tlcapture.extraction.cross_validation import relabelled
 from tlcapture.extraction.examples import Examples, read_examples
@@ -47,6 +48,10 @@ def evaluated(root: Path, vectors: dict[str, Tensor], activations: Tensor) -> tu
     found = {method: [read_vector(files, "residual", method, layer) for layer in range(N_LAYERS)] for method in vectors}
     kept = KeptActivations(activations, ["same"] * n, [1] * n, "", "", "", "", "response_mean")
     return rows_of(layout, examples, kept, found, 0), examples
+
+
+def entry(rows: list[dict[str, Any]], summary: dict[str, Any]) -> Entry:
+    return Entry.model_validate({"trait": str(TRAIT), "components": {"residual": {"rows": rows, "summary": summary}}})
 
 
 def noise(seed: int) -> Tensor:
@@ -92,8 +97,8 @@ def test_p_counts_labellings_that_separate_exactly_as_well(tmp_path: Path) -> No
 def test_the_nested_score_of_extracted_vectors_is_not_that_of_an_imported_one(tmp_path: Path) -> None:
     common = {"trait": str(TRAIT), "layer": 0, "component": "residual"}
     rows = [{**common, "method": each, "val_effect_size": size} for each, size in (("probe", 1.0), (IMPORTED, 2.0))]
-    found = EvaluatedComponent(str(TRAIT), "", rows, {"nested_auroc": 0.9, "verdict": "adds +0.100 AUROC"})
-    best = _merged(Layout(tmp_path, "exp"), TRAIT, {"residual": found})["best_vectors"][str(TRAIT)]
+    found = entry(rows, {"nested_auroc": 0.9, "verdict": "adds +0.100 AUROC"})
+    best = with_entries(Layout(tmp_path, "exp"), [found])["best_vectors"][str(TRAIT)]
     assert best["method"] == IMPORTED
     assert "nested_auroc" not in best and "verdict" not in best
 
@@ -106,9 +111,7 @@ def test_a_verdict_on_extracted_vectors_is_no_doubt_about_an_imported_one(tmp_pa
         "gain_interval": [-0.1, 0.1],
         "verdict": "no better than vectors of shuffled labels (p = 0.50)",
     }
-    write_json(
-        layout.evaluation, _merged(layout, TRAIT, {"residual": EvaluatedComponent(str(TRAIT), "", rows, summary)})
-    )
+    write_json(layout.evaluation, with_entries(layout, [entry(rows, summary)]))
     vectors = [UsedVector(str(TRAIT), "residual", each, 0, "exp") for each in ("probe", IMPORTED)]
     assert [Doubts(tmp_path).of(each) is None for each in vectors] == [False, True]
     layout.evaluation.write_text("{")
