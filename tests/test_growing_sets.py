@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 
 from tests.page.conftest import projection
@@ -282,6 +283,49 @@ def test_an_open_page_reads_what_it_has_listed_again_when_it_changes(
     write_json(path, {**read_json(path), "prompt": {"text": "another", "tokens": ["<bos>", "x"]}})
     path.with_name("99.json").write_bytes(path.read_bytes())
     assert contents.prompt_set("exp", "odd")["prompts"][-1]["id"] == "99"
+
+
+def test_the_samples_of_a_prompt_are_found_without_listing_the_set_each_time(
+    of_samples: Callable[[int], Layout], listed: list[str]
+) -> None:
+    def names_listed(count: int) -> int:
+        layout = of_samples(count)
+        contents = Contents(layout.root)
+        first = contents.samples("exp", "odd", "0", "style", "odd", "residual")
+        assert first["n_captures"] == 2
+        listed.clear()
+        for number in range(count):
+            contents.samples("exp", "odd", str(number), "style", "odd", "residual")
+        return len(listed)
+
+    few, many = names_listed(4), names_listed(8)
+    assert many == 2 * few  # as many for each prompt
+    layout = of_samples(8)
+    path = layout.projection(Trait.parse("style/odd"), "residual", "odd", "7.s2")
+    content = read_json(path)
+    content["metadata"]["sample"] = 3
+    write_json(path.with_name("7.s3.json"), content)
+    assert Contents(layout.root).samples("exp", "odd", "7", "style", "odd", "residual")["n_captures"] == 3
+
+
+def test_what_the_page_gets_of_a_trait_does_not_grow_with_the_other_traits(tmp_path: Path) -> None:
+    def size(count: int) -> int:
+        layout = Layout(tmp_path / str(count), "exp")
+        traits = [f"style/t{number}" for number in range(count)]
+        each = dict.fromkeys(traits, 0.5)
+        rows = [
+            {"trait": trait, "method": "probe", "layer": 1, "val_effect_size": 2.0, "val_auroc": 0.5}
+            | {"cosine_to_traits": each}
+            for trait in traits
+        ]
+        write_json(layout.evaluation, {"all_results": rows, "cross_trait": dict.fromkeys(traits, each)})
+        layout.vectors(Trait.parse(traits[0])).mkdir(parents=True)
+        (layout.vectors(Trait.parse(traits[0])) / "probe_layer1.pt").touch()
+        contents = Contents(layout.root)
+        assert len(contents.cross_traits("exp", "exp")["aurocs"][0]) == count
+        return len(orjson.dumps(contents.vectors("exp", "style", "t0")))
+
+    assert size(10) == size(30)
 
 
 def test_a_repeated_key_is_found_without_comparing_each_with_all() -> None:

@@ -29,7 +29,7 @@ from tlcapture.page.note_contents import NoteContents
 from tlcapture.page.overview import overview_of
 from tlcapture.page.projections import projection_of
 from tlcapture.page.prompt_list import folders_listed, listed_prompts
-from tlcapture.page.trait_contents import vectors_of
+from tlcapture.page.trait_contents import cross_traits_of, vectors_of
 from tlcapture.page.view_contents import head_content
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_file
 from tlcapture.runs.recorded_runs import capture_at_work
@@ -40,6 +40,8 @@ from tlcapture.storage.folders import state_of
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import shown
 from tlcapture.traits.intervention_records import described
+from tlcapture.traits.missing_vectors import PACKAGED
+from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.saved_projections import all_saved, saved_projection
 from tlcapture.traits.verdicts import Doubts
 from tlcapture.views.hooks import check_component
@@ -68,6 +70,7 @@ RESOURCES = {
     "at_work": "{experiment}/running/{prompt_set}",
     "average": "{experiment}/averages/{prompt_set}/{category}/{name}/{component}",
     "vectors": "{experiment}/vectors/{category}/{name}",
+    "cross_traits": "{experiment}/cross_traits/{source}",
     "comparisons": "{experiment}/compared",
     "uncompared": "{experiment}/uncompared/{prompt_set}",
     "compared_set": "{experiment}/compared/{other}/{prompt_set}",
@@ -233,13 +236,9 @@ class Contents(NoteContents):
         return layout.prompt_ids(prompt_set)
 
     def samples_of(self, layout: Layout, prompt_set: str) -> Mapping[str, Sequence[str]]:
-        """The names of the samples of each prompt of a set that has some."""
-        found: dict[str, list[str]] = {}
-        for name in self.names(layout, prompt_set):
-            prompt_id, sample = split_name(name)
-            if sample is not None:
-                found.setdefault(prompt_id, []).append(name)
-        return found
+        """The names of the samples of each prompt of a set that has some; lists the set again where it has changed."""
+        state = state_of(folders_listed(layout, prompt_set, layout.projection_folders(prompt_set)))
+        return (_samples if state is not None else _samples.__wrapped__)(layout, prompt_set, state)
 
     def _average(
         self, layout: Layout, prompt_set: str, names: Sequence[str], trait: str, component: str
@@ -269,6 +268,11 @@ class Contents(NoteContents):
     def vectors(self, experiment: str, category: str, name: str) -> dict[str, Any]:
         """A trait's vectors with the selected one, their evaluation and steering results."""
         return vectors_of(self._layout(experiment), Trait.parse(f"{category}/{name}"), self.problem)
+
+    def cross_traits(self, experiment: str, source: str) -> dict[str, Any]:
+        """The AUROC of each trait's vector on each trait's examples; `source` is that of `vectors`."""
+        layout = self._layout(experiment)
+        return cross_traits_of(layout if source == experiment else vectors_layout(self.root, PACKAGED))
 
     def uncompared(self, experiment: str, prompt_set: str) -> dict[str, str]:
         """The page's message on a set that was not compared: `what` is missing, and the command that compares it."""
@@ -336,6 +340,17 @@ def _listed(
         raise missing.captures(layout, prompt_set)
     prompts = listed_prompts(layout, prompt_set, ids, {} if file is None else _prompts_in(file), folders)
     return {"name": prompt_set, "prompts": prompts, "traits": sorted({str(trait) for trait, _ in folders})}
+
+
+@lru_cache(maxsize=4)
+def _samples(layout: Layout, prompt_set: str, _state: Hashable) -> Mapping[str, Sequence[str]]:
+    """The answer of `Contents.samples_of`, which each request for samples needs."""
+    found: dict[str, list[str]] = {}
+    for name in layout.prompt_ids(prompt_set):
+        prompt_id, sample = split_name(name)
+        if sample is not None:
+            found.setdefault(prompt_id, []).append(name)
+    return found
 
 
 def _file_of_set(root: Path, prompt_set: str) -> _SetFile | None:
