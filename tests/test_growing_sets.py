@@ -25,8 +25,9 @@ from tlcapture.page import prompt_list
 from tlcapture.page.average import average_trajectory
 from tlcapture.page.contents import Contents
 from tlcapture.page.export import export_page
+from tlcapture.runs import received_files
 from tlcapture.runs.display import Display
-from tlcapture.runs.report import RunReport
+from tlcapture.runs.report import Done, RunReport
 from tlcapture.runs.run import Run
 from tlcapture.storage import folders, json_text, projection_shards, shard_writing
 from tlcapture.storage.file_index import Learned
@@ -409,3 +410,11 @@ def test_the_shard_of_a_prompt_is_rewritten_once_for_all_its_traits(
     assert calls == ["write_prompt", "take_out"]
     assert list(projection_shards.sharded_of(folder, "1")) == traits[:1]
     assert len(layout.all_projections("odd", "1")) == 4
+    sent = {str(path.relative_to(layout.root)): path.read_bytes() for path in layout.all_projections("odd", "1")}
+    shard_writing.write_prompt(folder, "1", contents, 2)
+    calls.clear()
+    monkeypatch.setattr(
+        received_files, "take_out", lambda *how: calls.append("take_out") or shard_writing.take_out(*how)
+    )
+    received_files.store_outputs(layout, sent, Done())  # of a worker on another machine
+    assert calls == ["take_out"] and list(projection_shards.sharded_of(folder, "1")) == traits[:1]
