@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tlcapture.commands import evaluation_rows
 from tlcapture.commands.evaluation_entries import Entry, with_entries
-from tlcapture.commands.evaluation_rows import EvaluatedComponent, rows_of
+from tlcapture.commands.evaluation_rows import EvaluatedComponent, _cosines, rows_of
 from tlcapture.extraction.cross_validation import relabelled
 from tlcapture.extraction.examples import Examples, read_examples
 from tlcapture.extraction.kept_activations import KeptActivations
@@ -116,3 +117,29 @@ def test_a_verdict_on_extracted_vectors_is_no_doubt_about_an_imported_one(tmp_pa
     assert [Doubts(tmp_path).of(each) is None for each in vectors] == [False, True]
     layout.evaluation.write_text("{")
     assert str(Doubts(tmp_path).of(vectors[0])).endswith("cannot be read")
+
+
+def test_each_vector_is_read_once_for_all_traits_that_it_is_compared_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, traits = Layout(tmp_path, "exp"), [Trait("style", f"t{number}") for number in range(6)]
+    for number, trait in enumerate(traits):
+        for layer in range(N_LAYERS):
+            write_vector(VectorFiles(layout, trait), "residual", "probe", layer, torch.randn(8) + number)
+    read: list[Trait] = []
+    reads = evaluation_rows.read_vector
+    monkeypatch.setattr(
+        evaluation_rows, "read_vector", lambda files, *which: read.append(files.trait) or reads(files, *which)
+    )
+
+    def cosines(trait: Trait, layer: int) -> dict[str, float | None]:
+        others = [(str(each), each, "probe") for each in traits if each != trait]
+        return _cosines(reads(VectorFiles(layout, trait), "residual", "probe", layer), others, layout)
+
+    found = {(trait, layer): cosines(trait, layer) for trait in traits for layer in range(N_LAYERS)}
+    assert len(read) == len(traits) * N_LAYERS
+    one, other = traits[:2]
+    assert found[one, 1][str(other)] == found[other, 1][str(one)] != found[one, 0][str(other)]
+    write_vector(VectorFiles(layout, other), "residual", "probe", 1, torch.ones(8))
+    assert cosines(one, 1)[str(other)] != found[one, 1][str(other)]
+    assert read[-1] == other and len(read) == len(traits) * N_LAYERS + 1
