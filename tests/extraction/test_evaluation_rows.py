@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tlcapture.commands import evaluation_rows
+from tlcapture.commands import cross_traits, evaluation_rows
 from tlcapture.commands.evaluation_entries import Entry, with_entries
 from tlcapture.commands.evaluation_rows import EvaluatedComponent, _cosines, rows_of
 from tlcapture.extraction.cross_validation import relabelled
@@ -143,3 +145,27 @@ def test_each_vector_is_read_once_for_all_traits_that_it_is_compared_with(
     write_vector(VectorFiles(layout, other), "residual", "probe", 1, torch.ones(8))
     assert cosines(one, 1)[str(other)] != found[one, 1][str(other)]
     assert read[-1] == other and len(read) == len(traits) * N_LAYERS + 1
+
+
+def test_the_activations_of_one_trait_at_a_time_are_read_for_its_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, examples = Layout(tmp_path, "exp"), examples_of(tmp_path)
+    for number in range(5):
+        layout.vectors(Trait("style", f"t{number}")).mkdir(parents=True)
+    alive: list[weakref.ref[KeptActivations]] = []
+    most = 0
+
+    def read(*where: object) -> tuple[Examples, KeptActivations]:
+        nonlocal most
+        kept = KeptActivations(noise(len(alive)), [], [], "", "", "", "f", "")
+        alive.append(weakref.ref(kept))
+        most = max(most, sum(each() is not None for each in alive))
+        return examples, kept
+
+    vector = SimpleNamespace(layer=1, vector=torch.ones(8), metadata={"model_fingerprint": "f"})
+    monkeypatch.setattr(cross_traits, "_examples", read)
+    monkeypatch.setattr(cross_traits, "_best_vectors", lambda layout: {Trait("style", "t0"): vector})
+    found = cross_traits.cross_traits(layout)
+    assert list(found.aurocs["style/t0"]) == [f"style/t{number}" for number in range(5)]
+    assert (len(alive), most) == (5, 2)  # the last one and this one
