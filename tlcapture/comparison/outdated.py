@@ -5,6 +5,7 @@ A capture that is made again removes the comparisons that its prompt set holds, 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from tlcapture.captures.provenance import is_same_computation
@@ -25,10 +26,12 @@ def is_outdated(layout: Layout, prompt_set: str, path: Path, file: ComparisonFil
     Example:
         is_outdated(layout, "single_trait", path, ComparisonFile.read(path))
     """
-    written, name = path.stat().st_mtime_ns, path.stem
-    for side, raw in (("a", _capture(layout, prompt_set, name)), ("b", _of_other(layout, name, file))):
-        if raw is not None and raw.stat().st_mtime_ns > written and not _is_of(file, side, raw):
-            return True
+    name = path.stem
+    with suppress(FileNotFoundError):  # removed meanwhile
+        written = path.stat().st_mtime_ns
+        for side, raw in (("a", _capture(layout, prompt_set, name)), ("b", _of_other(layout, name, file))):
+            if raw is not None and raw.stat().st_mtime_ns > written and not _is_of(file, side, raw):
+                return True
     return False
 
 

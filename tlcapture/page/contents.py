@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tlcapture.commands.compare_summary import SavedComparisons
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.comparison.outdated import is_outdated
 from tlcapture.errors import InputError, StorageError, TlcaptureError
@@ -24,7 +23,7 @@ from tlcapture.names import Trait, base_set, split_name
 from tlcapture.page import missing, readable
 from tlcapture.page.average import average_trajectory
 from tlcapture.page.captured import captured_tokens
-from tlcapture.page.long_reading import SHORT_REQUESTS
+from tlcapture.page.long_reading import SHORT_REQUESTS, comparisons_read
 from tlcapture.page.note_contents import NoteContents
 from tlcapture.page.overview import overview_of
 from tlcapture.page.projections import projection_of
@@ -286,11 +285,11 @@ class Contents(NoteContents):
     def compared_set(self, experiment: str, other: str, prompt_set: str) -> dict[str, Any]:
         """The summary of the comparisons of a set, and the names of the compared prompts and samples."""
         layout = self._layout(experiment)
-        files = SavedComparisons(layout, other, prompt_set, before_each=SHORT_REQUESTS.give_way)
-        found = files.summary()
+        read = comparisons_read(layout, other, prompt_set)
+        found = read.summary
         problems = [self.problem(StorageError(each)) for each in found.problems]
-        if found.left_out is not None:
-            again = missing.outdated(layout, prompt_set, next(iter(files.outdated.values())), found.left_out)
+        if found.left_out is not None and read.b is not None:
+            again = missing.outdated(layout, prompt_set, read.b, found.left_out)
             if not found.n_files:
                 raise again
             problems.append(str(again))
