@@ -29,7 +29,7 @@ from tlcapture.explore import doubts
 from tlcapture.explore.completion import completions
 from tlcapture.explore.figures import mean_trajectory_figure
 from tlcapture.explore.magics import load_ipython_extension
-from tlcapture.explore.set_means import aligned, mean_and_spread
+from tlcapture.explore.set_means import SetLine, mean_of
 from tlcapture.names import Trait
 from tlcapture.page.contents import Contents
 from tlcapture.storage.files import read_json, read_tensors, write_json
@@ -311,21 +311,18 @@ def test_the_cache_has_the_stored_patterns_and_internals(exp: Experiment) -> Non
 
 
 def test_the_mean_of_a_set_starts_with_its_responses_and_needs_two_prompts() -> None:
-    one, other = projected(), projected()
-    places, rows = aligned([(each.trajectory, each.n_prompt_tokens) for each in (one, other)])
-    start = list(places).index(0)
-    assert rows[0, start] == one.trajectory[one.n_prompt_tokens]
-    assert math.isnan(rows[0, 0])  # the attention sink
-    mean, spread = mean_and_spread(rows)
-    assert mean[start] == one.trajectory[one.n_prompt_tokens]
-    assert spread[start] == 0
-    _, alone = mean_and_spread(rows[:1])
-    assert np.isnan(alone).all()
+    one = projected()
+    found = mean_of([SetLine.of(one), SetLine.of(projected())], lambda line: line.trajectory)
+    start = list(found.positions).index(0)
+    assert math.isnan(found.mean[0])  # the attention sink
+    assert found.mean[start] == one.trajectory[one.n_prompt_tokens]
+    assert (found.spread[start], found.n[start]) == (0, 2)
+    assert np.isnan(mean_of([SetLine.of(one)], lambda line: line.trajectory).spread).all()
 
 
 def test_a_mean_says_of_how_many_responses_it_is() -> None:
-    whole = projected()
-    short = projected(tokens=whole.tokens[:6], scores=whole.scores[:6])
+    long = projected()
+    whole, short = SetLine.of(long), SetLine.of(projected(tokens=long.tokens[:6], scores=long.scores[:6]))
     figure = mean_trajectory_figure({"short": [whole, whole, short]}, calibrated=False)
     numbers = dict(zip(figure.data[1].x, figure.data[1].customdata, strict=True))
     assert (numbers[2], numbers[3]) == (3, 2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 
 from tests.page.conftest import projection
@@ -17,19 +19,23 @@ from tlcapture.captures.notes import Marked, add_note
 from tlcapture.commands import projection_writing
 from tlcapture.commands.project import ProjectOptions, _recompute_dynamics
 from tlcapture.commands.projection_writing import ProjectionFiles
+from tlcapture.explore.set_means import SetLine, mean_of
 from tlcapture.names import Trait
 from tlcapture.page import prompt_list
 from tlcapture.page.average import average_trajectory
 from tlcapture.page.contents import Contents
 from tlcapture.page.export import export_page
+from tlcapture.runs import received_files
 from tlcapture.runs.display import Display
-from tlcapture.runs.report import RunReport
+from tlcapture.runs.report import Done, RunReport
 from tlcapture.runs.run import Run
 from tlcapture.storage import folders, json_text, projection_shards, shard_writing
 from tlcapture.storage.file_index import Learned
 from tlcapture.storage.files import FileState, read_json, write_json
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.saved_projections import SavedProjection
 from tlcapture.traits.selection import select
+from tlcapture.traits.token_scores import TokenScores
 from tlcapture.traits.vector_files import VectorFiles
 
 LONG_AGO = 10**18  # nanoseconds since the epoch
@@ -146,7 +152,9 @@ def test_a_prompt_is_looked_for_in_few_shards_however_many_runs_made_them(
     assert projection_shards.merged_shards(folder) == before
 
 
-def test_a_mean_takes_no_more_memory_for_one_long_capture_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def largest(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """The size of the largest array that was made so far."""
     largest = 0
     zeros = np.zeros
 
@@ -157,11 +165,48 @@ def test_a_mean_takes_no_more_memory_for_one_long_capture_among_many(monkeypatch
         return made
 
     monkeypatch.setattr(np, "zeros", counted)
-    monkeypatch.setattr(np, "full", counted)
+    monkeypatch.setattr(np, "full", lambda shape, *how, **more: counted(shape))
+    return lambda: largest
+
+
+def test_a_mean_takes_no_more_memory_for_one_long_capture_among_many(largest: Callable[[], int]) -> None:
     found = average_trajectory([([9.0, 1.0], [2.0, 4.0])] * 100 + [([9.0, 1.0], [2.0] * 500)])
-    assert largest == 502
+    assert largest() == 502
     assert found["mean"][:3] == [1.0, 2.0, pytest.approx(402 / 101)]
     assert (found["n"][2:4], found["sd"][3]) == ([101, 1], None)
+
+
+def test_nor_does_the_mean_that_a_figure_draws(largest: Callable[[], int]) -> None:
+    lines = [SetLine("style/odd", 2, np.array([9.0, 1.0, *response]), None) for response in [[2.0, 4.0]] * 100]
+    lines.append(SetLine("style/odd", 2, np.array([9.0, 1.0, *[2.0] * 500]), None))
+    found = mean_of(lines, lambda line: line.trajectory)
+    assert largest() == 502
+    assert found.mean[1:4].tolist() == [1.0, 2.0, pytest.approx(402 / 101)]
+    assert (found.n[2:5].tolist(), np.isnan(found.spread[[0, 4]]).tolist()) == ([101, 101, 1], [True, True])
+
+
+def test_a_frame_or_a_figure_of_a_set_holds_the_scores_of_one_projection(
+    of_samples: Callable[[int], Layout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = of_samples(4)
+    alive: list[weakref.ref[TokenScores]] = []
+    most = 0
+    read = SavedProjection.scores
+
+    def counted(saved: SavedProjection) -> TokenScores:
+        nonlocal most
+        found = read(saved)
+        alive.append(weakref.ref(found))
+        most = max(most, sum(each() is not None for each in alive))
+        return found
+
+    monkeypatch.setattr(SavedProjection, "scores", counted)
+    captures = Experiment("exp", layout.root).captures("odd")
+    frame = captures.to_pandas("style/odd")
+    assert len(frame) == 8 * 6 and set(frame["sample"]) == {1, 2}
+    figure = captures.plot.trajectory("style/odd")
+    assert figure.data[1].customdata.tolist() == [8] * 5
+    assert (len(alive), most) == (16, 2)  # the last one and this one
 
 
 def test_a_note_looks_for_its_prompt_alone(
@@ -239,6 +284,49 @@ def test_an_open_page_reads_what_it_has_listed_again_when_it_changes(
     write_json(path, {**read_json(path), "prompt": {"text": "another", "tokens": ["<bos>", "x"]}})
     path.with_name("99.json").write_bytes(path.read_bytes())
     assert contents.prompt_set("exp", "odd")["prompts"][-1]["id"] == "99"
+
+
+def test_the_samples_of_a_prompt_are_found_without_listing_the_set_each_time(
+    of_samples: Callable[[int], Layout], listed: list[str]
+) -> None:
+    def names_listed(count: int) -> int:
+        layout = of_samples(count)
+        contents = Contents(layout.root)
+        first = contents.samples("exp", "odd", "0", "style", "odd", "residual")
+        assert first["n_captures"] == 2
+        listed.clear()
+        for number in range(count):
+            contents.samples("exp", "odd", str(number), "style", "odd", "residual")
+        return len(listed)
+
+    few, many = names_listed(4), names_listed(8)
+    assert many == 2 * few  # as many for each prompt
+    layout = of_samples(8)
+    path = layout.projection(Trait.parse("style/odd"), "residual", "odd", "7.s2")
+    content = read_json(path)
+    content["metadata"]["sample"] = 3
+    write_json(path.with_name("7.s3.json"), content)
+    assert Contents(layout.root).samples("exp", "odd", "7", "style", "odd", "residual")["n_captures"] == 3
+
+
+def test_what_the_page_gets_of_a_trait_does_not_grow_with_the_other_traits(tmp_path: Path) -> None:
+    def size(count: int) -> int:
+        layout = Layout(tmp_path / str(count), "exp")
+        traits = [f"style/t{number}" for number in range(count)]
+        each = dict.fromkeys(traits, 0.5)
+        rows = [
+            {"trait": trait, "method": "probe", "layer": 1, "val_effect_size": 2.0, "val_auroc": 0.5}
+            | {"cosine_to_traits": each}
+            for trait in traits
+        ]
+        write_json(layout.evaluation, {"all_results": rows, "cross_trait": dict.fromkeys(traits, each)})
+        layout.vectors(Trait.parse(traits[0])).mkdir(parents=True)
+        (layout.vectors(Trait.parse(traits[0])) / "probe_layer1.pt").touch()
+        contents = Contents(layout.root)
+        assert len(contents.cross_traits("exp", "exp")["aurocs"][0]) == count
+        return len(orjson.dumps(contents.vectors("exp", "style", "t0")))
+
+    assert size(10) == size(30)
 
 
 def test_a_repeated_key_is_found_without_comparing_each_with_all() -> None:
@@ -322,3 +410,11 @@ def test_the_shard_of_a_prompt_is_rewritten_once_for_all_its_traits(
     assert calls == ["write_prompt", "take_out"]
     assert list(projection_shards.sharded_of(folder, "1")) == traits[:1]
     assert len(layout.all_projections("odd", "1")) == 4
+    sent = {str(path.relative_to(layout.root)): path.read_bytes() for path in layout.all_projections("odd", "1")}
+    shard_writing.write_prompt(folder, "1", contents, 2)
+    calls.clear()
+    monkeypatch.setattr(
+        received_files, "take_out", lambda *how: calls.append("take_out") or shard_writing.take_out(*how)
+    )
+    received_files.store_outputs(layout, sent, Done())  # of a worker on another machine
+    assert calls == ["take_out"] and list(projection_shards.sharded_of(folder, "1")) == traits[:1]

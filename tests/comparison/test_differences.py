@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tlcapture.comparison import differences
 from tlcapture.comparison.differences import cosine, divergence, norm_ratio, projected
 from tlcapture.errors import NumericalError
 
@@ -62,6 +63,39 @@ def test_the_divergence_of_equal_distributions_is_exactly_zero_in_pieces_too(mon
     weights = torch.randn(16, 300, generator=torch.Generator().manual_seed(2))
     found = divergence(residuals(7), residuals(7), lambda each: each @ weights, lambda each: each @ weights, 300)
     assert found.tolist() == [0.0] * 7
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_the_divergence_is_computed_where_the_logits_are_unless_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = torch.randn(16, 300, generator=torch.Generator().manual_seed(2))
+    expected = divergence(residuals(), residuals(seed=1), lambda each: each @ weights, lambda each: each @ weights, 300)
+    kinds: list[type] = []
+    memory = [True]
+    copy, compute = torch.Tensor.cpu, differences._divergence
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        kinds.append(type(a))
+        if not memory[0] and type(a) is OnGpu:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda each: copy(each).as_subclass(torch.Tensor))
+    monkeypatch.setattr(differences, "_divergence", counted)
+
+    def unembed(each: torch.Tensor) -> torch.Tensor:
+        return (each @ weights).as_subclass(OnGpu)
+
+    for memory[0], where in ((True, [OnGpu]), (False, [OnGpu, torch.Tensor])):
+        kinds.clear()
+        assert torch.equal(divergence(residuals(), residuals(seed=1), unembed, unembed, 300), expected)
+        assert kinds == where
 
 
 def test_a_token_that_a_rules_out_counts_nothing_and_one_that_b_rules_out_is_refused() -> None:

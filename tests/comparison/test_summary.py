@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from pathlib import Path
 from typing import Any
 
-from tlcapture.commands.compare_summary import summary_of
+import numpy as np
+import pytest
+
+from tlcapture.commands.compare_summary import SavedComparisons, summary_of
+from tlcapture.comparison import paired
 from tlcapture.comparison.comparison_files import ComparisonFile
+from tlcapture.storage.comparisons import comparison_file
+from tlcapture.storage.files import write_json
+from tlcapture.storage.layout import Layout
 
 TRAIT = "tone/loud"
 
@@ -69,3 +79,54 @@ def test_a_mean_divergence_is_not_said_to_be_negative() -> None:
     found = summary_of({str(number): compared(0.0, kl, str(number)) for number, kl in enumerate([0.0, 0.01, 2.0])}).kl
     assert found is not None and found.interval is not None
     assert found.interval[0] == 0 < found.mean < found.interval[1]
+
+
+def saved(root: Path, files: dict[str, ComparisonFile]) -> SavedComparisons:
+    layout = Layout(root, "exp")
+    for name, each in files.items():
+        write_json(comparison_file(layout, "other", "short", name), each.model_dump(exclude_unset=True))
+    return SavedComparisons(layout, "other", "short")
+
+
+def test_a_summary_holds_one_file_at_a_time(tmp_path: Path) -> None:
+    usual = ("a", [0.1] * 3)
+    files = {str(number): compared(number / 8, 0.1, f"p{number}", random=usual) for number in range(20)}
+    alive: list[weakref.ref[ComparisonFile]] = []
+    most = 0
+
+    def count(name: str, file: ComparisonFile) -> None:
+        nonlocal most
+        alive.append(weakref.ref(file))
+        most = max(most, sum(each() is not None for each in alive))
+
+    gc.collect()
+    found = saved(tmp_path, files).summary(count)
+    assert (most, found.n_files, found.names) == (2, 20, list(files))  # the first and this one
+    assert found.to_json() == summary_of(files).to_json()
+
+
+def test_equal_prompts_that_are_apart_are_averaged_first_as_those_together_are(tmp_path: Path) -> None:
+    """Their random directions too, though comparisons are read one after another."""
+    changes = {"x": [4.0, 0.5], "y": [1.0, 2.0], "z": [0.0, 3.0]}
+    random = {name: ("a", [value, -value, 3 * value]) for name, value in (("x", 0.5), ("y", 0.25), ("z", 0.125))}
+    pairs = [(digest, number) for digest in "xyz" for number in (0, 1)]
+
+    def summary(folder: str, order: list[tuple[str, int]]) -> Any:
+        files = {
+            str(at): compared(changes[digest][number], 0.5, digest, random=random[digest])
+            for at, (digest, number) in enumerate(order)
+        }
+        found = saved(tmp_path / folder, files).summary().to_json()
+        return {**found, "tokens": None}
+
+    together, apart = summary("together", pairs), summary("apart", sorted(pairs, key=lambda pair: pair[1]))
+    assert together["n_prompts"] == 3 and together["traits"][TRAIT]["p_random"] is not None
+    assert apart == together
+
+
+def test_the_flips_of_many_prompts_are_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = np.concatenate([*paired._signs(20)])
+    monkeypatch.setattr(paired, "_MOST_SIGNS", 20 * 300)
+    pieces = [*paired._signs(20)]
+    assert max(map(len, pieces)) == 300
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)

@@ -14,6 +14,7 @@ from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.extraction.examples import Example, read_examples
 from tlcapture.extraction.methods import FITS
 from tlcapture.extraction.readout import read_out, shared_prefix, tokenize_example
+from tlcapture.generation.typical_norms import TypicalNorms
 from tlcapture.names import Trait
 from tlcapture.storage.datasets import Datasets
 
@@ -141,6 +142,19 @@ def test_read_out_equals_hugging_face_one_example_at_a_time() -> None:
             for layer in range(2):  # the last hidden state is after the final norm
                 expected = states[layer + 1][0, reading.start :].mean(dim=0)
                 assert torch.allclose(means["residual"][layer, number], expected, atol=1e-4)
+
+
+def test_means_of_all_layers_are_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    readings = [tokenize_example(model.tokenizer, Example(prompt="q", response="r" * n)) for n in (1, 4, 2)]
+    calls: list[int] = []
+    copy = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda each: calls.append(each.ndim) or copy(each))
+    norms = TypicalNorms()
+    read_out(model, readings, ["residual", "attn_out"], batch_size=3, norms=norms)
+    assert sorted(each for each in calls if each > 1) == [2, 3, 3]  # norms, and means of each component
+    tokens = [sum(each.stop - each.start for each in readings)] * 3
+    assert [len(torch.cat(each)) for each in norms._norms.values()] == tokens
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt2"])

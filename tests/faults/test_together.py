@@ -112,13 +112,13 @@ def test_simultaneous_evaluations_lose_no_row(fresh: Path, tmp_path: Path, evide
 def slow_merge() -> None:
     import time
 
-    from tlcapture.commands import evaluate
+    from tlcapture.commands import evaluation_entries
 
-    merged = evaluate._merged
+    merged = evaluation_entries.with_entries
 
     def slow(*args: Any) -> Any:
         content = merged(*args)
         time.sleep(1)
         return content
 
-    evaluate._merged = slow
+    evaluation_entries.with_entries = slow

@@ -7,13 +7,15 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from tests.page.conftest import TOKENS, TRAIT, projection
 from tlcapture.errors import StorageError, TlcaptureError
-from tlcapture.exchange.exported import restore
+from tlcapture.exchange import parquet
+from tlcapture.exchange.exported import BULK, ExportedCapture, restore
 from tlcapture.exchange.single_files import read_single_files
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.exported_vectors import restore_vectors
@@ -97,3 +99,36 @@ def test_vectors_of_an_export_of_another_form_are_named(tmp_path: Path, name: st
         path.write_bytes(data)
         with pytest.raises(StorageError, match=f"{path.name}: not a valid file of exported vectors: "):
             restore_vectors(Layout(tmp_path, "exp"), tmp_path)
+
+
+def test_the_tables_of_many_captures_are_written_and_read_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "_BUFFERED", 2**15)
+    monkeypatch.setattr(parquet, "_READ", 2**14)
+    batches, sizes = parquet._batches, []
+
+    def counted(path: Path) -> Iterator[Any]:
+        for batch in batches(path):
+            sizes.append((path.parent.name, batch.nbytes))
+            yield batch
+
+    monkeypatch.setattr(parquet, "_batches", counted)
+    folder = parquet.ParquetFolder(tmp_path, parquet.Columns((TRAIT,), ()), 10**9)
+    most, scores, random = 0, [], Random(0).random
+    for number in range(60):
+        whole = content()
+        whole["record"]["file"] = str(number)
+        rows = [[[value + random() for value in at] for at in token] for token in whole["columns"][TRAIT]]
+        scores.append(rows)
+        columns = {**dict.fromkeys(BULK, [0] * len(TOKENS)), "token": TOKENS, TRAIT: rows}
+        columns |= {name: ["x"] * len(TOKENS) for name in ("part", "span", "role")}
+        folder.add(ExportedCapture(whole["record"], columns))
+        most = max(most, sum(table.nbytes for _, table in folder._waiting))
+    folder.close()
+    assert most < 2**15
+    found = list(parquet.read_parquet(tmp_path))
+    assert [each.record["file"] for each in found] == [str(number) for number in range(60)]
+    assert [each.columns[TRAIT] for each in found] == scores
+    assert {name for name, _ in sizes} == {"captures", "tokens"}
+    assert max(size for _, size in sizes) < 2 * 2**14 and len(sizes) > 8

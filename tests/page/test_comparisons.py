@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.page.conftest import HOSTILE, N_LAYERS, N_PROMPT, TOKENS, TRAIT, write
+from tlcapture.commands.compare_summary import SavedComparisons
 from tlcapture.errors import InputError, StorageError
 from tlcapture.page.contents import Contents
 from tlcapture.page.export import export_page
@@ -67,6 +68,23 @@ def test_a_summary_is_of_all_prompts_and_counts_the_samples_of_one_once(page_roo
     assert found["cosine"] == [0.5, 0.25, 1.0]
     assert found["norm_ratio"] == [1.0, 2.0, None]
     assert [each["index"] for each in found["tokens"]][:4] == [3, 3, 3, 3]
+
+
+def test_the_comparisons_of_a_set_are_read_again_only_when_a_file_changes(
+    page_root: Path, compared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    reads = SavedComparisons.__getitem__
+    monkeypatch.setattr(SavedComparisons, "__getitem__", lambda files, name: read.append(name) or reads(files, name))
+    contents = Contents(page_root)
+    first = contents.compared_set("exp", OTHER, "odd")
+    assert contents.compared_set("exp", OTHER, "odd") == first and read == ["1", "2"]
+    write(compared / "1.json", comparison(1, shift=5.0))
+    assert contents.compared_set("exp", OTHER, "odd")["traits"][TRAIT]["mean"] == 3.5 and read == ["1", "2"] * 2
+    raw = page_root / "experiments/exp/inference/raw/residual"
+    shutil.copytree(raw / "odd", raw / "odd@lora")  # the other captures, which may be newer ones
+    contents.compared_set("exp", OTHER, "odd")
+    assert len(read) == 6
 
 
 def test_captures_that_share_no_token_of_the_response_are_counted(page_root: Path, compared: Path) -> None:

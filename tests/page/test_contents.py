@@ -140,7 +140,7 @@ def test_gains_come_with_their_null_and_vectors_with_their_verdict(contents: Con
     ]
     assert found["components"]["residual"]["selected"]["selected_by"] == "effect_size"  # 10 is less than 20
     assert found["evaluation"]["trait"]["verdict"] == "adds nothing"
-    assert found["evaluation"]["cross_trait"] == {
+    assert contents.cross_traits("exp", "exp") == {
         "traits": ["a/b", TRAIT], "aurocs": [[None, None], [0.4, 0.9]], "by_chance": (0.25, 0.75)
     }  # fmt: skip
 

@@ -95,18 +95,18 @@ def compare(console: Console, settings: _Settings, vectors: VectorOptions, clust
     report = run_compare(sets, options, console, executor)
     if report.failures and not report.n_files:
         return
-    from tlcapture.commands.compare_summary import read_comparisons, summary_of
+    from tlcapture.commands.compare_summary import SavedComparisons
 
-    summaries = []
-    for each in sets:
-        files, problems = read_comparisons(each.a.layout, each.other, each.a.name or "")
-        if files:
-            summaries.append(summary_of(files, problems))
+    found = [SavedComparisons(each.a.layout, each.other, each.a.name or "").summary() for each in sets]
+    summaries = [each for each in found if each.n_files]
     console.uses(comparisons=[each.to_json() for each in summaries])
     for summary in summaries:
         _show(console, summary)
         for line in _doubts(settings.root, summary):
             console.line(line)
+    for each in found:
+        if each.left_out is not None:
+            console.line(each.left_out)
     console.next = Location(a.layout.experiment, settings.root).command("view")
 
 

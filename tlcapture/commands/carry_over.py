@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tlcapture.commands.evaluation_entries import add_entry, entries_put_in
 from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.baselines import bag_of_words
 from tlcapture.extraction.cross_validation import relabelled
@@ -25,13 +26,10 @@ from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
-from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.datasets import Datasets
-from tlcapture.storage.files import write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import rounded_or_none
 from tlcapture.traits.critical_values import critical_value
-from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import select
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles, check_available, traits_with_vectors
@@ -87,7 +85,8 @@ def run_carry_over(
     layout.check_exists()
     tasks = _tasks(layout, options)
     run = Run.begin(layout, display)
-    executor.run(Work(partial(ModelWorker, _carry_over, options), load, tasks, lambda task: 1, "trait", str), run)
+    with entries_put_in(run):
+        executor.run(Work(partial(ModelWorker, _carry_over, options), load, tasks, lambda task: 1, "trait", str), run)
     return run.report
 
 
@@ -151,12 +150,7 @@ def _carry_over(run: Run, model: Model, options: CarryOverOptions, task: CarryOv
         rows = [row for component in options.components for row in _rows(run.layout, model, options, task, component)]
         if not rows:
             raise VectorError("no such vectors, so that nothing was scored")
-        with run_lock(run, "the evaluation"):
-            content = Evaluation.read(run.layout.evaluation)
-            stored = content.carry_overs
-            stored.setdefault(options.name, {})[str(task.trait)] = rows
-            value = {**content.model_dump(exclude_unset=True), "carry_over": stored}
-            run.wrote(write_json(run.layout.evaluation, value, indent=True))
+        add_entry(run, {"trait": str(task.trait), "carry_over": {options.name: rows}})
         progress.advance(1, done=f"{task.trait}: scored on {options.name}")
 
 

@@ -6,26 +6,29 @@ change of a trait is the mean projection over the response of `b` less that of `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import nan
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.comparison.comparison_files import ComparisonFile
+from tlcapture.comparison.outdated import is_outdated
 from tlcapture.comparison.paired import PairedDifference, interval, paired_differences
 from tlcapture.errors import StorageError
 from tlcapture.names import split_name
 from tlcapture.storage.comparisons import compared, comparison_file
 from tlcapture.storage.layout import Layout
+from tlcapture.text import counted, listed
 from tlcapture.traits.verdicts import UsedVector
 
 _MOST_TOKENS = 5  # that are listed
 
 Values = NDArray[np.float64]
+OnFile = Callable[[str, ComparisonFile], None]
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class ComparisonSummary:
         n_apart: and of these, those that share no token of the response, whose values by token are of the prompt.
         problems: files that cannot be read, with the reason.
         vectors: the vectors that captures were projected onto.
+        names: the names of the comparisons.
+        outdated: the names of those that are left out, since a capture of theirs was made again.
     """
 
     a: str
@@ -85,6 +90,16 @@ class ComparisonSummary:
     n_apart: int
     problems: Sequence[str]
     vectors: Sequence[UsedVector] = ()
+    names: Sequence[str] = ()
+    outdated: Sequence[str] = ()
+
+    @property
+    def left_out(self) -> str | None:
+        """A line about comparisons that are outdated; `None` where all are current."""
+        if not self.outdated:
+            return None
+        number = counted(len(self.outdated), "comparison")
+        return f"left out: {number} of captures that were made again since ({listed(self.outdated)})"
 
     @property
     def least_alike(self) -> int | None:
@@ -106,6 +121,7 @@ class ComparisonSummary:
             "n_files": self.n_files,
             "n_cut": self.n_cut,
             "n_apart": self.n_apart,
+            "n_outdated": len(self.outdated),
             "traits": {trait: each.to_json() for trait, each in self.traits.items()},
             "kl": None if self.kl is None else {"mean": self.kl.mean, "interval": self.kl.interval},
             "cosine": _nullable(self.cosine),
@@ -116,123 +132,230 @@ class ComparisonSummary:
         }
 
 
-def read_comparisons(layout: Layout, other: str, prompt_set: str) -> tuple[dict[str, ComparisonFile], list[str]]:
-    """The comparisons of a set with other captures, by prompt or sample, and why some cannot be read."""
-    found: dict[str, ComparisonFile] = {}
-    problems = []
-    for name in compared(layout, other, prompt_set):
-        try:
-            found[name] = ComparisonFile.read(comparison_file(layout, other, prompt_set, name))
-        except StorageError as error:
-            problems.append(str(error))
-    return found, problems
+class Files(Protocol):
+    """Comparisons by prompt or sample, which may be read one at a time."""
+
+    def items(self) -> Iterable[tuple[str, ComparisonFile]]:
+        """All of them, with their names."""
+
+    def __getitem__(self, name: str) -> ComparisonFile:
+        """One of them."""
 
 
-def summary_of(files: Mapping[str, ComparisonFile], problems: Sequence[str] = ()) -> ComparisonSummary:
-    """The summary of the comparisons of one set, of which there is at least one."""
-    first = next(iter(files.values()))
-    groups: dict[str, list[ComparisonFile]] = {}
+@dataclass
+class SavedComparisons:
+    """The comparisons of a set with other captures: each is read when its turn comes, and not kept.
+
+    Attributes:
+        before_each: called before a file is read.
+        problems: of the files that were read so far, why some cannot be.
+        outdated: and, by name, `b` of those that are left out since a capture of theirs was made again.
+    """
+
+    layout: Layout
+    other: str
+    prompt_set: str
+    before_each: Callable[[], None] = lambda: None
+    problems: list[str] = field(default_factory=list)
+    outdated: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> ComparisonFile:
+        return ComparisonFile.read(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return comparison_file(self.layout, self.other, self.prompt_set, name)
+
+    def items(self) -> Iterator[tuple[str, ComparisonFile]]:
+        """The comparisons that can be read and are current, in the order of their names."""
+        for name in compared(self.layout, self.other, self.prompt_set):
+            self.before_each()
+            try:
+                found = self[name]
+                is_current = not is_outdated(self.layout, self.prompt_set, self._path(name), found)
+            except StorageError as error:
+                self.problems.append(str(error))
+                continue
+            if is_current:
+                yield name, found
+            else:
+                self.outdated[name] = found.b
+
+    def summary(self, on_file: OnFile = lambda name, file: None) -> ComparisonSummary:
+        """The summary of them all; `on_file` is called with each name and file.
+
+        Where none can be read and is current, `n_files` is 0.
+        """
+        found = summary_of(self, on_file)
+        return replace(found, problems=self.problems, outdated=list(self.outdated))
+
+
+def summary_of(files: Files, on_file: OnFile = lambda name, file: None) -> ComparisonSummary:
+    """The summary of the comparisons of one set; `on_file` is called with each name and file.
+
+    What is kept of a file does not grow with its tokens. A set in which equal prompts are apart is read twice.
+    """
+    first: ComparisonFile | None = None
+    groups: dict[str, _Prompt] = {}
+    random, vectors = _RandomMeans(), dict[UsedVector, None]()
+    most: dict[str, list[DifferingToken]] = {"kl": [], "cosine": []}
+    n_cut = n_apart = 0
+    has_kl = False
     for name, each in files.items():
+        on_file(name, each)
+        first = first or each
         prompt = name if each.metadata.sample is None else split_name(name)[0]
-        groups.setdefault(each.metadata.prompt_digest or prompt, []).append(each)
-    traits = sorted({trait for each in files.values() for trait in each.traits})
-    changes = np.array([[_mean(group, partial(_change, trait=trait)) for trait in traits] for group in groups.values()])
-    random = [_random_means(list(groups.values()), trait) for trait in traits]
-    found = paired_differences(changes.reshape(len(groups), len(traits)), random)
-    kl = [_mean(group, lambda each: _over_response(each, each.kl)) for group in groups.values()]
-    by = "kl" if any(each.kl is not None for each in files.values()) else "cosine"
+        key = each.metadata.prompt_digest or prompt
+        groups.setdefault(key, _Prompt(each.metadata.n_layers)).add(name, each)
+        random.add(key, each)
+        vectors |= dict.fromkeys(_vectors(each))
+        for by, found in most.items():
+            found[:] = sorted([*found, *_differing(name, each, by)], key=lambda token: -token.size)[:_MOST_TOKENS]
+        has_kl |= each.kl is not None
+        n_cut += each.continuations is not None
+        n_apart += len(each.tokens) == each.n_prompt_tokens
+    if random.is_apart:
+        random = _RandomMeans()
+        for key, group in groups.items():
+            for name in group.names:
+                random.add(key, files[name])
+    by, prompts = "kl" if has_kl else "cosine", list(groups.values())
+    traits = sorted({trait for each in prompts for trait in each.changes})
+    changes = np.array([[_mean(each.changes.get(trait, ())) for trait in traits] for each in prompts])
+    differences = paired_differences(changes.reshape(len(prompts), len(traits)), random.means(traits))
+    cosine, norm_ratio = _by_layer(prompts)
     return ComparisonSummary(
-        first.a,
-        first.b,
-        len(groups),
-        len(files),
-        dict(zip(traits, found, strict=True)),
-        MeanSize.of(kl),
-        _by_layer(list(groups.values()), "cosine"),
-        _by_layer(list(groups.values()), "norm_ratio"),
-        _most_different(files, by),
+        "" if first is None else first.a,
+        "" if first is None else first.b,
+        len(prompts),
+        sum(len(each.names) for each in prompts),
+        dict(zip(traits, differences, strict=True)),
+        MeanSize.of([_mean(each.kl) for each in prompts]),
+        cosine,
+        norm_ratio,
+        most[by],
         by,
-        sum(each.continuations is not None for each in files.values()),
-        sum(len(each.tokens) == each.n_prompt_tokens for each in files.values()),
-        problems,
-        _vectors(files.values()),
+        n_cut,
+        n_apart,
+        (),
+        list(vectors),
+        [name for each in prompts for name in each.names],
     )
 
 
-def _vectors(files: Iterable[ComparisonFile]) -> list[UsedVector]:
-    used = {
-        UsedVector(trait, "residual", found.method, found.layer, found.experiment): None
-        for each in files
-        for trait, found in each.traits.items()
-        if found.experiment is not None
-    }
-    return list(used)
+class _Prompt:
+    """The comparisons of a prompt, of which there are several if it has samples or several ids.
+
+    Attributes:
+        names: of the comparisons.
+        changes: of each trait, in the comparisons that have one.
+        kl: the mean divergence over the response, likewise.
+        sums, counts: of the cosine and the norm ratio over tokens of responses, `[2, n_layers]`.
+    """
+
+    def __init__(self, n_layers: int):
+        self.names: list[str] = []
+        self.changes: dict[str, list[float]] = {}
+        self.kl: list[float] = []
+        self.sums = np.zeros((2, n_layers))
+        self.counts = np.zeros((2, n_layers), dtype=np.int64)
+
+    def add(self, name: str, file: ComparisonFile) -> None:
+        """Take in another comparison of the prompt."""
+        self.names.append(name)
+        for trait, each in file.traits.items():
+            self.changes.setdefault(trait, []).extend([] if each.change is None else [each.change])
+        known = [found for index in file.response if file.kl is not None and (found := file.kl[index]) is not None]
+        self.kl += [float(np.mean(known))] if known else []
+        for number, rows in enumerate((file.residual.cosine, file.residual.norm_ratio)):
+            if kept := [row for index in file.response if (row := rows[index]) is not None]:
+                values = np.array(kept, dtype=np.float64)  # NaN in place of null
+                is_known = ~np.isnan(values)
+                for row in np.where(is_known, values, 0.0):
+                    self.sums[number] += row
+                self.counts[number] += is_known.sum(axis=0)
 
 
-def _mean(group: Sequence[ComparisonFile], value: Callable[[ComparisonFile], float]) -> float:
-    """The mean over the samples of a prompt that have the value."""
-    values = [found for each in group if not np.isnan(found := value(each))]
+class _RandomMeans:
+    """The mean changes of random directions over prompts, whose comparisons come one after another.
+
+    `is_apart` says whether comparisons of one prompt did not: then the means are wrong.
+    """
+
+    def __init__(self) -> None:
+        self.is_apart = False
+        self._seen: set[str] = set()
+        self._prompt = ""
+        self._of_prompt: dict[str, tuple[Values, int]] = {}
+        self._of_traits: dict[str, tuple[Values, int]] = {}
+        self._directions: dict[str, set[tuple[str, int] | None]] = {}
+
+    def add(self, prompt: str, file: ComparisonFile) -> None:
+        """Take in a comparison."""
+        if prompt != self._prompt:
+            self._end_prompt()
+            self.is_apart |= prompt in self._seen
+            self._seen.add(prompt)
+            self._prompt = prompt
+        for trait, each in file.traits.items():
+            if each.change is None:
+                continue
+            found = each.random
+            directions = self._directions.setdefault(trait, set())
+            directions.add(None if found is None else (found.directions, len(found.changes)))
+            if found is not None and len(directions) == 1:
+                _add(self._of_prompt, trait, np.array(found.changes))
+
+    def means(self, traits: Sequence[str]) -> list[Values | None]:
+        """The mean of each trait's random directions over prompts, `[n_directions]`.
+
+        `None` where a file with a change of the trait lacks them, or has other directions.
+        """
+        self._end_prompt()
+        return [
+            None
+            if len(directions := self._directions.get(trait, {None})) > 1 or None in directions
+            else np.divide(*self._of_traits[trait])
+            for trait in traits
+        ]
+
+    def _end_prompt(self) -> None:
+        for trait, mean in self._of_prompt.items():
+            _add(self._of_traits, trait, np.divide(*mean))
+        self._of_prompt = {}
+
+
+def _add(sums: dict[str, tuple[Values, int]], trait: str, values: Values) -> None:
+    total, n = sums.get(trait, (None, 0))
+    sums[trait] = (values if total is None else total + values, n + 1)
+
+
+def _vectors(file: ComparisonFile) -> Iterator[UsedVector]:
+    for trait, found in file.traits.items():
+        if found.experiment is not None:
+            yield UsedVector(trait, "residual", found.method, found.layer, found.experiment)
+
+
+def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else nan
 
 
-def _change(file: ComparisonFile, trait: str) -> float:
-    change = file.traits[trait].change if trait in file.traits else None
-    return nan if change is None else change
-
-
-def _random_means(groups: Sequence[Sequence[ComparisonFile]], trait: str) -> Values | None:
-    """The mean changes of a trait's random directions over prompts, `[n_directions]`.
-
-    `None` where a file with a change of the trait lacks them, or has other directions.
-    """
-    of_groups, directions = [], set()
-    for group in groups:
-        found = [each.traits[trait].random for each in group if not np.isnan(_change(each, trait))]
-        known = [each for each in found if each is not None]
-        if len(known) < len(found):
-            return None
-        directions |= {(each.directions, len(each.changes)) for each in known}
-        if known and len(directions) == 1:
-            of_groups.append(np.mean([each.changes for each in known], axis=0))
-    return np.mean(of_groups, axis=0) if of_groups and len(directions) == 1 else None
-
-
-def _over_response(file: ComparisonFile, values: Sequence[float | None] | None) -> float:
-    known = [found for index in file.response if values is not None and (found := values[index]) is not None]
-    return float(np.mean(known)) if known else nan
-
-
-def _by_layer(groups: Sequence[Sequence[ComparisonFile]], name: str) -> Values:
-    """The mean over prompts, by layer."""
-    of_groups = []
-    for group in groups:
-        rows = [
-            [nan if value is None else value for value in row]
-            for each in group
-            for index in each.response
-            if (row := getattr(each.residual, name)[index]) is not None
-        ]
-        if rows:
-            of_groups.append(_nanmean(np.array(rows)))
-    return _nanmean(np.array(of_groups)) if of_groups else np.full(groups[0][0].metadata.n_layers, nan)
-
-
-def _nanmean(values: Values) -> Values:
-    """The mean over the first axis, ignoring NaN; NaN where all values are."""
-    known = ~np.isnan(values)
+def _by_layer(prompts: Sequence[_Prompt]) -> Values:
+    """The means of cosines and norm ratios over prompts, `[2, n_layers]`; NaN at layers without activations."""
+    if not prompts:
+        return np.full((2, 0), nan)
+    means = np.array([np.where(each.counts, each.sums / np.maximum(each.counts, 1), nan) for each in prompts])
+    known = ~np.isnan(means)
     count = known.sum(axis=0)
-    return np.where(count, np.where(known, values, 0.0).sum(axis=0) / np.maximum(count, 1), nan)
+    return np.where(count, np.where(known, means, 0.0).sum(axis=0) / np.maximum(count, 1), nan)
 
 
-def _most_different(files: Mapping[str, ComparisonFile], by: str) -> list[DifferingToken]:
-    found = []
-    for name, each in files.items():
-        sizes = each.kl if by == "kl" else [_turned(row) for row in each.residual.cosine]
-        for index in each.response if sizes is not None else ():
-            size = sizes[index] if sizes is not None else None
-            if size:
-                found.append(DifferingToken(name, index, each.tokens[index], size))
-    return sorted(found, key=lambda each: -each.size)[:_MOST_TOKENS]
+def _differing(name: str, file: ComparisonFile, by: str) -> Iterator[DifferingToken]:
+    """The tokens of the response at which captures differ, by `kl` or `cosine`."""
+    sizes = file.kl if by == "kl" else [_turned(row) for row in file.residual.cosine]
+    for index in file.response if sizes is not None else ():
+        size = sizes[index] if sizes is not None else None
+        if size:
+            yield DifferingToken(name, index, file.tokens[index], size)
 
 
 def _turned(row: Sequence[float | None] | None) -> float | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tlcapture.errors import InputError
-from tlcapture.names import base_set, check_capture_set, split_name, variant_of
+from tlcapture.names import base_set, check_capture_set, of_variant, split_name, variant_of
 from tlcapture.storage.comparisons import comparison_file
 from tlcapture.storage.layout import Layout
 from tlcapture.text import beside, did_you_mean, listed
@@ -102,6 +102,14 @@ class ComparedSets:
             if name not in names_a and split_name(name)[0] in names_a
         ]
         return found
+
+
+def compared_with(layout: Layout, other: str, prompt_set: str) -> CaptureSet:
+    """The captures that those of a set were compared with, by their name `other` in paths (`ComparedSets.other`)."""
+    rest, _, variant = other.partition("@")
+    experiment, _, name = rest.partition("+")
+    own = name.replace("+", "/") or base_set(prompt_set)
+    return CaptureSet(Layout(layout.root, experiment), of_variant(own, variant or None))
 
 
 def compared_sets(a: CaptureSet, b: CaptureSet, only: Sequence[str] = ()) -> list[ComparedSets]:

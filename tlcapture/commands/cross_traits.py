@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,10 +44,9 @@ def cross_traits(layout: Layout) -> CrossTraits:
     Traits of other models, and those whose examples have changed since their activations were kept, are left out.
     """
     vectors = _best_vectors(layout)
-    found = {trait: found for trait in layout.traits() if (found := _examples(layout, trait)) is not None}
     matrix: dict[str, dict[str, float]] = {}
     farthest: list[Tensor] = []
-    for seed, (other, (examples, kept)) in enumerate(sorted(found.items())):
+    for seed, (other, examples, kept) in enumerate(_examples_of_all(layout)):
         labels = torch.tensor([item.positive for item in examples.items])
         held_out = torch.tensor([item.held_out for item in examples.items])
         of_others = []
@@ -76,6 +75,13 @@ def _best_vectors(layout: Layout) -> dict[Trait, TraitVector]:
         if row.component == "residual" and row.layer in files.available("residual").get(row.method, ()):
             found[files.trait] = read_vector(files, "residual", row.method, row.layer)
     return found
+
+
+def _examples_of_all(layout: Layout) -> Iterator[tuple[Trait, Examples, KeptActivations]]:
+    """The traits with examples and activations, sorted, whose activations are read one after another."""
+    for trait in layout.traits():
+        if (found := _examples(layout, trait)) is not None:
+            yield trait, *found
 
 
 def _examples(layout: Layout, trait: Trait) -> tuple[Examples, KeptActivations] | None:

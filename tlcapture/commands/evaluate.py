@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 from tlcapture.commands.cross_traits import cross_traits
-from tlcapture.commands.evaluation_rows import EvaluatedComponent, best_vector, doubts, rows_of
+from tlcapture.commands.evaluation_entries import add_entry, entries_put_in, present_rows
+from tlcapture.commands.evaluation_rows import EvaluatedComponent, doubts, rows_of
 from tlcapture.commands.extract import kept_activations
 from tlcapture.commands.held_out_calibrations import held_out_calibrations, keep_held_out_calibrations
 from tlcapture.commands.reference import has_reference, keep_reference
@@ -29,9 +29,8 @@ from tlcapture.storage.config import read_config
 from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import write_bytes, write_json
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.evaluation_files import Evaluation, EvaluationRow, best_by_trait, read_evaluation
+from tlcapture.traits.evaluation_files import Evaluation, EvaluationRow, read_evaluation
 from tlcapture.traits.projection import check_fits
-from tlcapture.traits.selection import is_present
 from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles, check_available, traits_with_vectors
 from tlcapture.traits.vectors import read_vector
 from tlcapture.views.hooks import COMPONENTS
@@ -80,7 +79,8 @@ def run_evaluate(
     for trait in unscored:
         run.warn(f"left out: no examples to score the imported vectors of {trait}")
         traits.remove(trait)
-    executor.run(Work(partial(_Worker, options), load, traits, lambda trait: 1, "trait", str), run)
+    with entries_put_in(run):
+        executor.run(Work(partial(_Worker, options), load, traits, lambda trait: 1, "trait", str), run)
     _write_cross_traits(run)
     return run.report
 
@@ -112,9 +112,8 @@ class _Worker:
         with self._run.attempt(str(trait)), self._run.progress(1, str(trait), "trait") as progress:
             found = _evaluate(self._run, trait, self._options, lambda: self._model)
             if found:
-                with run_lock(self._run, "the evaluation"):
-                    content = _merged(self._run.layout, trait, found)
-                    self._run.wrote(write_json(self._run.layout.evaluation, content, indent=True))
+                components = {name: {"rows": each.rows, "summary": each.summary} for name, each in found.items()}
+                add_entry(self._run, {"trait": str(trait), "components": components})
             self._keep_reference(found)
             progress.advance(1, done=f"{trait}: {'evaluated' if found else 'no such vectors'}")
 
@@ -155,7 +154,7 @@ def _evaluate(
     Those that were evaluated before are scored with them: the choice is among all that have scores, and so is chance.
     """
     layout, files = run.layout, VectorFiles(run.layout, trait)
-    earlier = _present(layout, trait, read_evaluation(layout.evaluation))
+    earlier = present_rows(layout, trait, Evaluation.read(layout.evaluation).rows_of.get(str(trait), ()))
     found: dict[str, EvaluatedComponent] = {}
     for component in options.components:
         available = files.available(component)
@@ -186,11 +185,6 @@ def _evaluate(
             run.warn(f"{trait}: {note}")
         found[component] = made
     return found
-
-
-def _present(layout: Layout, trait: Trait, rows: Iterable[EvaluationRow]) -> list[EvaluationRow]:
-    """The rows of a trait whose vectors have neither been removed nor extracted again."""
-    return [row for row in rows if row.trait == str(trait) and is_present(VectorFiles(layout, trait), row)]
 
 
 def _check_held_out(examples: Examples) -> None:
@@ -268,30 +262,6 @@ def _activations(
     if reading.made_from is not None:
         run.wrote(kept.write(path))
     return kept
-
-
-def _merged(layout: Layout, trait: Trait, found: Mapping[str, EvaluatedComponent]) -> dict[str, Any]:
-    """The content of the evaluation file, with a trait's new rows in place of those of the same vectors.
-
-    Rows of vectors that were removed or extracted again are left out.
-    """
-    before = Evaluation.read(layout.evaluation)
-    others = [row for row in before.all_results if row.trait != str(trait)]
-    earlier = [*others, *_present(layout, trait, before.all_results)]
-    made = [EvaluationRow.model_validate(row) for each in found.values() for row in each.rows]
-    kept = {row.key: row for row in [*earlier, *made]}
-    merged = [kept[key] for key in sorted(kept)]
-    known = {trait: each.summary for trait, each in before.by_trait.items()}
-    best: dict[str, Any] = {}
-    for name, row in best_by_trait(merged).items():
-        component = found.get(row.component)
-        is_new = component is not None and component.trait == name
-        summary = component.summary if is_new and component is not None else known.get(name, {})
-        best[name] = best_vector(row, {} if row.method == IMPORTED else summary)
-    cross = before.cross_trait if isinstance(before.cross_trait, dict) else {}
-    content = before.model_dump(exclude_unset=True)
-    rows = [row.as_written() for row in merged]
-    return {**content, "all_results": rows, "best_vectors": best, "cross_trait": cross}
 
 
 def _write_cross_traits(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from tlcapture.extraction.kept_activations import KeptActivations
 from tlcapture.extraction.many_fits import Span
 from tlcapture.extraction.methods import FITS
 from tlcapture.names import Trait
+from tlcapture.shapes import Vector
+from tlcapture.storage.files import FileState
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import rounded_or_none
 from tlcapture.text import layers_named
@@ -58,6 +61,7 @@ class _Common:
     cross_validated: CrossValidated | None
     baselines: Sequence[Baseline]
     n_held_out: int
+    traits: Sequence[Trait]
 
 
 def rows_of(
@@ -80,7 +84,7 @@ def rows_of(
         validated = cross_validate(span, labels, groups, grid, seed=seed) if grid else None
     except ValueError:
         validated = None
-    common = _Common(validated, baselines, int(held_out.sum()))
+    common = _Common(validated, baselines, int(held_out.sum()), layout.traits())
     rows: list[Row] = []
     best, paired = 0.0, _is_paired(examples)
     for method, found in ((method, found) for method, found in vectors.items() if found):
@@ -200,7 +204,7 @@ def _row(
             vector, [(m, vector.trait, m) for m in (*METHODS, IMPORTED) if m != vector.method], layout
         ),
         "cosine_to_traits": _cosines(
-            vector, [(str(t), t, vector.method) for t in layout.traits() if t != vector.trait], layout
+            vector, [(str(t), t, vector.method) for t in common.traits if t != vector.trait], layout
         ),
     }
     if has_fits and validated is not None:
@@ -217,8 +221,15 @@ def _cosines(vector: TraitVector, others: Sequence[tuple[str, Trait, str]], layo
     cosines = {}
     for name, trait, method in others:
         folder = VectorFiles(layout, trait)
-        if folder.file(vector.component, method, vector.layer).is_file():
-            other = read_vector(folder, vector.component, method, vector.layer).vector
+        path = folder.file(vector.component, method, vector.layer)
+        if path.is_file():
+            other = _read(folder, vector.component, method, vector.layer, FileState.of(path.stat()))
             if other.shape == vector.vector.shape:
                 cosines[name] = rounded_or_none(torch.nn.functional.cosine_similarity(vector.vector, other, dim=0))
     return cosines
+
+
+@lru_cache(maxsize=2**14)  # 256 MiB at a width of 4,096
+def _read(files: VectorFiles, component: str, method: str, layer: int, _state: FileState) -> Vector:
+    """A vector, which is read once for all traits that it is compared with."""
+    return read_vector(files, component, method, layer).vector

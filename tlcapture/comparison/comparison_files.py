@@ -72,7 +72,8 @@ class Continuations(FileContent):
 class ComparisonMetadata(FileContent):
     """What was compared, and how; further fields record more.
 
-    `prompt_digest` is equal for prompts of the same tokens.
+    `prompt_digest` is equal for prompts of the same tokens. `models` are those of `a` and `b`, as in the metadata of
+    their captures.
     """
 
     prompt_set: str
@@ -81,6 +82,7 @@ class ComparisonMetadata(FileContent):
     prompt_digest: str | None = None
     sample: int | None = None
     vectors: str | None = None
+    models: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 class ComparisonFile(FileContent):

@@ -8,6 +8,7 @@ in float64, so that equal activations give exactly 0, or a cosine and a ratio of
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -50,14 +51,22 @@ def divergence(a: Residual, b: Residual, unembed_a: Unembed, unembed_b: Unembed,
     pieces = []
     for start in range(0, len(a), n_rows):
         rows = slice(start, start + n_rows)
-        pieces.append(_divergence(unembed_a(a[rows]), unembed_b(b[rows])))
+        pieces.append(_on_device(unembed_a(a[rows]).detach(), unembed_b(b[rows]).detach()))
     found = torch.cat(pieces)
     if not found.isfinite().all():
         raise NumericalError("the divergence of the next-token distributions is not finite: leave it out with --no-kl")
     return found
 
 
+def _on_device(a: Logits, b: Logits) -> Tensor:
+    """The divergence in main memory, computed where the logits are if float64 is known there and fits in memory."""
+    if a.is_cuda and a.device == b.device:
+        with suppress(torch.OutOfMemoryError):
+            return _divergence(a, b).cpu()
+    return _divergence(a.cpu(), b.cpu())
+
+
 def _divergence(a: Logits, b: Logits) -> Tensor:
-    log_a, log_b = (each.detach().cpu().double().log_softmax(-1) for each in (a, b))
+    log_a, log_b = (each.double().log_softmax(-1) for each in (a, b))
     surprise = torch.where(log_a == -torch.inf, 0.0, log_a - log_b)
     return (log_a.exp() * surprise).sum(-1).clamp(min=0)

@@ -36,7 +36,8 @@ from numpy.typing import NDArray
 LEVEL = 0.05
 _FLIPS = 10_000
 _MOST_PAIRS_FOR_ALL = 13  # 8,192 ways
-_AT_ONCE = 2**10
+_AT_ONCE = 2**10  # flips that are in memory at once,
+_MOST_SIGNS = 2**22  # and the most signs, 32 MiB
 _TIES = 1e-9  # relative, by which equal statistics may differ by rounding
 _ROUNDING = 1e-9  # of the largest value: a standard deviation below it is no more than rounding
 _SYMMETRIC = 1e-6  # a smaller skewness counts as none
@@ -197,5 +198,6 @@ def _signs(n: int) -> Iterator[Values]:
         return
     yield np.ones((1, n))
     generator = np.random.default_rng(0)
-    for start in range(0, _FLIPS, _AT_ONCE):
-        yield generator.choice([-1.0, 1.0], size=(min(_AT_ONCE, _FLIPS - start), n))
+    at_once = max(1, min(_AT_ONCE, _MOST_SIGNS // n))  # which does not change what is drawn
+    for start in range(0, _FLIPS, at_once):
+        yield generator.choice([-1.0, 1.0], size=(min(at_once, _FLIPS - start), n))

@@ -61,7 +61,8 @@ _CAPTURES = pa.schema(
         "record": pa.string(),
     }
 )
-_BUFFERED = 64 * 2**20  # bytes of tokens that make one row group
+_BUFFERED = 64 * 2**20  # bytes of rows that make one row group
+_READ = 16 * 2**20  # bytes of rows that are read at a time
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class ParquetFolder:
     folder: Path
     columns: Columns
     shard_bytes: int
-    _waiting: list[ExportedCapture] = field(default_factory=list)
+    _waiting: list[tuple[dict[str, Any], pa.Table]] = field(default_factory=list)  # rows of both tables
     _bytes: int = 0
     _shards: dict[str, _Shards] = field(default_factory=dict)
 
@@ -99,9 +100,9 @@ class ParquetFolder:
 
     def add(self, exported: ExportedCapture) -> None:
         """Add a capture; it is written together with others."""
-        self._waiting.append(exported)
-        numbers = sum(tensor.nbytes for tensor in exported.activations.values())
-        self._bytes += numbers + 8 * 100 * len(exported.columns["token"]) * max(1, len(self.columns.scores))
+        row, tokens = _row(exported), _tokens(exported, self.columns)
+        self._waiting.append((row, tokens))
+        self._bytes += tokens.nbytes + len(row["record"])
         if self._bytes >= _BUFFERED:
             self._flush()
 
@@ -113,10 +114,8 @@ class ParquetFolder:
 
     def _flush(self) -> None:
         if self._waiting:
-            self._shards["captures"].write(pa.Table.from_pylist(list(map(_row, self._waiting)), schema=_CAPTURES))
-            self._shards["tokens"].write(
-                pa.concat_tables(_tokens(exported, self.columns) for exported in self._waiting)
-            )
+            self._shards["captures"].write(pa.Table.from_pylist([row for row, _ in self._waiting], schema=_CAPTURES))
+            self._shards["tokens"].write(pa.concat_tables(tokens for _, tokens in self._waiting))
         self._waiting, self._bytes = [], 0
 
 
@@ -225,15 +224,23 @@ def _vectors(tensor: Tensor, dtype: str, of: pa.DataType) -> pa.Array:
 
 
 def _rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
-    for batch in pq.ParquetFile(path).iter_batches():
+    for batch in _batches(path):
         yield from batch.to_pylist()
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """The rows of a file, about `_READ` bytes at a time."""
+    file = pq.ParquetFile(path)
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    largest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1.0)
+    yield from file.iter_batches(batch_size=max(1, int(_READ / max(1.0, largest))))
 
 
 class _Rows:
     """The rows of several files in order, read in requested numbers."""
 
     def __init__(self, paths: Iterable[Path]):
-        self._batches = (batch for path in paths for batch in pq.ParquetFile(path).iter_batches(batch_size=4096))
+        self._batches = (batch for path in paths for batch in _batches(path))
         self._rest: pa.Table | None = None
 
     def take(self, n_rows: int) -> pa.Table:

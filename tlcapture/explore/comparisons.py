@@ -18,13 +18,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from math import nan
 from operator import index
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.commands.compare import CompareOptions, run_compare
-from tlcapture.commands.compare_summary import read_comparisons, summary_of
-from tlcapture.commands.compared_sets import CaptureSet, ComparedSets, compared_sets
+from tlcapture.commands.compare_summary import SavedComparisons
+from tlcapture.commands.compared_sets import CaptureSet, compared_sets
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import InputError, warn_user
 from tlcapture.explore.doubts import tell_of_vectors
@@ -79,31 +80,37 @@ def compare(
         raise InputError(str(report.failures[0]))
     for text in (*report.warnings, *map(str, report.failures)):
         warn_user(text)
-    found = {each: read_comparisons(each.a.layout, each.other, each.a.name or "") for each in sets}
-    frame = tidy_frame({each: files for each, (files, _) in found.items()}, by, [str(each) for each in choice.traits])
-    summaries = [summary_of(*each) for each in found.values() if each[0]]
+    names = [str(each) for each in choice.traits]
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS[by]}
+    summaries = []
+    for each in sets:
+        found = SavedComparisons(each.a.layout, each.other, each.a.name or "")
+        summary = found.summary(partial(_add_rows, columns, each.a.name or "", by, names))
+        if summary.left_out is not None:
+            warn_user(summary.left_out)
+        summaries += [summary] if summary.n_files else []
+    frame = _tidy_frame(columns)
     if by == "trait":
         tell_of_vectors(a.layout.root, [vector for each in summaries for vector in each.vectors])
     frame.attrs["summary"] = [each.to_json() for each in summaries]
     return frame
 
 
-def tidy_frame(
-    found: Mapping[ComparedSets, Mapping[str, ComparisonFile]], by: str, traits: Sequence[str] = ()
-) -> DataFrame:
-    """A data frame with the columns `COLUMNS[by]`, sorted by set, prompt, trait or layer, and token."""
+def _tidy_frame(columns: Mapping[str, Sequence[Any]]) -> DataFrame:
     import pandas
 
-    rows = [
-        row
-        for sets, files in found.items()
-        for name, file in files.items()
-        for row in _rows(sets.a.name or "", name, file, by, traits)
-    ]
-    columns = COLUMNS[by]
-    frame = pandas.DataFrame([[row[name] for name in columns] for row in rows], columns=list(columns))
+    frame = pandas.DataFrame(columns)
     kinds = {name: kind for name, kind in _KINDS.items() if name in columns}
     return frame.astype({**kinds, **{name: "float64" for name in _NUMBERS if name in columns}})
+
+
+def _add_rows(
+    columns: Mapping[str, list[Any]], prompt_set: str, by: str, traits: Sequence[str], name: str, file: ComparisonFile
+) -> None:
+    """Add the rows of a comparison, sorted by trait or layer, and token."""
+    for row in _rows(prompt_set, name, file, by, traits):
+        for column, values in columns.items():
+            values.append(row[column])
 
 
 def _rows(prompt_set: str, name: str, file: ComparisonFile, by: str, traits: Sequence[str]) -> Iterator[dict[str, Any]]:

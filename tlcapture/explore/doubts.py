@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tlcapture.errors import warn_user
@@ -23,16 +23,12 @@ def tell(doubts: Iterable[tuple[str, str]]) -> None:
         warn_user(f"{', '.join(traits)}: {cause}")
 
 
-def tell_of_saved(root: Path, projections: Iterable[TokenScores]) -> None:
-    """Warn of the doubts that `evaluate` leaves about the vectors of saved projections in a root."""
-    tell_of_vectors(
-        root,
-        [
-            UsedVector(each.trait, each.component, each.method, each.layer, each.experiment)
-            for each in projections
-            if each.experiment is not None
-        ],
-    )
+def noted(projections: Iterable[TokenScores], vectors: dict[UsedVector, None]) -> Iterator[TokenScores]:
+    """The projections unchanged, each of whose vectors is added to `vectors` on the way."""
+    for each in projections:
+        if each.experiment is not None:
+            vectors[UsedVector(each.trait, each.component, each.method, each.layer, each.experiment)] = None
+        yield each
 
 
 def tell_of_vectors(root: Path, vectors: Iterable[UsedVector]) -> None:

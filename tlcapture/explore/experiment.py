@@ -25,6 +25,7 @@ from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import FRESH, refresh, root_folder
 from tlcapture.text import counted
 from tlcapture.traits.packaged_vectors import listed_vectors, vectors_layout
+from tlcapture.traits.verdicts import UsedVector
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -222,13 +223,15 @@ class Experiment:
 
         Raises `InputError`, naming the command to run, if the set has no projections.
         """
-        from tlcapture.explore.doubts import tell_of_saved
+        from tlcapture.explore.doubts import noted, tell_of_vectors
         from tlcapture.explore.projection_frames import tidy_frame
         from tlcapture.traits.saved_projections import saved_projections
 
+        vectors: dict[UsedVector, None] = {}
         projections = saved_projections(self._listed, prompt_set, component=component, traits=traits)
-        tell_of_saved(self.layout.root, projections)
-        return tidy_frame(projections, layers)
+        frame = tidy_frame(noted(projections, vectors), layers)
+        tell_of_vectors(self.layout.root, vectors)
+        return frame
 
     def compare(self, other: Experiment | str, prompt_set: str | None = None, **how: Any) -> DataFrame:
         """Compare other captures of the same prompts with this experiment's, as `tlcapture compare` does.

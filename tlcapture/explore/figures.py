@@ -21,7 +21,7 @@ from tlcapture.errors import InputError
 from tlcapture.explore.attention_heads import AttentionHeads
 from tlcapture.explore.logit_lens_table import LogitLensTable
 from tlcapture.explore.offline_figure import OfflineFigure, plotly_text
-from tlcapture.explore.set_means import aligned, mean_and_spread
+from tlcapture.explore.set_means import SetLine, mean_of
 from tlcapture.text import counted, printable
 from tlcapture.traits.token_scores import TokenScores
 
@@ -69,7 +69,7 @@ def _marks(projections: Sequence[TokenScores]) -> list[str]:
     return [mark for mark, is_drawn in marks.items() if is_drawn]
 
 
-def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibrated: bool = True) -> OfflineFigure:
+def mean_trajectory_figure(sets: Mapping[str, Sequence[SetLine]], *, calibrated: bool = True) -> OfflineFigure:
     """Mean trajectories of many responses over the tokens, one line per trait and prompt set, with their spread.
 
     The responses begin together, at 0; the band is one standard deviation over responses each way. Each line has its
@@ -77,9 +77,9 @@ def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibra
     number is shown on hovering.
 
     Args:
-        sets: the projections of each prompt set, or of a variant, `SET@VARIANT`.
+        sets: the lines of each prompt set, or of a variant, `SET@VARIANT`.
 
-    Raises `InputError` if there are no projections.
+    Raises `InputError` if there are none.
     """
     everything = [each for found in sets.values() for each in found]
     if not everything:
@@ -91,27 +91,21 @@ def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibra
         found = [each for each in sets[prompt_set] if each.trait == trait]
         if not found:
             continue
-        lines = [
-            (scores, each.n_prompt_tokens)
-            for each in found
-            if (scores := each.calibrated if is_calibrated else each.trajectory) is not None
-        ]
-        positions, rows = aligned(lines)
-        mean, spread = mean_and_spread(rows)
+        over = mean_of(found, lambda each: each.calibrated if is_calibrated else each.trajectory)
+        mean, spread = over.mean, over.spread
         colour = _COLOURS[(traits.index(trait) * len(sets) + list(sets).index(prompt_set)) % len(_COLOURS)]
         dash = _DASHES[list(sets).index(prompt_set) % len(_DASHES)]
         label = f"{trait}, {prompt_set}" if len(sets) > 1 else trait
         name = plotly_text(f"{label} ({counted(len(found), 'response')})")
         drawn = ~np.isnan(spread)
-        x, low, high = positions[drawn], (mean - spread)[drawn], (mean + spread)[drawn]
+        x, low, high = over.positions[drawn], (mean - spread)[drawn], (mean + spread)[drawn]
         band = {"x": [*x, *x[::-1]], "y": [*high, *low[::-1]], "fill": "toself", "fillcolor": colour, "opacity": 0.15}
         hidden = {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": name}
         figure.add_trace(go.Scatter(**band, **hidden, name=f"{name}: one standard deviation"))
-        numbers = (~np.isnan(rows)).sum(axis=0)
-        is_ragged |= bool((numbers[positions >= 0] < len(rows)).any())
+        is_ragged |= bool((over.n[over.positions >= 0] < len(found)).any())
         hover = f"token %{{x}} of the response<br>{name}: %{{y:.5g}}, mean of %{{customdata}}<extra></extra>"
         line = {"color": colour, "width": 2, "dash": dash}
-        common = {"name": name, "legendgroup": name, "hovertemplate": hover, "customdata": numbers[drawn]}
+        common = {"name": name, "legendgroup": name, "hovertemplate": hover, "customdata": over.n[drawn]}
         figure.add_trace(go.Scatter(x=x, y=mean[drawn], line=line, **common))
     _lay_out(figure, f"{' beside '.join(sets)}: mean and one standard deviation over responses")
     if is_ragged:

@@ -21,7 +21,7 @@ score.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from operator import index
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -37,44 +37,43 @@ if TYPE_CHECKING:
 
 COLUMNS = ("prompt_id", "sample", "token_idx", "token", "part", "span", "role", "trait", "layer", "score", "calibrated")
 
+_NUMBERS = {"token_idx": "int64", "layer": "int64", "score": "float64", "calibrated": "float64"}
+
 Layers = str | SupportsIndex | Iterable[SupportsIndex]
 
 
-def tidy_frame(projections: Sequence[TokenScores], layers: Layers = "own") -> DataFrame:
+def tidy_frame(projections: Iterable[TokenScores], layers: Layers = "own") -> DataFrame:
     """A data frame with the columns `COLUMNS`, sorted by projection, then layer, then token.
 
     Args:
+        projections: those of one capture or of many, of which one at a time is used.
         layers: `own` (each vector's own layer), `all` (every stored layer), a layer, or several.
 
     Raises `InputError` for a layer that a projection does not have.
     """
     import pandas
 
-    pieces: list[dict[str, Any]] = []
+    texts: dict[str, list[Any]] = {name: [] for name in COLUMNS if name not in _NUMBERS}
+    numbers: dict[str, list[NDArray[Any]]] = {name: [np.empty(0, kind)] for name, kind in _NUMBERS.items()}
+    known: dict[str, str] = {}  # equal tokens are one text
     for projection in projections:
         kept = list(projection.kept_tokens)
         n_kept = len(kept)
         labels = labels_of(projection.spans, len(projection.tokens))
-        parts = np.where(np.array(kept, dtype=np.int64) < projection.n_prompt_tokens, "prompt", "response")
         for layer in _chosen(projection, layers):
-            pieces.append(
-                {
-                    "prompt_id": [projection.prompt_id] * n_kept,
-                    "sample": [projection.sample] * n_kept,
-                    "token_idx": kept,
-                    "token": [projection.tokens[token] for token in kept],
-                    "part": parts.tolist(),
-                    "span": [labels[token][0] for token in kept],
-                    "role": [labels[token][1] for token in kept],
-                    "trait": [projection.trait] * n_kept,
-                    "layer": [layer] * n_kept,
-                    "score": projection.at(layer)[kept].tolist(),
-                    "calibrated": _calibrated(projection, layer)[kept].tolist(),
-                }
-            )
-    columns = {name: [value for piece in pieces for value in piece[name]] for name in COLUMNS}
-    kinds = {"sample": "Int64", "token_idx": "int64", "layer": "int64", "score": "float64", "calibrated": "float64"}
-    return pandas.DataFrame(columns).astype(kinds)
+            texts["prompt_id"] += [projection.prompt_id] * n_kept
+            texts["sample"] += [projection.sample] * n_kept
+            texts["token"] += [known.setdefault(text, text) for token in kept for text in [projection.tokens[token]]]
+            texts["part"] += ["prompt" if token < projection.n_prompt_tokens else "response" for token in kept]
+            texts["span"] += [labels[token][0] for token in kept]
+            texts["role"] += [labels[token][1] for token in kept]
+            texts["trait"] += [projection.trait] * n_kept
+            numbers["token_idx"].append(np.array(kept, np.int64))
+            numbers["layer"].append(np.full(n_kept, layer))
+            numbers["score"].append(projection.at(layer)[kept])
+            numbers["calibrated"].append(_calibrated(projection, layer)[kept])
+    columns = {**texts, **{name: np.concatenate(pieces) for name, pieces in numbers.items()}}
+    return pandas.DataFrame({name: columns[name] for name in COLUMNS}).astype({"sample": "Int64"})
 
 
 def _calibrated(projection: TokenScores, layer: int) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.saved_projections import saved_projections
+from tlcapture.traits.verdicts import UsedVector
 
 if TYPE_CHECKING:
     from tlcapture.explore.offline_figure import OfflineFigure
@@ -46,13 +47,15 @@ class SetFigures:
 
         Raises `InputError`, naming the command to run, if a set has no projections.
         """
-        from tlcapture.explore.doubts import tell_of_saved
+        from tlcapture.explore.doubts import noted, tell_of_vectors
         from tlcapture.explore.figures import mean_trajectory_figure
+        from tlcapture.explore.set_means import SetLine
 
         names = [self.prompt_set, *([beside] if isinstance(beside, str) else beside)]
-        found = {
-            name: list(saved_projections(self._layout, name, component=component, traits=traits or None))
-            for name in names
-        }
-        tell_of_saved(self._layout.root, [each for projections in found.values() for each in projections])
+        vectors: dict[UsedVector, None] = {}
+        found = {}
+        for name in names:
+            projections = saved_projections(self._layout, name, component=component, traits=traits or None)
+            found[name] = [*map(SetLine.of, noted(projections, vectors))]
+        tell_of_vectors(self._layout.root, vectors)
         return mean_trajectory_figure(found, calibrated=calibrated)

@@ -22,7 +22,7 @@ from torch import Tensor
 from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
 from tlcapture.extraction.examples import Example
 from tlcapture.generation.padding import right_pad
-from tlcapture.generation.typical_norms import TypicalNorms
+from tlcapture.generation.typical_norms import TypicalNorms, norms_of
 from tlcapture.models.finite_weights import remedy
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, within_memory
@@ -188,19 +188,30 @@ def _read_batch(
     tokens, mask = right_pad([reading.token_ids[prefix:] for reading in readings])
     weights = _weights(readings, prefix, tokens.shape[1])
     step = model.step(tokens, mask, state, hooks, want_logits=False)
+    devices = {step.cache[name].device for by_layer in names.values() for name in by_layer}
+    on = {device: weights.to(device) for device in devices}
     means = {
-        part: torch.stack(
-            [
-                torch.einsum("bpd,bp->bd", step.cache[name].float(), weights.to(step.cache[name].device)).cpu()
-                for name in by_layer
-            ]
+        part: _in_main_memory(
+            [torch.einsum("bpd,bp->bd", step.cache[name].float(), on[step.cache[name].device]) for name in by_layer]
         )
         for part, by_layer in names.items()
     }
-    if norms is not None:
-        for layer, name in enumerate(names.get("residual", ())):
-            norms.add(layer, step.cache[name][(weights > 0).to(step.cache[name].device)])
+    if norms is not None and (by_layer := names.get("residual")):
+        read = (weights > 0).flatten().nonzero().flatten()  # indices, for which a device need not be waited for
+        at = {device: read.to(device) for device in devices}
+        found = [norms_of(step.cache[name].flatten(0, 1)[at[step.cache[name].device]]) for name in by_layer]
+        for layer, each in enumerate(_in_main_memory(found)):
+            norms.add_norms(layer, each)
     return means
+
+
+def _in_main_memory(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape, stacked; all of a device are copied at once."""
+    copies = {
+        device: iter(torch.stack([each for each in tensors if each.device == device]).cpu())
+        for device in {each.device for each in tensors}
+    }
+    return torch.stack([next(copies[each.device]) for each in tensors])
 
 
 def _weights(readings: Sequence[Reading], prefix: int, width: int) -> Float[Tensor, "batch pos"]:

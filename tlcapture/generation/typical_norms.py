@@ -13,7 +13,7 @@ from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
 from tlcapture.models.loading import Model
 from tlcapture.prompts.tokenization import TokenizedPrompt
-from tlcapture.shapes import Residual
+from tlcapture.shapes import Residual, Trajectory
 from tlcapture.views.hooks import hook
 
 NORMS_MEASURED = (
@@ -30,13 +30,22 @@ class TypicalNorms:
 
     def add(self, layer: int, residual: Residual) -> None:
         """Add tokens, `[..., d_model]`."""
-        self._norms.setdefault(layer, []).append(residual.float().norm(dim=-1).flatten().cpu())
+        self.add_norms(layer, norms_of(residual).cpu())
+
+    def add_norms(self, layer: int, norms: Trajectory) -> None:
+        """Add the norms of tokens, `[n_tokens]`, in main memory."""
+        self._norms.setdefault(layer, []).append(norms)
 
     def medians(self) -> dict[int, float]:
         """The median of each layer; for an even number, the mean of the middle two."""
         return {
             layer: float(np.median(torch.cat(norms).double().numpy())) for layer, norms in sorted(self._norms.items())
         }
+
+
+def norms_of(residual: Residual) -> Trajectory:
+    """The norms of tokens `[..., d_model]` in float32, as `[n_tokens]` on their device."""
+    return residual.float().norm(dim=-1).flatten()
 
 
 def norms_over_prompts(

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-Parts = tuple[Sequence[float], Sequence[float]]
+Line = Sequence[float] | NDArray[np.float64]
+Parts = tuple[Line, Line]
 
 
 def average_trajectory(trajectories: Sequence[Parts]) -> dict[str, Any]:

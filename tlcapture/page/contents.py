@@ -14,20 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tlcapture.commands.compare_summary import read_comparisons, summary_of
 from tlcapture.comparison.comparison_files import ComparisonFile
+from tlcapture.comparison.outdated import is_outdated
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait, base_set, split_name
 from tlcapture.page import missing, readable
 from tlcapture.page.average import average_trajectory
 from tlcapture.page.captured import captured_tokens
-from tlcapture.page.long_reading import SHORT_REQUESTS
+from tlcapture.page.long_reading import SHORT_REQUESTS, comparisons_read
 from tlcapture.page.note_contents import NoteContents
 from tlcapture.page.overview import overview_of
 from tlcapture.page.projections import projection_of
 from tlcapture.page.prompt_list import folders_listed, listed_prompts
-from tlcapture.page.trait_contents import vectors_of
+from tlcapture.page.trait_contents import cross_traits_of, vectors_of
 from tlcapture.page.view_contents import head_content
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_file
 from tlcapture.runs.recorded_runs import capture_at_work
@@ -38,6 +39,8 @@ from tlcapture.storage.folders import state_of
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import shown
 from tlcapture.traits.intervention_records import described
+from tlcapture.traits.missing_vectors import PACKAGED
+from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.saved_projections import all_saved, saved_projection
 from tlcapture.traits.verdicts import Doubts
 from tlcapture.views.hooks import check_component
@@ -66,6 +69,7 @@ RESOURCES = {
     "at_work": "{experiment}/running/{prompt_set}",
     "average": "{experiment}/averages/{prompt_set}/{category}/{name}/{component}",
     "vectors": "{experiment}/vectors/{category}/{name}",
+    "cross_traits": "{experiment}/cross_traits/{source}",
     "comparisons": "{experiment}/compared",
     "uncompared": "{experiment}/uncompared/{prompt_set}",
     "compared_set": "{experiment}/compared/{other}/{prompt_set}",
@@ -231,17 +235,13 @@ class Contents(NoteContents):
         return layout.prompt_ids(prompt_set)
 
     def samples_of(self, layout: Layout, prompt_set: str) -> Mapping[str, Sequence[str]]:
-        """The names of the samples of each prompt of a set that has some."""
-        found: dict[str, list[str]] = {}
-        for name in self.names(layout, prompt_set):
-            prompt_id, sample = split_name(name)
-            if sample is not None:
-                found.setdefault(prompt_id, []).append(name)
-        return found
+        """The names of the samples of each prompt of a set that has some; lists the set again where it has changed."""
+        state = state_of(folders_listed(layout, prompt_set, layout.projection_folders(prompt_set)))
+        return (_samples if state is not None else _samples.__wrapped__)(layout, prompt_set, state)
 
     def _average(
         self, layout: Layout, prompt_set: str, names: Sequence[str], trait: str, component: str
-    ) -> tuple[dict[str, Any], list[list[float]]]:
+    ) -> tuple[dict[str, Any], list[NDArray[np.float64]]]:
         """Mean and deviation of the trajectories of captures, and the trajectories of their responses."""
         trajectories, scales, problems = [], [], []
         for each in names:
@@ -253,7 +253,8 @@ class Contents(NoteContents):
                 problems.append(self.problem(error))
                 continue
             if content is not None:
-                trajectories.append(content.trajectory)
+                prompt, response = map(np.array, content.trajectory)
+                trajectories.append((prompt, response))
                 scales.append(content.calibration)
         if not trajectories:
             raise missing.projections(layout, prompt_set)
@@ -267,6 +268,11 @@ class Contents(NoteContents):
         """A trait's vectors with the selected one, their evaluation and steering results."""
         return vectors_of(self._layout(experiment), Trait.parse(f"{category}/{name}"), self.problem)
 
+    def cross_traits(self, experiment: str, source: str) -> dict[str, Any]:
+        """The AUROC of each trait's vector on each trait's examples; `source` is that of `vectors`."""
+        layout = self._layout(experiment)
+        return cross_traits_of(layout if source == experiment else vectors_layout(self.root, PACKAGED))
+
     def uncompared(self, experiment: str, prompt_set: str) -> dict[str, str]:
         """The page's message on a set that was not compared: `what` is missing, and the command that compares it."""
         return missing.comparison(self._layout(experiment), prompt_set).to_json()
@@ -279,12 +285,18 @@ class Contents(NoteContents):
     def compared_set(self, experiment: str, other: str, prompt_set: str) -> dict[str, Any]:
         """The summary of the comparisons of a set, and the names of the compared prompts and samples."""
         layout = self._layout(experiment)
-        files, problems = read_comparisons(layout, other, prompt_set)
-        if not files:
+        read = comparisons_read(layout, other, prompt_set)
+        found = read.summary
+        problems = [self.problem(StorageError(each)) for each in found.problems]
+        if found.left_out is not None and read.b is not None:
+            again = missing.outdated(layout, prompt_set, read.b, found.left_out)
+            if not found.n_files:
+                raise again
+            problems.append(str(again))
+        if not found.n_files:
             raise missing.comparison(layout, prompt_set)
-        found = summary_of(files, [self.problem(StorageError(each)) for each in problems])
         doubts = Doubts(self.root).lines(found.vectors)
-        return {**found.to_json(), "ids": list(files), "doubts": doubts}
+        return {**found.to_json(), "problems": problems, "ids": [*found.names, *found.outdated], "doubts": doubts}
 
     def comparison(self, experiment: str, other: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The comparison of one prompt."""
@@ -292,7 +304,10 @@ class Contents(NoteContents):
         path = comparison_file(layout, other, prompt_set, prompt_id)
         if not path.is_file():
             raise missing.comparison(layout, prompt_set)
-        return ComparisonFile.read(path).model_dump(exclude_unset=True)
+        found = ComparisonFile.read(path)
+        if is_outdated(layout, prompt_set, path, found):
+            raise missing.outdated(layout, prompt_set, found.b, "a capture of this prompt was made again since")
+        return found.model_dump(exclude_unset=True)
 
     def _tokens_of_capture(self, layout: Layout, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The tokens of a capture that is not projected, from the capture itself or else from its add-ons."""
@@ -324,6 +339,17 @@ def _listed(
         raise missing.captures(layout, prompt_set)
     prompts = listed_prompts(layout, prompt_set, ids, {} if file is None else _prompts_in(file), folders)
     return {"name": prompt_set, "prompts": prompts, "traits": sorted({str(trait) for trait, _ in folders})}
+
+
+@lru_cache(maxsize=4)
+def _samples(layout: Layout, prompt_set: str, _state: Hashable) -> Mapping[str, Sequence[str]]:
+    """The answer of `Contents.samples_of`, which each request for samples needs."""
+    found: dict[str, list[str]] = {}
+    for name in layout.prompt_ids(prompt_set):
+        prompt_id, sample = split_name(name)
+        if sample is not None:
+            found.setdefault(prompt_id, []).append(name)
+    return found
 
 
 def _file_of_set(root: Path, prompt_set: str) -> _SetFile | None:

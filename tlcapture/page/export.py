@@ -21,6 +21,7 @@ from tlcapture.page.captured import is_capture
 from tlcapture.page.contents import Contents, address
 from tlcapture.page.missing import MissingError, root_option
 from tlcapture.page.note_contents import EXPORTED
+from tlcapture.page.trait_contents import source_of
 from tlcapture.storage.comparisons import compared, comparisons
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
@@ -144,8 +145,14 @@ def _of_sets(layout: Layout, contents: _Only) -> Iterator[tuple[str, Iterable[_R
             of_set = {**of_experiment, "prompt_set": name, "component": component}
             yield f"what stands out in {name}", [("overview", of_set)]
     projected = {name: layout.projection_folders(name) for name in prompt_sets}
-    for trait in sorted({*layout.traits(), *(trait for pairs in projected.values() for trait, _ in pairs)}):
+    traits = sorted({*layout.traits(), *(trait for pairs in projected.values() for trait, _ in pairs)})
+    for trait in traits:
         yield f"vectors of {trait}", [("vectors", {**of_experiment, **_named(trait)})]
+    for source in sorted({source_of(layout, trait).experiment for trait in traits}):
+        yield (
+            f"which traits the vectors of {source} tell apart",
+            [("cross_traits", {**of_experiment, "source": source})],
+        )
     for name, pairs in projected.items():
         for trait, component in pairs:
             of_trait = {**of_experiment, "prompt_set": name, **_named(trait), "component": component}

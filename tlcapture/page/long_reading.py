@@ -1,16 +1,22 @@
-"""Reads the projections of a whole prompt set, which takes long: one set at a time, giving way to other requests."""
+"""Reads the projections or comparisons of a whole prompt set, which takes long.
+
+One set is read at a time, giving way to other requests.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Lock
 
+from tlcapture.commands.compare_summary import ComparisonSummary, SavedComparisons
+from tlcapture.commands.compared_sets import CaptureSet, compared_with
 from tlcapture.commands.top_traits import Summary, summary_of
 from tlcapture.names import COMPACT
+from tlcapture.storage.comparisons import comparison_file
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.projection_shards import MERGED
 
@@ -55,8 +61,17 @@ class Read:
     problems: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Compared:
+    """The summary of a set's comparisons; `b` names the captures of those that are outdated, if there are any."""
+
+    summary: ComparisonSummary
+    b: str | None
+
+
 _reading = Lock()
 _last: tuple[Path, str, str, _States, Read] | None = None
+_last_compared: tuple[Path, str, str, _States, Compared] | None = None
 
 
 def summary_read(layout: Layout, prompt_set: str, component: str) -> Read:
@@ -80,6 +95,23 @@ def summary_read(layout: Layout, prompt_set: str, component: str) -> Read:
         return found
 
 
+def comparisons_read(layout: Layout, other: str, prompt_set: str) -> Compared:
+    """The comparisons of a prompt set with other captures; the last result if no file has changed since."""
+    global _last_compared
+    folders = [(comparison_file(layout, other, prompt_set, "x").parent, ".json")]
+    for each in (CaptureSet(layout, prompt_set), compared_with(layout, other, prompt_set)):
+        folders.append((each.layout.residual(each.name or "", "x").parent, ".pt"))
+    states: _States = {}
+    _add_states(states, folders)
+    with _reading:
+        if _last_compared is not None and _last_compared[:4] == (layout.folder, other, prompt_set, states):
+            return _last_compared[4]
+        files = SavedComparisons(layout, other, prompt_set, before_each=SHORT_REQUESTS.give_way)
+        found = Compared(files.summary(), next(iter(files.outdated.values()), None))
+        _last_compared = layout.folder, other, prompt_set, states, found
+        return found
+
+
 def _states(layout: Layout, prompt_set: str, component: str) -> _States:
     """Size and times of the files with projections of a set, by path, and the names of its captures."""
     names = layout.prompt_ids(prompt_set)
@@ -89,10 +121,15 @@ def _states(layout: Layout, prompt_set: str, component: str) -> _States:
     for trait, of in layout.projection_folders(prompt_set):
         if of == component and names:
             folders.append((layout.projection(trait, of, prompt_set, names[0]).parent, ".json"))
+    _add_states(found, folders)
+    return found
+
+
+def _add_states(found: _States, folders: Sequence[tuple[Path, str]]) -> None:
+    """Add the files of folders with an ending."""
     for folder, ending in folders:
         with suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.endswith(ending):
                     state = entry.stat()
                     found[entry.path] = (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
-    return found

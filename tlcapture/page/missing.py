@@ -113,3 +113,8 @@ def comparison(layout: Layout, prompt_set: str) -> MissingError:
     command = f"tlcapture compare {own} OTHER/{base_set(prompt_set)}{root_option(layout.root)}"
     how = "capture its prompts again as a variant (--steer, --adapter) or in another experiment"
     return MissingError(f"{what}: {how}; then '{command}'", "")
+
+
+def outdated(layout: Layout, prompt_set: str, other: str, what: str) -> MissingError:
+    """For comparisons with captures `other`, such as `exp/set@variant`, some of which were made again since."""
+    return _error(layout, what, f"tlcapture compare {layout.experiment}/{prompt_set} {other}")

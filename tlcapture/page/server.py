@@ -33,7 +33,7 @@ from tlcapture.text import printable
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 _LONGEST_REQUEST = 2**17  # bytes
-_LONG = ("overview", "average")  # what reads a whole prompt set
+_LONG = ("overview", "average", "samples", "compared_set")  # what reads a whole prompt set
 _NOT_CACHED = {"Cache-Control": "no-store"}
 _HEADERS = {
     "Content-Security-Policy": POLICY,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from os.path import lexists
 from typing import Any
 
@@ -19,7 +20,7 @@ from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.views.hooks import COMPONENTS
 
 _OF_TRAIT = ("nested_auroc", "nested_sd", "nested_effect_size", "chosen_layers", "baselines", "p", "verdict")
-
+_OF_PAIRS = {"cosine_to_traits", "cosine_to_methods"}  # of a row, which grow with the number of traits
 
 _Tell = Callable[[TlcaptureError], str]
 
@@ -30,8 +31,8 @@ def vectors_of(layout: Layout, trait: Trait, tell: _Tell) -> dict[str, Any]:
     Where an experiment of the embedded model has none, those that come with the package, from the experiment `source`.
     `tell` makes the text of an error. Raises `MissingError` if the trait has no vectors.
     """
-    is_lent = not layout.vectors(trait).is_dir() and has_packaged(layout, trait)
-    source = vectors_layout(layout.root, PACKAGED) if is_lent else layout
+    source = source_of(layout, trait)
+    is_lent = source != layout
     files = VectorFiles(source, trait)
     components = {component: _component_vectors(files, component, tell) for component in COMPONENTS}
     components = {component: found for component, found in components.items() if found}
@@ -44,6 +45,29 @@ def vectors_of(layout: Layout, trait: Trait, tell: _Tell) -> dict[str, Any]:
         "components": components,
         "evaluation": _evaluation(source, trait, tell),
         "steering": not_steered if is_lent else _steering(layout, trait, tell),
+    }
+
+
+def source_of(layout: Layout, trait: Trait) -> Layout:
+    """The experiment that a trait's vectors are shown from: its own, or the one that comes with the package."""
+    is_lent = not layout.vectors(trait).is_dir() and has_packaged(layout, trait)
+    return vectors_layout(layout.root, PACKAGED) if is_lent else layout
+
+
+def cross_traits_of(layout: Layout) -> dict[str, Any]:
+    """The AUROC of each trait's vector on the examples of each trait, `aurocs[vector][examples]` in order of `traits`.
+
+    Without any where the evaluation is missing or cannot be read.
+    """
+    content = Evaluation(all_results=[])
+    with suppress(StorageError):  # which `vectors_of` names
+        content = Evaluation.read(layout.evaluation)
+    matrix = content.cross_traits
+    names = sorted({*matrix, *(name for row in matrix.values() for name in row)})
+    return {
+        "traits": names,
+        "aurocs": [[matrix.get(a, {}).get(b) for b in names] for a in names],
+        "by_chance": content.cross_traits_by_chance,
     }
 
 
@@ -75,24 +99,14 @@ def _evaluation(layout: Layout, trait: Trait, tell: _Tell) -> dict[str, Any]:
     except StorageError as error:
         return {"problem": tell(error)}
     rows = [
-        row.as_written()
+        row.model_dump(exclude_unset=True, exclude=_OF_PAIRS)
         for row in content.rows_of.get(str(trait), ())
         if None not in (row.val_effect_size, row.val_auroc)
     ]
     if not rows:
         return {"missing": missing.evaluation(layout).to_json()}
     found = content.by_trait.get(str(trait))
-    matrix = content.cross_traits
-    names = sorted({*matrix, *(name for row in matrix.values() for name in row)})
-    return {
-        "rows": rows,
-        "trait": None if found is None else found.model_dump(include={*_OF_TRAIT}),
-        "cross_trait": {
-            "traits": names,
-            "aurocs": [[matrix.get(a, {}).get(b) for b in names] for a in names],
-            "by_chance": content.cross_traits_by_chance,
-        },
-    }
+    return {"rows": rows, "trait": None if found is None else found.model_dump(include={*_OF_TRAIT})}
 
 
 def _steering(layout: Layout, trait: Trait, tell: _Tell) -> dict[str, Any]:

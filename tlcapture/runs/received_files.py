@@ -61,6 +61,7 @@ def store_outputs(layout: Layout, files: Mapping[str, bytes], done: Done, overwr
         write_bytes(marker, b"")
     written = [_store_capture(layout, layout.root / name, files[name]) for name in raw]
     written += [_store(layout, layout.root / name, files[name]) for name in others]
+    _take_out_of_shards(layout, [layout.root / name for name in others])
     remove(markers)
     return replace(done, written=written, failures=[*done.failures, *failures])
 
@@ -91,13 +92,21 @@ def _store(layout: Layout, path: Path, content: bytes) -> Written:
         remove(layout.projection(Trait.parse(trait), *names) for trait in traits)
         return written
     written = write_bytes(path, content)
-    if (found := place_of_projection(path.relative_to(layout.folder))) is not None:
-        folder = layout.shards(found.component, found.prompt_set)
-        if folder.is_dir():
-            take_out(folder, path.stem, [str(found.trait)])
     if place[:2] == ("analysis", "per_token"):
         remove(each for each in layout.forms(path.with_suffix(".json")) if each != path)
     return written
+
+
+def _take_out_of_shards(layout: Layout, paths: Sequence[Path]) -> None:
+    """Remove the projections that are JSON files now from shards, of which each is written once."""
+    traits: dict[tuple[Path, str], list[str]] = {}
+    for path in paths:
+        if (found := place_of_projection(path.relative_to(layout.folder))) is not None:
+            folder = layout.shards(found.component, found.prompt_set)
+            traits.setdefault((folder, path.stem), []).append(str(found.trait))
+    for (folder, name), of_prompt in traits.items():
+        if folder.is_dir():
+            take_out(folder, name, of_prompt)
 
 
 def _store_capture(layout: Layout, path: Path, content: bytes) -> Written:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import lexists
 from pathlib import Path
@@ -24,11 +24,11 @@ from tlcapture.views.hooks import COMPONENTS, check_component
 
 def saved_projections(
     layout: Layout, prompt_set: str, *, component: str = "residual", traits: Iterable[str] | str | None = None
-) -> list[TokenScores]:
-    """The projections in the files of a prompt set, in the order of its prompts and then of traits.
+) -> Iterator[TokenScores]:
+    """The projections in the files of a prompt set, in the order of its prompts and then of traits, read one by one.
 
-    Warns about captures without projections. Raises `InputError`, naming the command that projects, if no
-    capture has a projection, or none onto a trait that is named.
+    In the end, warns about captures without projections, and raises `InputError`, naming the command that projects, if
+    no capture has a projection, or none onto a trait that is named.
     """
     check_component(component)
     ids = layout.prompt_ids(prompt_set)
@@ -37,17 +37,22 @@ def saved_projections(
         raise no_captures(layout, prompt_set, layout.prompt_sets(), remedy)
     names = [traits] if isinstance(traits, str) else traits
     wanted = None if names is None else list(dict.fromkeys(Trait.parse(name) for name in names))
-    by_prompt = {prompt_id: projections_of(layout, prompt_set, prompt_id, component, wanted) for prompt_id in ids}
-    projections = [projection for found in by_prompt.values() for projection in found]
-    projected = {each.trait for each in projections}
+    projected: set[str] = set()
+    bare = []
+    for prompt_id in ids:
+        saved = projections_saved(layout, prompt_set, prompt_id, component, wanted)
+        if not saved:
+            bare.append(prompt_id)
+        for each in saved:
+            scores = each.scores()
+            projected.add(scores.trait)
+            yield scores
     without = [trait for trait in wanted or () if str(trait) not in projected]
-    if not projections or without:
+    if not projected or without:
         raise no_projections(layout, prompt_set, component, without)
-    bare = [prompt_id for prompt_id, found in by_prompt.items() if not found]
     if bare:
         which = f"{len(bare)} of {len(ids)} captures of {prompt_set!r}"
         warn_user(f"{which} have no projection and are left out: {listed(bare)}")
-    return projections
 
 
 def projections_of(

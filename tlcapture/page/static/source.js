@@ -192,5 +192,6 @@ tl.source = (() => {
     comparedSet: (state, other) => get(state.experiment, "compared", other, named(state.set)),
     comparison: (state, other, name) => get(state.experiment, "compared", other, named(state.set), name),
     vectors: (state) => get(state.experiment, "vectors", ...state.trait.split("/")),
+    crossTraits: (state, source) => get(state.experiment, "cross_traits", source),
   };
 })();

@@ -37,9 +37,9 @@ tl.views.vectors = {
       return element("p", { className: "verdict" }, element("b", {}, "verdict"), `: ${trait.verdict}. AUROC ${tl.number(trait.nested_auroc)}${deviation} on pairs that chose nothing; without the model's layers: ${others}.`);
     }
 
-    function drawMatrix({ cross_trait: found }) {
-      matrix.replaceChildren();
-      if (!found || found.traits.length < 2) return [];
+    function drawMatrix(found) {
+      matrix.replaceChildren(...(found.missing ? [tl.emptyState(found.missing)] : []));
+      if (found.traits.length < 2) return [];
       const made = figure("cross_trait", 120 + 26 * found.traits.length);
       const [low, high] = found.by_chance ?? [];
       matrix.append(made.element, ...(found.by_chance ? [tl.note(`On another trait's examples, vectors lie within ${tl.number(low, 2)} to ${tl.number(high, 2)} in 95 % of shuffled labellings, all cells together.`)] : []));
@@ -109,10 +109,11 @@ tl.views.vectors = {
         if (!"view,experiment,trait,theme".split(",").some((key) => changed.has(key)) && figures.length) return;
         if (!state.trait) throw new tl.source.Missing({ what: `no trait vectors in ${state.experiment}`, command: await tl.source.command(`tlcapture extract --experiment ${state.experiment}`) });
         const found = await tl.source.vectors(state);
+        const apart = found.evaluation.rows ? await tl.source.crossTraits(state, found.source).catch((missing) => ({ traits: [], missing })) : { traits: [] };
         figures.splice(0).forEach((each) => each.remove());
         chosen.replaceChildren(tl.note(`Vectors of ${found.trait} ${found.source === state.experiment ? `in ${state.experiment}` : "that come with the package"}; a frame marks the selected one.`),
           ...Object.entries(found.components).map(([component, each]) => why(component, each)), verdict(found.evaluation));
-        await Promise.all([...drawHeats(state, found), ...drawMatrix(found.evaluation), ...drawCurves(found)]);
+        await Promise.all([...drawHeats(state, found), ...drawMatrix(apart), ...drawCurves(found)]);
       },
       remove: () => figures.forEach((each) => each.remove()),
     };
