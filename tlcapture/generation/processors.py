@@ -222,16 +222,26 @@ def _ids(prompt: PromptTokens, device: torch.device) -> Tensor:
     return torch.tensor([list(prompt.token_ids)], device=device)
 
 
+def _of_finite_rows(process: Processor) -> Processor:
+    """A processor that raises an error for NaN and infinity, applied to the other rows; those with them get NaN."""
+
+    def apply(ids: Any, scores: Tensor) -> Tensor:
+        broken = ~scores.amax(dim=-1, keepdim=True).isfinite()
+        return process(ids, scores.masked_fill(broken, 0)).masked_fill(broken, torch.nan)
+
+    return apply
+
+
 # Makers of Hugging Face's processors that are the same for all rows ...
 _FOR_BATCH: dict[str, Callable[[Any, torch.device], Processor]] = {
     "suppress_tokens": lambda value, device: _classes().SuppressTokensLogitsProcessor(value, device=device),
-    "top_h": lambda value, device: _classes().TopHLogitsWarper(top_h=value),
+    "top_h": lambda value, device: _of_finite_rows(_classes().TopHLogitsWarper(top_h=value)),
     "top_k": lambda value, device: _classes().TopKLogitsWarper(top_k=value),
     "top_p": lambda value, device: TopP(value),
     "min_p": lambda value, device: _classes().MinPLogitsWarper(min_p=value),
     "typical_p": lambda value, device: _classes().TypicalLogitsWarper(mass=value),
     "epsilon_cutoff": lambda value, device: _classes().EpsilonLogitsWarper(epsilon=value),
-    "eta_cutoff": lambda value, device: _classes().EtaLogitsWarper(epsilon=value, device=device),
+    "eta_cutoff": lambda value, device: _of_finite_rows(_classes().EtaLogitsWarper(epsilon=value, device=device)),
 }
 
 # ... and of those that read the ids of a row.
