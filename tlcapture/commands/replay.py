@@ -63,18 +63,28 @@ def check_replayable(capture: Capture, wanted: Outputs, model: Model) -> None:
             "capture it again with --logit-lens"
         )
     if wanted.logit_lens and not capture.positions.includes(wanted_positions(wanted.tokens, capture, fresh=False)):
+        only = "only " if capture.positions.kept else ""
         raise InputError(
-            f"the logit lens needs residual_out of the tokens to keep, but only "
-            f"{capture.positions.described()}: leave out --tokens, or capture it again with --logit-lens"
+            f"the logit lens needs residual_out of the tokens to keep, but {only}{capture.positions.described()}: "
+            "leave out --tokens, or capture it again with --logit-lens"
         )
 
 
 def as_prompt(capture: Capture, name: PromptId) -> TokenizedPrompt:
     """The prompt of a capture, named like the capture, with its response as a given one."""
     text, ids, given = capture.prompt.text, tuple(capture.prompt.token_ids), tuple(capture.response.token_ids)
-    opening = _opening(capture)
+    templated = bool(capture.metadata.get("chat_template"))
     return TokenizedPrompt(
-        capture.prompt_set, name, text, text, ids, None, chat_template=False, opening=opening, given=given
+        capture.prompt_set,
+        name,
+        text,
+        text,
+        ids,
+        None,
+        chat_template=templated,  # it decides which tokens are thinking
+        opening=_opening(capture) if templated else "",
+        thinks=any(span.kind == "thinking" for span in capture.spans),
+        given=given,
     )
 
 
