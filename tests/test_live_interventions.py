@@ -88,8 +88,8 @@ def test_attention_of_a_steered_capture_is_that_of_the_steered_model(engine: str
 
 
 THINKING_TEMPLATE = (
-    "{% for message in messages %}{% if message.reasoning_content is defined %}<hm>{{ message.reasoning_content }}</hm>"
-    "{% endif %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}<hm>{% endif %}"
+    "{% for message in messages %}{% if message.reasoning_content is defined %}◁hm▷{{ message.reasoning_content }}◁/hm▷"
+    "{% endif %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}◁hm▷{% endif %}"
 )
 
 
@@ -98,11 +98,11 @@ THINKING_TEMPLATE = (
 def test_tokens_run_again_are_thinking_where_they_were_when_they_were_generated(
     engine: str, templated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of prompts that the chat template rendered: nothing else reveals these markers."""
+    """Of prompts that the chat template rendered: nothing else reveals these markers, which no token has as its text."""
     model = tiny.model("llama", engine)
     monkeypatch.setattr(model, "tokenizer", tiny.tokenizer(chat_template=THINKING_TEMPLATE))
     change = {"interventions": [Steer(VECTOR, 2, layers=0, where="thinking")]}
-    text = TEXTS[0] if templated else f"{TEXTS[0]}<hm>"
+    text = TEXTS[0] if templated else f"{TEXTS[0]}◁hm▷"
     (steered,) = captures(model, text, chat_template=templated, **change)
     (plain,), (again,) = captures(model, [steered]), captures(model, [steered], **change)
     n_prompt = len(steered.prompt.tokens)
@@ -110,7 +110,7 @@ def test_tokens_run_again_are_thinking_where_they_were_when_they_were_generated(
     assert differs.tolist() == [templated and token >= n_prompt for token in range(len(steered.tokens))]
     torch.testing.assert_close(again.residual(2), steered.residual(2), atol=2e-5, rtol=1e-4)
     forced = prompt_of(steered._captured)
-    assert forced.chat_template == templated and forced.opening.endswith("<hm>") == templated
+    assert forced.chat_template == templated and forced.opening.endswith("◁hm▷") == templated
 
 
 @each_engine

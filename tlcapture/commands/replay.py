@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from tlcapture.models.loading import Model
 from tlcapture.models.memory import batch_bytes, free_memory
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import TokenizedPrompt
-from tlcapture.text import layers_named
+from tlcapture.text import REPLACEMENT, layers_named
 from tlcapture.traits.resolved_interventions import ResolvedIntervention, of_records
 from tlcapture.views.hooks import is_pattern
 
@@ -92,7 +93,11 @@ def _opening(capture: Capture) -> str:
     """The end of the prompt, after the last turn that is not the assistant's."""
     n_prompt = len(capture.prompt.tokens)
     ends = [span.found[1] for span in capture.spans if span.kind == "turn" and span.role != "assistant" and span.found]
-    return "".join(capture.prompt.tokens[max((end for end in ends if end <= n_prompt), default=0) :])
+    texts = "".join(capture.prompt.tokens[max((end for end in ends if end <= n_prompt), default=0) :])
+    # Tokens that are parts of a character have no text of their own.
+    pattern = ".+?".join(map(re.escape, re.split(f"{REPLACEMENT}+", texts)))
+    found = re.fullmatch(f".*({pattern})", capture.prompt.text, re.DOTALL) if REPLACEMENT in texts else None
+    return texts if found is None else found[1]
 
 
 def one_layer_at_a_time(hooks: Sequence[str]) -> list[Sequence[str]]:
