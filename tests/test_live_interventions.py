@@ -98,7 +98,7 @@ THINKING_TEMPLATE = (
 def test_tokens_run_again_are_thinking_where_they_were_when_they_were_generated(
     engine: str, templated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of prompts that the chat template rendered: nothing else reveals these markers, which no token has as its text."""
+    """Of prompts that the chat template rendered: nothing else reveals these markers, which are many tokens."""
     model = tiny.model("llama", engine)
     monkeypatch.setattr(model, "tokenizer", tiny.tokenizer(chat_template=THINKING_TEMPLATE))
     change = {"interventions": [Steer(VECTOR, 2, layers=0, where="thinking")]}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,11 @@ from tlcapture.shapes import LastLogits, NextTokens
 
 Processor = Callable[[Any, Tensor], Tensor]
 _LOW_TEMPERATURE = 1e-3
+
+
+def plain(value: Any) -> Any:
+    """A number or text of NumPy as one of Python's: with NumPy's own, a capture could not be opened again."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def is_number(value: Any) -> bool:
@@ -75,9 +81,10 @@ class LogitRules:
 
     def __post_init__(self) -> None:
         for name, (expected, is_valid) in _VALID.items():
-            value = getattr(self, name)
+            value = plain(getattr(self, name))
             if value is not None and not is_valid(value):
                 raise ValueError(f"{name} {value!r}: expected {expected}")
+            object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:
         return hash(tuple(self.active(greedy=False)))  # of names: values of a generation config may be lists
