@@ -131,6 +131,23 @@ def test_logits_that_are_not_finite_are_reported_and_their_token_is_of_the_vocab
     assert all(0 <= token < 1000 for token in choice.tokens.tolist())
 
 
+@pytest.mark.parametrize(
+    "rule", [{"repetition_penalty": 1.3}, {"typical_p": 0.8}, {"epsilon_cutoff": 0.003}, {"top_k": 5}, {"top_p": 0.9},
+             {"min_p": 0.1}, {"top_h": 0.5}, {"eta_cutoff": 0.003}], ids=str,
+)  # fmt: skip
+def test_under_any_rule_a_row_that_is_not_finite_fails_alone(rule: dict[str, Any]) -> None:
+    """Two classes of transformers raise an error for all rows."""
+    prompts = [PromptTokens((4, 5 + row), frozenset({1}), 6) for row in range(3)]
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(1))
+    expected = LogitProcessors(LogitRules(**rule), 0.7, prompts)(logits)
+    for broken in (math.nan, math.inf, -math.inf):
+        rows = logits.clone()
+        rows[1, slice(None) if broken == -math.inf else 100] = broken
+        scores = LogitProcessors(LogitRules(**rule), 0.7, prompts)(rows)
+        assert torch.equal(scores[[0, 2]], expected[[0, 2]])
+        assert choose_tokens(scores, 1.0, noise(3, 300).next()).is_finite.tolist() == [True, False, True]
+
+
 def test_tokens_of_probability_zero_are_never_drawn() -> None:
     logits = torch.full((200, 300), -math.inf)
     logits[:, [3, 299]] = torch.tensor([-60.0, 0.0])

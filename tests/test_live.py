@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests import tiny
 from tlcapture import Prompt, PromptSet, capture
+from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
+from tlcapture.generation.checkpoint_sampling import CheckpointSampling
 from tlcapture.views.kept_points import KeptPoints
 
 INVALID: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -21,6 +25,13 @@ INVALID: dict[str, tuple[Any, dict[str, Any], str]] = {
     "layers as text": ("hi", {"layers": "1,2"}, "layers '1,2': expected numbers from 0 to 2"),
     "a name of vectors": ("hi", {"vectors": "exp"}, r"expected an Experiment, got str: Experiment\('exp'\)"),
     "a missing layer": ("hi", {"layers": [99]}, "99"),
+    "a bool as layer": ("hi", {"layers": True}, "layers True: expected numbers from 0 to 2"),
+    "tokens that are no text": ("hi", {"tokens": 5}, "5 does not name tokens: expected response, last, first:N or A:B"),
+    "a batch of none": ("hi", {"batch_size": 0}, "batch_size 0: expected a whole number of at least 1, or None"),
+    "a negative batch": ("hi", {"batch_size": -1}, "batch_size -1: expected a whole number of at least 1, or None"),
+    "a batch of a half": ("hi", {"batch_size": 1.5}, "batch_size 1.5: expected a whole number of at least 1, or None"),
+    "a seed as text": ("hi", {"seed": "1"}, "seed '1': expected a whole number of at most 64 bits"),
+    "a huge seed": ("hi", {"seed": 2**63}, "seed 9223372036854775808: expected a whole number of at most 64 bits"),
 }
 
 
@@ -36,6 +47,20 @@ def test_an_invalid_argument_is_a_one_line_error(what: str) -> None:
 def test_a_layer_that_is_no_number_is_named(layer: Any) -> None:
     with pytest.raises(InputError, match=f"layer {layer!r} is not a number: the model has layers 0 to 2"):
         KeptPoints.of(3).row(layer, "residual_out")
+
+
+def test_numbers_and_texts_of_numpy_are_stored_as_those_of_python(tmp_path: Path) -> None:
+    """A file with NumPy's own could not be opened."""
+    numbers: dict[str, Any] = {"seed": np.int64(3), "temperature": np.float32(0.5), "top_k": np.int64(9)}
+    numbers |= {"top_p": np.float64(0.9), "stop": list(np.array(["zz"])), "layers": np.arange(1, 3)}
+    (found,) = capture(tiny.model("llama"), "hi", max_new_tokens=1, batch_size=np.int64(1), **numbers)
+    found.save(tmp_path / "1.pt")
+    metadata = torch.load(tmp_path / "1.pt", weights_only=True)["metadata"]
+    assert (metadata["seed"], metadata["temperature"], metadata["layers"]) == (3, 0.5, [1, 2])
+    assert metadata["sampling"] == {"source": "plain", "top_k": 9, "top_p": 0.9, "stop": ["zz"]}
+    given = {"top_p": np.float64(0.9)}
+    assert type(CheckpointSampling(seed=np.int64(3), given=given).seed) is int  # type: ignore[arg-type]
+    assert Capture.open(tmp_path / "1.pt").kept.layers == (1, 2)
 
 
 def test_one_layer_and_one_point_need_no_list() -> None:

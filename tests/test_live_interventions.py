@@ -14,6 +14,7 @@ from tests import tiny
 from tlcapture import Ablate, Cap, Steer, capture
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.intervention_record import InterventionRecord
+from tlcapture.commands.given_responses import prompt_of
 from tlcapture.errors import InputError, StorageError, TlcaptureError, VectorError
 from tlcapture.generation.loop import teacher_force
 from tlcapture.storage.validation import checked
@@ -84,6 +85,32 @@ def test_attention_of_a_steered_capture_is_that_of_the_steered_model(engine: str
         expected = teacher_force(model, cap.token_ids, [name])[name].numpy()
     assert abs(cap.attention(1).patterns - expected).max() < 1e-5
     assert abs(plain.attention(1).patterns - expected).max() > 1e-2
+
+
+THINKING_TEMPLATE = (
+    "{% for message in messages %}{% if message.reasoning_content is defined %}◁hm▷{{ message.reasoning_content }}◁/hm▷"
+    "{% endif %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}◁hm▷{% endif %}"
+)
+
+
+@each_engine
+@pytest.mark.parametrize("templated", [True, False])
+def test_tokens_run_again_are_thinking_where_they_were_when_they_were_generated(
+    engine: str, templated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of prompts that the chat template rendered: nothing else reveals these markers, which are many tokens."""
+    model = tiny.model("llama", engine)
+    monkeypatch.setattr(model, "tokenizer", tiny.tokenizer(chat_template=THINKING_TEMPLATE))
+    change = {"interventions": [Steer(VECTOR, 2, layers=0, where="thinking")]}
+    text = TEXTS[0] if templated else f"{TEXTS[0]}◁hm▷"
+    (steered,) = captures(model, text, chat_template=templated, **change)
+    (plain,), (again,) = captures(model, [steered]), captures(model, [steered], **change)
+    n_prompt = len(steered.prompt.tokens)
+    differs = (steered.residual(0) - plain.residual(0)).abs().amax(dim=1) > 1e-3
+    assert differs.tolist() == [templated and token >= n_prompt for token in range(len(steered.tokens))]
+    torch.testing.assert_close(again.residual(2), steered.residual(2), atol=2e-5, rtol=1e-4)
+    forced = prompt_of(steered._captured)
+    assert forced.chat_template == templated and forced.opening.endswith("◁hm▷") == templated
 
 
 @each_engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,8 +97,13 @@ class Steps:
         return sum(rows for rows, positions in self.shapes if positions == 1)
 
 
-def run(model: Model, sampling: Sampling = SAMPLINGS["sampled"], **options: Any) -> dict[str, Outcome]:
-    prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in LENGTHS]
+def run(
+    model: Model,
+    sampling: Sampling = SAMPLINGS["sampled"],
+    given: tuple[int, ...] | None = None,
+    **options: Any,
+) -> dict[str, Outcome]:
+    prompts = [replace(as_prompt(random_ids(length, seed=length), str(length)), given=given) for length in LENGTHS]
     options = {"hooks": hooks_of(model), "max_new_tokens": N_NEW, "batch_size": len(prompts), **options}
     found = list(generate(model, prompts, sampling=sampling, **options))
     assert len({each.prompt.id for each in found}) == len(found)
@@ -327,9 +333,10 @@ def test_only_wanted_prompts_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(rows for rows, _ in steps.shapes[4:]) == 2
 
 
-def test_no_new_tokens_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", [None, (50, 51, 52)])
+def test_no_new_tokens_are_taken_again(given: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, n_calls = tiny.model("llama", tiny.ENGINES[0]), 0
-    expected = run(model, max_new_tokens=0)
+    expected = run(model, max_new_tokens=0, given=given)
     take = Recorder.take
 
     def second_fails(self: Recorder, index: int) -> Any:
@@ -340,7 +347,7 @@ def test_no_new_tokens_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
         return take(self, index)
 
     monkeypatch.setattr(Recorder, "take", second_fails)
-    assert_same(run(model, max_new_tokens=0), expected)
+    assert_same(run(model, max_new_tokens=0, given=given), expected)
 
 
 @pytest.mark.parametrize("name", RULES.active(greedy=False))

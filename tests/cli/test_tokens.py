@@ -514,6 +514,11 @@ def test_spans_of_some_tokens_are_those_of_all_and_means_are_null_once_tokens_ar
             assert [each["peak_velocity"] for each in again] == [None] * len(again)
 
 
+def test_any_number_of_tokens_may_be_asked_for() -> None:
+    for text in ("first:" + "9" * 30, ":" + "9" * 30, "-" + "9" * 30 + ":"):
+        assert KeptTokens.parse(text).of(2, 9).response == tuple(range(7))
+
+
 def test_a_slice_is_refused_exactly_if_it_is_empty_for_every_response() -> None:
     for start, stop in itertools.product((None, *range(-3, 4)), repeat=2):
         text = f"{'' if start is None else start}:{'' if stop is None else stop}"

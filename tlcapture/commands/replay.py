@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from tlcapture.models.loading import Model
 from tlcapture.models.memory import batch_bytes, free_memory
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import TokenizedPrompt
-from tlcapture.text import layers_named
+from tlcapture.text import REPLACEMENT, layers_named
 from tlcapture.traits.resolved_interventions import ResolvedIntervention, of_records
 from tlcapture.views.hooks import is_pattern
 
@@ -63,18 +64,28 @@ def check_replayable(capture: Capture, wanted: Outputs, model: Model) -> None:
             "capture it again with --logit-lens"
         )
     if wanted.logit_lens and not capture.positions.includes(wanted_positions(wanted.tokens, capture, fresh=False)):
+        only = "only " if capture.positions.kept else ""
         raise InputError(
-            f"the logit lens needs residual_out of the tokens to keep, but only "
-            f"{capture.positions.described()}: leave out --tokens, or capture it again with --logit-lens"
+            f"the logit lens needs residual_out of the tokens to keep, but {only}{capture.positions.described()}: "
+            "leave out --tokens, or capture it again with --logit-lens"
         )
 
 
 def as_prompt(capture: Capture, name: PromptId) -> TokenizedPrompt:
     """The prompt of a capture, named like the capture, with its response as a given one."""
     text, ids, given = capture.prompt.text, tuple(capture.prompt.token_ids), tuple(capture.response.token_ids)
-    opening = _opening(capture)
+    templated = bool(capture.metadata.get("chat_template"))
     return TokenizedPrompt(
-        capture.prompt_set, name, text, text, ids, None, chat_template=False, opening=opening, given=given
+        capture.prompt_set,
+        name,
+        text,
+        text,
+        ids,
+        None,
+        chat_template=templated,  # it decides which tokens are thinking
+        opening=_opening(capture) if templated else "",
+        thinks=any(span.kind == "thinking" for span in capture.spans),
+        given=given,
     )
 
 
@@ -82,7 +93,11 @@ def _opening(capture: Capture) -> str:
     """The end of the prompt, after the last turn that is not the assistant's."""
     n_prompt = len(capture.prompt.tokens)
     ends = [span.found[1] for span in capture.spans if span.kind == "turn" and span.role != "assistant" and span.found]
-    return "".join(capture.prompt.tokens[max((end for end in ends if end <= n_prompt), default=0) :])
+    texts = "".join(capture.prompt.tokens[max((end for end in ends if end <= n_prompt), default=0) :])
+    # Tokens that are parts of a character have no text of their own.
+    pattern = ".+?".join(map(re.escape, re.split(f"{REPLACEMENT}+", texts)))
+    found = re.fullmatch(f".*({pattern})", capture.prompt.text, re.DOTALL) if REPLACEMENT in texts else None
+    return texts if found is None else found[1]
 
 
 def one_layer_at_a_time(hooks: Sequence[str]) -> list[Sequence[str]]:

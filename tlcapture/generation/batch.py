@@ -22,7 +22,6 @@ from tlcapture.generation.recording import Recorder
 from tlcapture.generation.samples import to_read
 from tlcapture.generation.sampling import (
     GIVEN,
-    MAX_NEW_TOKENS,
     STOP_TEXT,
     STOP_TOKEN,
     Sampling,
@@ -159,9 +158,7 @@ class Batch:
         Outcomes are yielded while the next tokens are being run.
         """
         if not self._settings.max_new_tokens:
-            are_given = [self.prompts[index].given is not None for index in self._running]
-            reasons = [GIVEN if given else MAX_NEW_TOKENS for given in are_given]
-            yield from self._outcomes(dict(zip(self._running, reasons, strict=True)))
+            yield from self._outcomes({index: self._stop_reason(index) for index in self._running})
             return
         outcomes: Outcomes = deque()
         try:
@@ -215,6 +212,8 @@ class Batch:
 
     def _stop_reason(self, index: int) -> str | None:
         prompt, response = self.prompts[index], self._responses[index]
+        if prompt.given is not None:
+            return GIVEN
         if prompt.forced is not None:
             return GIVEN if len(response) >= len(prompt.forced) else None
         reason = stop_reason(response, self._stops[prompt.chat_template], self._settings.max_new_tokens)

@@ -59,8 +59,9 @@ class CheckpointSampling:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        checked = Sampling(0 if self.temperature is None else self.temperature, stop=self.stop, **self.given)
-        object.__setattr__(self, "stop", checked.stop)
+        checked = Sampling(0 if self.temperature is None else self.temperature, self.seed, stop=self.stop, **self.given)
+        for name in ("seed", "stop"):
+            object.__setattr__(self, name, getattr(checked, name))
 
 
 AskedSampling = Sampling | CheckpointSampling

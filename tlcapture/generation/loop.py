@@ -12,9 +12,10 @@ pass, so that every token has its activations.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 
@@ -69,11 +70,12 @@ def generate(
         spooling: where to keep attention patterns that are too large for memory; `None` keeps all in memory.
 
     Raises:
-        InputError: the activations of a hook are not stored token by token.
+        InputError: the activations of a hook are not stored token by token, or the batch size is below 1.
         ValueError: an intervention changes rows differently; prompts are sorted into batches here. Or responses are
             given to some prompts only, or forced on some, or forced ones are empty or longer than `max_new_tokens`.
     """
     check_hooks(hooks)
+    batch_size = _checked_size(batch_size)
     _check_forced(prompts, max_new_tokens)
     max_new_tokens = 0 if _are_given(prompts) else max_new_tokens
     if any(each.is_by_row for each in interventions):
@@ -226,6 +228,14 @@ class _InFlight:
                 yield outcome
             if not self._unfinished:
                 return
+
+
+def _checked_size(batch_size: Any) -> int | None:
+    """A batch size as an `int`, or `None`; raises `InputError` for anything else."""
+    size = operator.index(batch_size) if isinstance(batch_size, SupportsIndex) else 0
+    if batch_size is not None and size < 1:
+        raise InputError(f"batch_size {batch_size!r}: expected a whole number of at least 1, or None")
+    return None if batch_size is None else size
 
 
 def _are_given(prompts: Sequence[TokenizedPrompt]) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,11 @@ from tlcapture.shapes import LastLogits, NextTokens
 
 Processor = Callable[[Any, Tensor], Tensor]
 _LOW_TEMPERATURE = 1e-3
+
+
+def plain(value: Any) -> Any:
+    """A number or text of NumPy as one of Python's: with NumPy's own, a capture could not be opened again."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def is_number(value: Any) -> bool:
@@ -75,9 +81,10 @@ class LogitRules:
 
     def __post_init__(self) -> None:
         for name, (expected, is_valid) in _VALID.items():
-            value = getattr(self, name)
+            value = plain(getattr(self, name))
             if value is not None and not is_valid(value):
                 raise ValueError(f"{name} {value!r}: expected {expected}")
+            object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:
         return hash(tuple(self.active(greedy=False)))  # of names: values of a generation config may be lists
@@ -222,16 +229,26 @@ def _ids(prompt: PromptTokens, device: torch.device) -> Tensor:
     return torch.tensor([list(prompt.token_ids)], device=device)
 
 
+def _of_finite_rows(process: Processor) -> Processor:
+    """A processor that raises an error for NaN and infinity, applied to the other rows; those with them get NaN."""
+
+    def apply(ids: Any, scores: Tensor) -> Tensor:
+        broken = ~scores.amax(dim=-1, keepdim=True).isfinite()
+        return process(ids, scores.masked_fill(broken, 0)).masked_fill(broken, torch.nan)
+
+    return apply
+
+
 # Makers of Hugging Face's processors that are the same for all rows ...
 _FOR_BATCH: dict[str, Callable[[Any, torch.device], Processor]] = {
     "suppress_tokens": lambda value, device: _classes().SuppressTokensLogitsProcessor(value, device=device),
-    "top_h": lambda value, device: _classes().TopHLogitsWarper(top_h=value),
+    "top_h": lambda value, device: _of_finite_rows(_classes().TopHLogitsWarper(top_h=value)),
     "top_k": lambda value, device: _classes().TopKLogitsWarper(top_k=value),
     "top_p": lambda value, device: TopP(value),
     "min_p": lambda value, device: _classes().MinPLogitsWarper(min_p=value),
     "typical_p": lambda value, device: _classes().TypicalLogitsWarper(mass=value),
     "epsilon_cutoff": lambda value, device: _classes().EpsilonLogitsWarper(epsilon=value),
-    "eta_cutoff": lambda value, device: _classes().EtaLogitsWarper(epsilon=value, device=device),
+    "eta_cutoff": lambda value, device: _of_finite_rows(_classes().EtaLogitsWarper(epsilon=value, device=device)),
 }
 
 # ... and of those that read the ids of a row.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tlcapture.errors import InputError
-from tlcapture.generation.processors import NO_RULES, LogitRules, is_number
+from tlcapture.generation.processors import NO_RULES, LogitRules, is_number, plain
 from tlcapture.shapes import LastLogits, NextTokens, Noise, Rows
 from tlcapture.text import is_unicode
 
@@ -65,6 +65,10 @@ class Sampling:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "seed"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"seed {self.seed!r}: expected a whole number of at most 64 bits")
         if not is_number(self.temperature) or self.temperature < 0:
             raise InputError(f"temperature {self.temperature!r}: expected a number of at least 0; 0 is greedy")
         named = {name: value for name in _NEUTRAL if (value := getattr(self, name)) is not None}
@@ -109,7 +113,7 @@ def checked_stop(texts: Any) -> tuple[str, ...]:
     for text in texts:
         if not is_unicode(text):
             raise InputError(f"stop {text!r}: expected valid Unicode")
-    return tuple(dict.fromkeys(texts))
+    return tuple(dict.fromkeys(map(str, texts)))
 
 
 GREEDY = Sampling(temperature=0)

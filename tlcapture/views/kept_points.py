@@ -62,13 +62,14 @@ class KeptPoints:
     @classmethod
     def of(cls, n_layers: int, layers: Iterable[int] | int = (), points: Iterable[str] | str = ()) -> KeptPoints:
         """The named layers and points, one or several; all of them if none is named."""
-        layers = (layers,) if isinstance(layers, SupportsIndex | str) else tuple(layers)
+        named = (layers,) if isinstance(layers, str) or not isinstance(layers, Iterable) else tuple(layers)
         points = (points,) if isinstance(points, str) else tuple(points)
-        if unknown := [layer for layer in layers if not isinstance(layer, SupportsIndex)]:
+        if unknown := [layer for layer in named if isinstance(layer, bool) or not isinstance(layer, SupportsIndex)]:
             raise InputError(f"layers {unknown[0]!r}: expected numbers from 0 to {n_layers - 1}")
-        if not layers and not points:
+        if not named and not points:
             return _all_of(n_layers)
-        return cls(n_layers, layers or tuple(range(n_layers)), points or POINTS)
+        # Python's own numbers: with those of NumPy, a capture could not be opened again.
+        return cls(n_layers, tuple(map(index, named)) or tuple(range(n_layers)), points or POINTS)
 
     @classmethod
     def of_file(cls, metadata: Mapping[str, Any], layers: Iterable[int], points: Iterable[str]) -> KeptPoints:

@@ -17,8 +17,8 @@ from typing import Any
 from tlcapture.errors import InputError
 
 FORMS = "response|last|first:N|A:B"
-_FIRST = re.compile(r"first:(\d{1,9})", re.ASCII)
-_SLICE = re.compile(r"(-?\d{1,9})?:(-?\d{1,9})?", re.ASCII)
+_FIRST = re.compile(r"first:(\d{1,4000})", re.ASCII)  # Python reads no number of more digits than about that
+_SLICE = re.compile(r"(-?\d{1,4000})?:(-?\d{1,4000})?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class KeptTokens:
 
         Raises `InputError` for any other text, and for a slice that is empty for every response.
         """
-        written = text.strip()
+        written = text.strip() if isinstance(text, str) else ""
         if written == "response":
             return cls(written)
         if written == "last":
