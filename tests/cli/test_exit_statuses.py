@@ -94,6 +94,7 @@ def test_what_a_model_cannot_take_fails_by_name_with_status_1(case: str, made: P
     assert done.exit_code == 1
     (failure,) = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
     assert failure.startswith(f"failed: {name}: ") and REASONS[str(what)] in failure
+    assert what != "nan" or failure.endswith(f"run 'tlcapture doctor --model {model}'")
 
 
 @pytest.mark.parametrize(("prompt_set", "name"), [("other", "other/1"), ("short", "short/2")])

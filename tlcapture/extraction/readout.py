@@ -154,7 +154,7 @@ def read_out(
         on_examples(len(batch))
     for part, values in means.items():
         if not values.isfinite().all():
-            raise NumericalError(f"{part} activations of the examples contain NaN or inf: {remedy(model.dtype)}")
+            raise NumericalError(f"{part} activations of the examples contain NaN or inf: {remedy(model.dtype, model.name)}")
     return means
 
 
