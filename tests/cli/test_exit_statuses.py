@@ -74,7 +74,11 @@ def run(*words: object) -> Result:
 
 EXISTING = ("--experiment", "exp", "--no-check")
 CASES = {
-    **{f"capture: {what}, {how}": ("capture", what, text, how) for what, text in TEXTS.items() for how in ("alone", "among others")},
+    **{
+        f"capture: {what}, {how}": ("capture", what, text, how)
+        for what, text in TEXTS.items()
+        for how in ("alone", "among others")
+    },
     **{f"extract: {what}": ("extract", what, "--traits", f"bad/{what}") for what in TEXTS},
     **{f"steer: {what}": ("steer", what, "--traits", f"bad/{what}", "--layers", 1) for what in TEXTS},
     "evaluate: refused": ("evaluate", "refused", "--traits", "bad/refused"),
@@ -87,7 +91,8 @@ def test_what_a_model_cannot_take_fails_by_name_with_status_1(case: str, made: P
     if command == "capture":
         text, how = map(str, words)
         given = ["--prompt", text, *(["--prompt", "fine"] if how == "among others" else [])]
-        done = run("capture", "--experiment", f"{what}-{how[0]}", "--model", model, "--no-check", *given, "--max-new-tokens", 3)
+        where = ("--experiment", f"{what}-{how[0]}", "--model", model, "--no-check")
+        done = run("capture", *where, *given, "--max-new-tokens", 3)
         name = "adhoc/1"
     else:
         done, name = run(command, *EXISTING, *words), f"bad/{what}"

@@ -108,8 +108,7 @@ def _switch(tokenizer: Any, given: Mapping[str, Any]) -> str:
             )
         if _reads(tokenizer, name):
             on, off = (
-                render_chat(tokenizer, [QUESTION], template_args={**given, name: value}).text
-                for value in (True, False)
+                render_chat(tokenizer, [QUESTION], template_args={**given, name: value}).text for value in (True, False)
             )
             if on != off:
                 return name
