@@ -462,7 +462,11 @@ def test_the_default_of_all_template_files_is_taken_or_its_absence_is_one_line(
         assert Capture.open(raw).prompt.text == "<turn>user\nhi</turn>"
     else:
         (line,) = done.stderr.splitlines()
-        assert line.startswith("error: ") and expected in line and line.endswith("use --no-chat-template")
+        assert (
+            line.startswith("error: ")
+            and expected in line
+            and line.endswith('"use_chat_template": false in config.json')
+        )
 
 
 def test_a_capture_records_what_the_template_merged(

@@ -99,6 +99,7 @@ def test_what_a_model_cannot_take_fails_by_name_with_status_1(case: str, made: P
     assert done.exit_code == 1
     (failure,) = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
     assert failure.startswith(f"failed: {name}: ") and REASONS[str(what)] in failure
+    assert what != "refused" or failure.endswith('or "use_chat_template": false in config.json')  # no option of extract
     assert what != "nan" or failure.endswith(f"run 'tlcapture doctor --model {model}'")
 
 

@@ -18,7 +18,7 @@ from tlcapture.prompts.message_spans import Message, Span, find_messages
 from tlcapture.prompts.step_limit import StepLimitError, step_limit
 from tlcapture.text import BYTE_ORDER_MARK, first_line
 
-ADVICE = "use --no-chat-template"
+ADVICE = 'use --no-chat-template, or "use_chat_template": false in config.json'  # which all commands follow
 
 MAX_STEPS = 2_000_000  # lines of Python that one rendering may run; published templates take hundreds a message
 SWITCHES = ("enable_thinking", "thinking", "reasoning")  # of the thinking, in the templates of published models

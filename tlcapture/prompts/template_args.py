@@ -114,7 +114,7 @@ def _switch(tokenizer: Any, given: Mapping[str, Any]) -> str:
                 return name
     raise InputError(
         "--thinking: the model's chat template has no switch for thinking "
-        f"({', '.join(SWITCHES)}): leave it out, give another value with --template-arg, or {ADVICE}"
+        f"({', '.join(SWITCHES)}): leave it out, or give another value with --template-arg"
     )
 
 
