@@ -216,7 +216,7 @@ EXAMPLES_OF = [
     "doctor", "plan", "traits check", "extract", "capture", "project", "steer", "evaluate", "compare", "traits list",
     "view", "list", "export", "import", "traits import", "shell",
 ]  # fmt: skip
-OF_HELP = {"8,12,16": "0,1,2", "10,15,20": "0,1", "12,16": "1,2", "@16": "@1", "--layer 12": "--layer 1"}
+OF_HELP = {"8,12,16": "0,1,2", "12,16": "1,2", "@16": "@1", "--layer 12": "--layer 1"}
 
 
 @pytest.mark.filterwarnings("ignore:.*by default", "ignore:.*untrained", "ignore:.*no better")

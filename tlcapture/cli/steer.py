@@ -48,7 +48,7 @@ class _Settings:
 
 
 @command(
-    "tlcapture steer --experiment my_exp --layers 10,15,20",
+    "tlcapture steer --experiment my_exp --layers 8,12,16",
     "tlcapture steer --experiment my_exp --traits style/formality --coefficients 0.1,0.2,0.3",
 )
 @location_options
