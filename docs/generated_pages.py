@@ -43,10 +43,14 @@ FILES = {
     "Projection: `inference/{category}/{trait}/residual_stream/{set}/{id}.json`": (
         "tlcapture.traits.projection_files:ProjectionFile"
     ),
-    "Attention, logit lens: the head of `analysis/per_token/{set}/{id}_{view}.json`": (
-        "tlcapture.views.json_files:PerTokenHead"
+    "Attention: `analysis/per_token/{set}/{id}_attention.json`, without `attention`": (
+        "tlcapture.views.json_files:AttentionHead"
     ),
-    "Logit lens: one of the predictions of a layer": "tlcapture.views.json_files:Prediction",
+    "Attention: an entry of `attention`": "tlcapture.views.json_files:AttentionEntry",
+    "Logit lens: `analysis/per_token/{set}/{id}_logit_lens.json`, without `predictions`": (
+        "tlcapture.views.json_files:LensHead"
+    ),
+    "Logit lens: an entry of `predictions`": "tlcapture.views.json_files:LensEntry",
     "Vectors: `extraction/{category}/{trait}/vectors/metadata.json`": "tlcapture.traits.vector_files:VectorMetadata",
     "Evaluation: `extraction/extraction_evaluation.json`": "tlcapture.traits.evaluation_files:Evaluation",
     "Steering results": "tlcapture.traits.steering_files:SteeringResults",

@@ -257,6 +257,27 @@ def test_a_text_that_is_altered_is_not_found_in_what_the_template_itself_writes(
         rendered(template, *messages)
 
 
+def test_a_text_that_the_template_writes_again_after_it_is_found_where_it_stands() -> None:
+    chat = rendered(
+        "{% for m in messages %}{{ m.content }}</{{ m.role }}>{% endfor %}", {"role": "user", "content": "user"}
+    )
+    assert (chat.text, chat.spans) == ("user</user>", ((0, 4),))
+
+
+def test_a_result_of_a_tool_that_is_encoded_is_where_the_rendering_changes_with_it() -> None:
+    call, result = {"role": "user", "content": "roll"}, {"role": "tool", "content": 'a "six"'}
+    turns = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | tojson if m.role == 'tool' else m.content }}{% endfor %}"
+    )
+    chat = rendered(turns, call, result)
+    (start, stop) = chat.spans[1]
+    assert chat.text[start - 1 : stop + 1] == json.dumps('a "six"')
+    with pytest.raises(
+        InputError, match="leaves out or alters the text of the tool message"
+    ):  # what is before it changes, too
+        rendered(turns.replace("<{{ m.role }}>", "<{{ m.content | length }}>"), call, result)
+
+
 def test_two_messages_of_one_text_are_not_found_at_one_place() -> None:
     template = "{% for m in messages | unique(attribute='content') %}<turn>{{ m.content }}</turn>{% endfor %}"
     found = rendered(template, {"role": "system", "content": "user"}, {"role": "user", "content": "user"})
@@ -462,7 +483,11 @@ def test_the_default_of_all_template_files_is_taken_or_its_absence_is_one_line(
         assert Capture.open(raw).prompt.text == "<turn>user\nhi</turn>"
     else:
         (line,) = done.stderr.splitlines()
-        assert line.startswith("error: ") and expected in line and line.endswith("use --no-chat-template")
+        assert (
+            line.startswith("error: ")
+            and expected in line
+            and line.endswith('"use_chat_template": false in config.json')
+        )
 
 
 def test_a_capture_records_what_the_template_merged(

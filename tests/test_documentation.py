@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from docs.run_notebooks import code_cells, executed
 from tests.cli.conftest import make_trait
 from tests.cli.test_conversations import with_template
 from tests.conftest import quick_evaluations, unrendered_figures
+from tlcapture.cli.command import Command
 from tlcapture.cli.main import main
 from tlcapture.version import __version__
 
@@ -129,8 +131,8 @@ def place(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def run(words: list[str]) -> None:
-    if words[0] == "view" and not {"--export", "--png"} & set(words):  # it serves until it is stopped
-        return
+    if words[0] == "shell" or (words[0] == "view" and not {"--export", "--png"} & set(words)):
+        return  # they go on until they are stopped
     done = CliRunner().invoke(main, words, catch_exceptions=False)
     # Ten examples of two words each fail the check of examples, as they should.
     assert done.exit_code == (1 if words[:2] == ["traits", "check"] else 0), done.output
@@ -206,6 +208,31 @@ wrote 11 files (6.5 MiB) in experiments/default, in 3.1 s
 def test_outputs_of_a_page_follow_an_example(page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
     assert sum(shown is not None for _, _, shown in examples(text)) == text.count("```text")
+
+
+# -- examples in the help -------------------------------------------------------------------------
+
+EXAMPLES_OF = [
+    "doctor", "plan", "traits check", "extract", "capture", "project", "steer", "evaluate", "compare", "traits list",
+    "view", "list", "export", "import", "traits import", "shell",
+]  # fmt: skip
+OF_HELP = {"8,12,16": "0,1,2", "12,16": "1,2", "@16": "@1", "--layer 12": "--layer 1"}
+
+
+@pytest.mark.filterwarnings("ignore:.*by default", "ignore:.*untrained", "ignore:.*no better")
+def test_the_examples_in_the_help_run_in_order(place: Path) -> None:
+    from tests.cli.conftest import make_prompt_set
+
+    make_prompt_set(place, "single_trait", ["hi", "why?"])
+    for unused in ("mood", "temporal"):
+        shutil.rmtree(place / "datasets" / "traits" / unused)
+    found = {name.removeprefix("tlcapture "): each for name, each in every_command() if isinstance(each, Command)}
+    assert sorted(found) == sorted(EXAMPLES_OF)
+    for name in EXAMPLES_OF:
+        for example in found[name].examples:
+            for old, new in OF_HELP.items():
+                example = example.replace(old, new)
+            run(shlex.split(example)[1:])
 
 
 # -- what is generated ----------------------------------------------------------------------------

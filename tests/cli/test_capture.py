@@ -254,6 +254,7 @@ def test_internals_with_nan_or_inf_are_refused(capture: Run, raw: Path, monkeypa
     result = capture("--layer-internals", 1, "--limit", 1)
     assert result.exit_code == 1
     assert "short/1: blocks.1.mlp.hook_pre holds NaN or inf: interventions that are too strong" in result.stderr
+    assert "run 'tlcapture doctor --model /" in result.stderr
     assert not list((raw.parents[1] / "internals").rglob("*.pt"))
 
 

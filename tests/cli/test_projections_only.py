@@ -122,7 +122,7 @@ def test_next_to_a_raw_capture_projections_are_made_from_it_or_not_at_all(
     capture("--temperature", 0, "--no-project")
     before = {path: path.read_bytes() for path in raw.glob("*.pt")}
     done = capture(*ONLY)
-    assert done.exit_code == 2
+    assert done.exit_code == 1
     assert "would leave projections of one run next to the raw capture of another" in done.output
     assert projections(inference) == {}
     done = capture(*ONLY, "--skip-existing")

@@ -192,6 +192,44 @@ def test_each_position_has_its_span() -> None:
         tokenize_example(tokenizer, Example(text="x"), position="last_prompt_token")
 
 
+def test_an_example_may_be_as_long_as_the_context_and_no_longer() -> None:
+    model = tiny.model("llama")
+    fixed = len(tokenize_example(model.tokenizer, Example(text="x")).token_ids) - 1
+    longest = tokenize_example(model.tokenizer, Example(text="x" * (model.n_ctx - fixed)))
+    assert len(longest.token_ids) == model.n_ctx
+    assert read_out(model, [longest], ["residual"])["residual"].isfinite().all()
+    longer = tokenize_example(model.tokenizer, Example(text="x" * (model.n_ctx - fixed + 1)))
+    with pytest.raises(
+        InputError, match=f"an example has {model.n_ctx + 1} tokens, the model's context is {model.n_ctx}"
+    ):
+        read_out(model, [longest, longer], ["residual"])
+
+
+def test_examples_are_counted_once_and_norms_are_those_of_the_tokens_read_out() -> None:
+    model, reference = tiny.model("llama"), tiny.hf_model("llama")
+    readings = [tokenize_example(model.tokenizer, Example(prompt="q" * n, response="r" * n)) for n in (1, 5, 3, 8, 2)]
+    counts: list[int] = []
+    norms = TypicalNorms()
+    read_out(model, readings, ["residual"], batch_size=2, on_examples=counts.append, norms=norms)
+    assert counts == [2, 2, 1]
+    with torch.no_grad():
+        runs = [reference(torch.tensor([each.token_ids]), output_hidden_states=True) for each in readings]
+    for layer in (0, 1):  # the last hidden state is after the final norm
+        found = [
+            run.hidden_states[layer + 1][0, each.start :].norm(dim=-1) for each, run in zip(readings, runs, strict=True)
+        ]
+        assert norms.medians()[layer] == pytest.approx(float(torch.cat(found).median()), rel=1e-4)
+
+
+def test_a_bare_text_is_not_read_with_the_chat_template() -> None:
+    tokenizer = tiny.tokenizer()
+    text, pair = Example(text="x"), Example(prompt="q", response="r")
+    assert (tokenize_example(tokenizer, text).chat_template, tokenize_example(tokenizer, pair).chat_template) == (
+        False,
+        True,
+    )
+
+
 @pytest.mark.usefixtures("quick_collections")
 def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("qwen2")

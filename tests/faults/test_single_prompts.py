@@ -76,9 +76,9 @@ def test_prompts_that_fail_are_named_and_do_not_change_the_others(
     )
 
 
-def test_the_request_is_wrong_if_every_prompt_is_refused(odd_model: Path, tmp_path: Path) -> None:
+def test_a_run_in_which_every_prompt_is_refused_makes_no_experiment(odd_model: Path, tmp_path: Path) -> None:
     words = ("--prompt", "a secret", "--model", odd_model)
     ended = Command(tmp_path / "output", "capture", "--root", tmp_path, "--experiment", "exp", *words).end()
-    assert ended.code == 2
-    assert "refuses the prompt (no secrets)" in ended.stderr
+    assert ended.code == 1
+    assert "failed: adhoc/1: the model's chat template refuses the prompt (no secrets)" in ended.stderr
     assert not (tmp_path / "experiments").exists()

@@ -211,12 +211,17 @@ def test_damaged_steering_results_are_refused_or_read_correctly(tmp_path: Path, 
             means = run["result"]
             assert (one.layer, one.method) == (run["config"]["layers"][0], run["config"]["methods"][0])
             assert type(one.layer) is int and one.layer >= 0
+            assert one.component == run["config"].get("component", "residual") in ("residual", "attn_out")
             assert (one.trait_mean, one.coherence_mean) == (means["trait_mean"], means["coherence_mean"])
             assert is_number(means["trait_mean"]) and 0 <= means["trait_mean"] <= 100
             assert one.delta == means["trait_mean"] - content["baseline"]["trait_mean"]
         select(folder, "residual", 3)
 
     try_all(evidence, "steering results", damaged_json(RESULTS), check)
+    unknown = {**RUN, "config": {**RUN["config"], "component": "mlp_out"}}
+    path.write_text(json.dumps({**RESULTS, "runs": [unknown]}))
+    with pytest.raises(StorageError, match=r"component: expected 'residual' or 'attn_out', found 'mlp_out'"):
+        steering_runs(folder)
 
 
 def test_steering_results_with_few_fields_are_drawn(tmp_path: Path) -> None:
@@ -379,6 +384,9 @@ def test_damaged_attention_files_are_refused_or_read_correctly(tmp_path: Path, e
         content = reads(path, lambda: read_json(path))
         if not isinstance(content, dict):
             return
+        present = reads(path, lambda: read_attention(path).present_layers)
+        entries = content["attention"] if present else []
+        assert all(entries[0]["by_layer"][layer] is not None for layer in present or ())
         patterns = reads(path, lambda: read_attention(path).heads(1))
         if patterns is None:
             return
@@ -392,6 +400,9 @@ def test_damaged_attention_files_are_refused_or_read_correctly(tmp_path: Path, e
     try_all(evidence, "attention file", damaged_json(attention()), check)
     without_weights = [{**entry, "by_layer": [None] * N_LAYERS} for entry in attention()["attention"]]
     check(Damaged("wrong shapes", json.dumps({**attention(), "attention": without_weights}).encode()))
+    for entry in ({"token_idx": 0, "by_layer": 5.0}, 5):  # by hand: a number in place of a list, or of an entry
+        path.write_text(json.dumps({**attention(), "attention": [entry, *attention()["attention"][1:]]}))
+        assert reads(path, lambda: read_attention(path).present_layers) is None
     path.write_text(json.dumps(attention()))
     assert read_attention(path).heads(1).shape[0] == N_HEADS
 

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tests.input.strategies import check_refusal
 from tlcapture.errors import StorageError
 from tlcapture.page.contents import Contents
+from tlcapture.storage.compact_files import is_written_compact, open_compact
 from tlcapture.storage.projection_shards import Shard
 from tlcapture.storage.safetensors_files import TensorFile, TensorSpec, write_safetensors
 from tlcapture.storage.shard_writing import write_prompt
@@ -224,3 +225,36 @@ def test_an_opened_file_holds_no_descriptor_and_notices_that_it_was_replaced(tmp
     save_file(ARRAYS, path)
     with pytest.raises(StorageError, match="was replaced while it was being read"):
         opened[0].array("a")
+
+
+HEAD = {"kind": "attention", "version": "1", "numbers": "", "content": '{"tokens": []}'}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        (
+            {**HEAD, "kind": "logit lens"},
+            "expected a safetensors file of the kind 'attention', but it states 'logit lens'",
+        ),
+        (None, "expected a safetensors file of the kind 'attention', but it states none"),
+        ({**HEAD, "version": "2"}, "its version is '2', expected '1': a newer tlcapture reads it"),
+        ({**HEAD, "content": "{"}, "content: not JSON: "),
+        ({**HEAD, "content": "[]"}, "content: expected a JSON object"),
+    ],
+)
+def test_a_compact_file_of_another_kind_or_version_is_refused(
+    metadata: dict[str, str] | None, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "1_attention.safetensors"
+    save_file({"layer.1": np.ones((1, 1), np.float16)}, path, metadata=metadata)
+    with pytest.raises(StorageError) as caught:
+        open_compact(path, "attention")
+    assert str(caught.value).startswith(f"{path}: not a valid attention file: {said}")
+
+
+def test_what_json_would_hold_in_64_mb_is_json() -> None:
+    assert [is_written_compact(None, 64 * 2**20 + beyond) for beyond in (0, 1)] == [False, True]
+    assert [is_written_compact(form, size) for form in ("json", "compact") for size in (0, 1e12)] == [
+        False, False, True, True,
+    ]  # fmt: skip

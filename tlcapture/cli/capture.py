@@ -124,21 +124,23 @@ class _Settings:
 @command(
     'tlcapture capture --prompt "How do tides work?"',
     "tlcapture capture --experiment my_exp --prompt-set single_trait --attention --logit-lens",
-    "tlcapture capture --experiment my_exp --prompt-set single_trait --steer behavioral/refusal:+0.2@16",
+    "tlcapture capture --experiment my_exp --prompt-set single_trait --steer behavioral/refusal:+0.2@16 --variant "
+    "refusing",
     cls=InOrder,
 )
 @location_options
 @prompt_set_options
 @given_prompt_options
-@click.option("--attention", is_flag=True, help="Attention patterns of all layers and heads.")
-@click.option("--logit-lens", is_flag=True, help="Top predictions of every layer.")
+@click.option("--attention", is_flag=True, help="Also write attention patterns, of all layers and heads.")
+@click.option("--logit-lens", is_flag=True, help="Also write the most likely next tokens of each layer.")
 @click.option(
     "--layer-internals",
     type=LayerOrWord("all"),
     multiple=True,
-    help="Everything that layer N computes; repeatable. all: every layer, with --attention --logit-lens.",
+    help="Also write all activations within layer N; repeatable. all: of every layer, with --attention and "
+    "--logit-lens.",
 )
-@click.option("--capture-attn", is_flag=True, help="Also keep attention outputs, next to the residual stream.")
+@click.option("--capture-attn", is_flag=True, help="Also keep the outputs of attention, beside the residual stream.")
 @kept_options
 @click.option("--no-project", is_flag=True, help="Do not project onto trait vectors.")
 @click.option("--projections-only", is_flag=True, help="Keep only projections, no raw activations.")
@@ -176,7 +178,10 @@ class _Settings:
     help="Turn thinking on or off, if the chat template has a switch for it.  [default: the template's]",
 )
 @click.option(
-    "--template-arg", type=TemplateArg(), multiple=True, help="Any other value for the chat template; repeatable."
+    "--template-arg",
+    type=TemplateArg(),
+    multiple=True,
+    help="A variable for the chat template, as JSON or text; repeatable.",
 )
 @model_options
 @cluster_options

@@ -41,8 +41,8 @@ class _Settings:
 
 
 @command(
-    "tlcapture compare my_exp/single_trait my_exp/single_trait@polite",
-    "tlcapture compare base tuned --prompt-set single_trait --traits style/formality --no-kl",
+    "tlcapture compare my_exp/single_trait my_exp/single_trait@refusing",
+    "tlcapture compare my_exp/single_trait my_exp/single_trait@refusing --traits style/formality --no-kl",
 )
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")

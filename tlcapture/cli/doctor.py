@@ -20,7 +20,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 @command(
     "tlcapture doctor",
-    "tlcapture doctor --model google/gemma-2-2b-it",
+    "tlcapture doctor --engine bridge --dtype bfloat16",
 )
 @click.option(
     "--model",

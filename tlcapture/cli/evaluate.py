@@ -36,20 +36,21 @@ if TYPE_CHECKING:
 
 @command(
     "tlcapture evaluate --experiment my_exp",
-    "tlcapture evaluate --experiment my_exp --examples other/refusal --traits behavioral/refusal",
+    "tlcapture evaluate --experiment my_exp --against-steering",
 )
 @location_options
 @grid_options("evaluate", "probe,mean_diff,gradient,imported")
 @click.option(
     "--against-steering",
     is_flag=True,
-    help="Evaluate nothing; correlate effect sizes with steering gains, vector by vector.",
+    help="Evaluate nothing; correlate the vectors' effect sizes with their gains in steering.",
 )
 @click.option(
     "--examples",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Score the selected vectors, or those of --methods and --layers, on another dataset of their trait.",
+    help="Score the selected vectors, or those of --methods and --layers, on a folder with other examples of their "
+    "trait.",
 )
 @examples_as_option
 @model_options
@@ -69,7 +70,11 @@ def evaluate(
     model: ModelOptions,
     cluster: ClusterOptions,
 ) -> None:
-    """Measure how well trait vectors separate held-out examples."""
+    """Measure how well trait vectors separate held-out examples.
+
+    Prints the best vector of each trait with its AUROC and effect size (Hedges' g), and a verdict: whether words,
+    lengths or shuffled labels do as well.
+    """
     from tlcapture.traits.vector_files import traits_with_vectors
 
     layout = location.layout

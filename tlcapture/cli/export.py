@@ -36,11 +36,17 @@ class _Settings:
 
 @command(
     "tlcapture export --experiment my_exp --to shared/my_exp",
-    "tlcapture export --experiment my_exp --to shared/my_exp --activations 12,16",
+    "tlcapture export --experiment my_exp --to shared/with_layers --activations 12,16",
 )
 @location_options
 @click.option("--prompt-set", type=Names(), help="Prompt sets, comma-separated.  [default: all with captures]")
-@click.option("--to", type=NewPath(), metavar="DIR", required=True, help="Folder to write; it must not exist.")
+@click.option(
+    "--to",
+    type=NewPath(),
+    metavar="DIR",
+    required=True,
+    help="Folder to write; it must not exist, unless --overwrite is given.",
+)
 @click.option(
     "--format",
     type=click.Choice(["datasets", "parquet", "safetensors", "json"]),
@@ -57,7 +63,7 @@ class _Settings:
     type=StreamPoints(),
     default="residual_out",
     show_default=True,
-    help="Residual points to export activations at, attn_out among them.",
+    help="Points to export activations at: residual_in, after_attn, residual_out, attn_out.",
 )
 @click.option(
     "--shard-size",
@@ -66,7 +72,7 @@ class _Settings:
     show_default=True,
     help="Size at which a new Parquet file begins.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an earlier export at the same place.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export in the same folder.")
 @collected(_Settings, "settings")
 @working
 def export(console: Console, location: Location, settings: _Settings) -> None:

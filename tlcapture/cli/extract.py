@@ -56,7 +56,11 @@ def extract(
     model: ModelOptions,
     cluster: ClusterOptions,
 ) -> None:
-    """Extract trait vectors from the contrastive examples in datasets/traits."""
+    """Extract trait vectors from the contrastive examples in datasets/traits.
+
+    A trait's vector is a direction that separates the activations of its positive examples from those of its negative
+    ones. Some examples are held out, for "tlcapture evaluate".
+    """
     layout = location.layout
     for trait in grid.traits or ():
         location.datasets.trait_folder(trait)

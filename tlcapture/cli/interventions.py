@@ -52,20 +52,24 @@ intervention_options = together(
         "--steer",
         type=Intervention(Steer),
         multiple=True,
-        help="Add COEFFICIENT typical residual norms along a trait's vector, from the last prompt token on. LAYERS: 16 "
-        "or 0,2,5-8, all, auto. WHERE: prompt, response, thinking, first=N. Repeatable.",
+        help="Add a trait's vector, COEFFICIENT times as long as the residual stream typically is, from the last "
+        "prompt "
+        "token on. LAYERS: such as 16 or 0,2,5-8; all; auto, the selected one. WHERE: only the prompt, response, "
+        "thinking, "
+        "or first=N tokens of the response. Repeatable.",
     ),
     click.option(
         "--ablate",
         type=Intervention(Ablate),
         multiple=True,
-        help="Remove the component along a trait's vector, at all tokens. Repeatable.",
+        help="Remove what lies along a trait's vector, at all tokens, or at those of WHERE. Repeatable.",
     ),
     click.option(
         "--cap",
         type=Intervention(Cap),
         multiple=True,
-        help="Hold the projection onto a trait's vector at VALUE or below, at all tokens. Repeatable.",
+        help="Keep the projection onto a trait's vector at or below VALUE, at all tokens, or at those of WHERE. "
+        "Repeatable.",
     ),
     click.option(
         "--variant",

@@ -70,7 +70,7 @@ _engine_options = together(
         type=click.Choice(["auto", "hooked", "bridge"]),
         default="auto",
         show_default=True,
-        help="hooked: HookedTransformer; bridge: TransformerBridge; auto: hooked where it covers the model.",
+        help="hooked: HookedTransformer; bridge: TransformerBridge; auto: hooked where it supports the model.",
     ),
     click.option("--device", default="auto", show_default=True, help="cuda, mps or cpu; auto: the first available."),
     click.option(

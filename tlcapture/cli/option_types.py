@@ -247,7 +247,7 @@ class ShardOf(_Parsed):
 class ByteSize(_Parsed):
     """A number of bytes, with a unit."""
 
-    name = "size"
+    name = "SIZE"
 
     def _parse(self, text: str) -> int:
         return parse_bytes(text)

@@ -102,7 +102,10 @@ class PromptSetOptions:
 
 prompt_set_options = together(
     click.option(
-        "--prompt-set", type=Names(), shell_complete=completion.prompt_sets, help="Prompt sets, comma-separated."
+        "--prompt-set",
+        type=Names(),
+        shell_complete=completion.prompt_sets,
+        help="Prompt sets by name, comma-separated: the files of datasets/inference, or those of the package.",
     ),
     click.option("--all-prompt-sets", is_flag=True, help="All prompt sets."),
     collected(PromptSetOptions, "prompt_sets"),
@@ -111,7 +114,7 @@ prompt_set_options = together(
 shard_option = click.option(
     "--shard",
     type=ShardOf(),
-    help="Only every n-th prompt of each set, starting with the i-th, to share it among n runs.",
+    help="Only every n-th prompt of each set, starting with the i-th, so that n runs share the work.",
 )
 
 # -- trait vectors --------------------------------------------------------------------------------
@@ -153,7 +156,8 @@ def grid_options(
             type=Names(),
             default=methods,
             show_default=True,
-            help="Methods that find the directions.",
+            help="How vectors are made: probe (weights of a logistic regression), mean_diff (difference of means), "
+            "gradient (a direction trained to separate); imported: by another tool.",
         ),
         click.option("--layers", type=LayerList(), default="all", show_default=True, help=f"Layers to {verb} at."),
         click.option(
@@ -161,7 +165,7 @@ def grid_options(
             type=Components(),
             default="all",
             show_default=True,
-            help="Which activations the vectors are for.",
+            help="Which activations the vectors are for: the residual stream, or outputs of attention.",
         ),
         collected(GridOptions, "grid"),
     )
@@ -189,11 +193,16 @@ def vector_options(default_layer: str) -> Decorator:
         click.option(
             "--layer",
             type=LayerOrWord("auto"),
-            help="Layer of the vectors to project onto; auto: by steering or effect size, per trait.  "
+            help="Layer of the vectors to project onto; auto: for each trait the layer that steering, or else the "
+            "effect "
+            "size on held-out examples, favours.  "
             f"[default: {default_layer}]",
         ),
         click.option(
-            "--method", metavar="METHOD", help="probe, mean_diff, gradient or imported.  [default: the one selected]"
+            "--method",
+            metavar="METHOD",
+            help="How the vectors were made: probe, mean_diff, gradient or imported.  [default: selected as the "
+            "layer is]",
         ),
         click.option(
             "--vector-experiment",
@@ -241,7 +250,8 @@ class KeptOptions:
 format_option = click.option(
     "--format",
     type=click.Choice(["json", "compact"]),
-    help="Form of analysis files.  [default: json, or compact for files that would exceed 64 MB as JSON]",
+    help="Format of attention, logit lens and projections; compact: safetensors.  [default: json, or compact for "
+    "files that would exceed 64 MB as JSON]",
 )
 
 
@@ -254,7 +264,7 @@ kept_options = together(
         type=Points(),
         default="all",
         show_default=True,
-        help=f"Residual points to keep from each layer: {', '.join(POINTS)}.",
+        help=f"Points of the residual stream to keep in each layer: {', '.join(POINTS)}.",
     ),
     click.option(
         "--tokens",
@@ -295,7 +305,9 @@ batch_size_option = click.option(
     type=BatchSize(),
     default="auto",
     show_default=True,
-    help="Prompts that run together. In 16 bits it affects rounding, hence tokens; equal batches give equal bits.",
+    help="Number of prompts that run together; auto: as many as fit in memory. In 16 bits it changes rounding, which "
+    "can "
+    "change tokens.",
 )
 
 # The range that JSON and torch's generators can hold.

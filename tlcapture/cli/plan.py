@@ -124,8 +124,8 @@ class _PaceOptions:
     type=Views(),
     default="residual",
     show_default=True,
-    help=f"Views to keep: {', '.join(Views.NAMES)}; internals:L for one layer. projections without residual: "
-    "--projections-only.",
+    help=f"Views to keep: {', '.join(Views.NAMES)}; internals:L for one layer. Projections "
+    "without residual are what --projections-only keeps.",
 )
 @click.option(
     "--traits",

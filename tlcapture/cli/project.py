@@ -78,9 +78,13 @@ class _Settings:
     type=click.Choice(["residual", "attn_out"]),
     default="residual",
     show_default=True,
-    help="Which activations are projected.",
+    help="Which activations are projected: the residual stream, or outputs of attention.",
 )
-@click.option("--dynamics-only", is_flag=True, help="Only recompute the dynamics of existing projections.")
+@click.option(
+    "--dynamics-only",
+    is_flag=True,
+    help="Only recompute the dynamics (velocity, commitment, persistence) of existing projections.",
+)
 @click.option("--centered", is_flag=True, help="Subtract the mean activation of the training examples first.")
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
 @click.option("--overwrite", is_flag=True, help="Also replace projections that cannot be read.")
@@ -102,7 +106,11 @@ def project(
     settings: _Settings,
     cluster: ClusterOptions,
 ) -> None:
-    """Project saved captures onto trait vectors."""
+    """Project saved captures onto trait vectors.
+
+    Writes a score for each token, layer and point to experiments/NAME/inference/TRAIT, and the dynamics of the trait:
+    its velocity, and when it commits and how long it persists, each beside chance.
+    """
     from tlcapture.storage.remote_roots import check_local
 
     check_local(settings.plot, "--plot")

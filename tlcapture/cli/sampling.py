@@ -65,31 +65,34 @@ sampling_options = together(
         default="plain",
         show_default=True,
         is_eager=True,  # the default of --temperature depends on it
-        help="plain: these options alone; checkpoint: the model's generation config, where these are not given.",
+        help="plain: the rules given here; checkpoint: also those of the model's generation config that are not "
+        "given here.",
     ),
     click.option(
         "--top-p",
         type=click.FloatRange(0, 1),
         metavar="P",
-        help="Sample from the smallest set of most likely tokens whose probabilities add up to at least P.",
+        help="Sample from the smallest set of most likely tokens whose probabilities add up to at least P.  "
+        "[default: off]",
     ),
     click.option(
         "--top-k",
         type=click.IntRange(0, 2**31 - 1),
         metavar="K",
-        help="Sample from the K most likely tokens; 0: from all.",
+        help="Sample from the K most likely tokens; 0: from all.  [default: off]",
     ),
     click.option(
         "--min-p",
         type=click.FloatRange(0, 1),
         metavar="P",
-        help="Sample from tokens with at least P times the probability of the most likely one.",
+        help="Sample from tokens with at least P times the probability of the most likely one.  [default: off]",
     ),
     click.option(
         "--repetition-penalty",
         type=click.FloatRange(0, min_open=True),
         metavar="X",
-        help="Divide positive logits of tokens in prompt and response by X, and multiply negative ones.",
+        help="Divide positive logits of tokens in prompt and response by X, and multiply negative ones.  [default: "
+        "off]",
     ),
     click.option(
         "--stop",
@@ -102,7 +105,8 @@ sampling_options = together(
         "--samples",
         type=click.IntRange(1, 100_000),  # each is looked at before any is generated
         metavar="N",
-        help="N responses to each prompt, captured as ID.s1, ID.s2, ... The prompt is read once.",
+        help="N responses to each prompt, captured as ID.s1, ID.s2, ... The prompt is read once.  [default: one, as "
+        "ID]",
     ),
     collected(SamplingOptions, "sampling"),
 )

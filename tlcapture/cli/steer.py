@@ -48,7 +48,7 @@ class _Settings:
 
 
 @command(
-    "tlcapture steer --experiment my_exp --layers 10,15,20",
+    "tlcapture steer --experiment my_exp --layers 8,12,16",
     "tlcapture steer --experiment my_exp --traits style/formality --coefficients 0.1,0.2,0.3",
 )
 @location_options
@@ -60,11 +60,23 @@ class _Settings:
     type=NumberList(),
     default="0.1,0.2,0.3",
     show_default=True,
-    help="Strengths, in units of the typical residual norm.",
+    help="How far to steer, in multiples of the typical norm of the residual stream.",
 )
-@click.option("--search", is_flag=True, help="Search for each layer's largest coherent coefficient, instead of a grid.")
-@click.option("--judge", metavar="URL", help="Score trait_mean with a server that offers OpenAI's chat completions.")
-@click.option("--judge-model", default="default", show_default=True, metavar="NAME", help="The judge's model name.")
+@click.option(
+    "--search",
+    is_flag=True,
+    help="Search for the largest coefficient of each layer at which responses are coherent, instead of --coefficients.",
+)
+@click.option(
+    "--judge",
+    metavar="URL",
+    help="Have a model score the responses, at the URL of a server with OpenAI's chat completions.  [default: score "
+    "by the "
+    "likelihood of given completions]",
+)
+@click.option(
+    "--judge-model", default="default", show_default=True, metavar="NAME", help="Name of the model of --judge."
+)
 @model_options
 @cluster_options
 @seed_option

@@ -43,6 +43,7 @@ def traits() -> None:
     cls=Command,
     context_settings=help_settings(),
     examples=["tlcapture traits check", "tlcapture traits check --traits style/formality"],
+    short_help="Check contrastive examples.",
 )
 @_trait_option
 @examples_as_option
@@ -129,10 +130,16 @@ def _cell(cue: Cue | None) -> str:
     cls=Command,
     context_settings=help_settings(),
     examples=["tlcapture traits list --experiment my_exp"],
-    short_help="List the vector selected for each trait, and why.",
+    short_help="List the vector of each trait, and why.",
 )
 @location_options
-@click.option("--component", type=click.Choice(["residual", "attn_out"]), default="residual", show_default=True)
+@click.option(
+    "--component",
+    type=click.Choice(["residual", "attn_out"]),
+    default="residual",
+    show_default=True,
+    help="Which activations the vectors are for.",
+)
 @one_line_errors
 def list_(location: Location, component: str) -> None:
     """List the vector selected for each trait: how it was selected, its score, runner-up, verdict and origin.
@@ -219,7 +226,11 @@ def _listed(layout: Layout, component: str, datasets: Datasets) -> _Listed:
     "import",
     cls=Command,
     context_settings=help_settings(),
-    examples=["tlcapture traits import refusal.gguf --experiment my_exp --trait behavioral/refusal"],
+    examples=[
+        "tlcapture traits import shared/my_exp/vectors/behavioral/refusal.mean_diff.gguf --experiment copy "
+        "--trait behavioral/refusal"
+    ],
+    short_help="Import vectors of another tool.",
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @location_options

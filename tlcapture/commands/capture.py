@@ -30,6 +30,7 @@ from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.models.loading import Model, ModelOutline
 from tlcapture.models.sizes import Measures
 from tlcapture.prompts.prompt_sets import PromptSet, mistyped_keys
+from tlcapture.prompts.tokenization import check_unicode
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_loader import ModelLoader
@@ -213,6 +214,8 @@ def _chosen_vectors(layout: Layout, options: CaptureOptions, model: str, measure
 
 def _check(layout: Layout, options: CaptureOptions) -> None:
     options.check_parts()
+    if options.system_prompt is not None:
+        check_unicode(options.system_prompt, "--system-prompt")
     if options.replay:
         _check_replay(options)
     if options.projections_only:

@@ -107,6 +107,21 @@ class CaptureOptions:
         """The components that are captured and projected."""
         return ("residual", "attn_out") if self.capture_attn else ("residual",)
 
+    @property
+    def names_layers(self) -> bool:
+        """Whether a layer is named that the model may not have."""
+        named = (self.layers, self.parts.attention_layers, self.parts.lens_layers, self._internals)
+        return any(named) or self._projected_layer is not None
+
+    @property
+    def _internals(self) -> tuple[int, ...]:
+        return () if self.internals == ALL_LAYERS else tuple(map(int, self.internals))
+
+    @property
+    def _projected_layer(self) -> int | None:
+        """The layer whose vectors captures are projected onto, where one is named."""
+        return self.vectors.layer if self.projects and isinstance(self.vectors.layer, int) else None
+
     def check_parts(self) -> None:
         """Raise `InputError` for parts of a view that is not written."""
         everything = self.internals == ALL_LAYERS
@@ -119,10 +134,11 @@ class CaptureOptions:
             InputError: internals, layers or points that the model does not have.
         """
         everything = self.internals == ALL_LAYERS
-        layers = tuple(sorted(set(range(n_layers) if everything else map(int, self.internals))))
-        for layer in layers:
-            if layer >= n_layers:
-                raise InputError(f"--layer-internals {layer}: the model has layers 0 to {n_layers - 1}")
+        layers = tuple(sorted(set(range(n_layers) if everything else self._internals)))
+        projected = () if self._projected_layer is None else (self._projected_layer,)
+        for option, named in (("--layer-internals", layers), ("--layer", projected)):
+            if beyond := [layer for layer in named if layer >= n_layers]:
+                raise InputError(f"{option} {beyond[0]}: the model has layers 0 to {n_layers - 1}")
         self.check_parts()
         self.parts.check_layers(n_layers)
         return Outputs(

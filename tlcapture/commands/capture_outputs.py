@@ -297,7 +297,8 @@ def _write_internals(path: Path, content: dict[str, Any], save_dtype: str) -> Wr
     floats = {name: value for name, value in content.items() if isinstance(value, Tensor) and value.is_floating_point()}
     for name, value in floats.items():
         if not value.isfinite().all():
-            raise NumericalError(f"{name} holds NaN or inf: {remedy(value.dtype)}")
+            model = content["metadata"]["inference_model"]
+            raise NumericalError(f"{name} holds NaN or inf: {remedy(value.dtype, model)}")
     dtype = common_dtype(list(floats.values()), save_dtype)
     stored = {
         name: value if save_dtype == "auto" and value.itemsize <= dtype.itemsize else value.to(dtype)

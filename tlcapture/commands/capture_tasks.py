@@ -26,7 +26,7 @@ from tlcapture.generation.checkpoint_sampling import is_recorded
 from tlcapture.generation.samples import check_names
 from tlcapture.models.loading import Model, ModelOutline
 from tlcapture.names import PromptId, of_variant, split_name
-from tlcapture.prompts.chat_template import NO_ARGS
+from tlcapture.prompts.chat_template import NO_ARGS, check_renders, uses_chat_template
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.response_lengths import THINKING_TOKENS
 from tlcapture.prompts.template_args import template_args
@@ -133,17 +133,8 @@ class TaskPlanner:
         self._chooser = VectorChooser(layout, options.vectors)
 
     def tasks(self, prompt_sets: Sequence[PromptSet]) -> list[CaptureTask]:
-        """A task for each prompt set.
-
-        Raises:
-            InputError: the request is wrong, or every prompt is refused.
-        """
-        tasks = [self.task(prompt_set) for prompt_set in prompt_sets]
-        refused = [reason for task in tasks for _, reason in task.refused]
-        has_others = any(task.fresh or task.saved or task.unreadable for task in tasks)
-        if refused and not self._options.replay and not has_others:
-            raise InputError(refused[0])
-        return tasks
+        """A task for each prompt set; raises `InputError` if the request is wrong, whatever the prompts."""
+        return [self.task(prompt_set) for prompt_set in prompt_sets]
 
     def task(self, prompt_set: PromptSet) -> CaptureTask:
         """The task for a prompt set; prompts that cannot be captured as asked are in its `refused`."""
@@ -195,16 +186,25 @@ class TaskPlanner:
     def _batched(
         self, prompt_set: PromptSet, prompts: Sequence[Sequence[Place]], fresh: set[PromptId]
     ) -> tuple[list[TokenizedPrompt], list[tuple[str, str]]]:
-        """The samples of prompts that can be tokenized, and the others with reasons, which leave `fresh`."""
-        if self._options.responses_from is not None:
-            self._options.responses_from.check_tokenizer(self._model().tokenizer, prompt_set)
+        """The samples of prompts that can be tokenized, and the others with reasons, which leave `fresh`.
+
+        Raises `InputError` for what no prompt can be rendered with, which is not the failure of a prompt.
+        """
+        tokenizer, given = self._model().tokenizer, self._options.responses_from
+        if given is not None:
+            given.check_tokenizer(tokenizer, prompt_set)
+        is_templated = given is None and uses_chat_template(tokenizer, self.asked_template)
+        _ = self._all_template_args  # raises for values that the template cannot take, whatever the prompt
         batched, refused = list[TokenizedPrompt](), list[tuple[str, str]]()
         for places in filter(None, prompts):
             try:
                 batched += self._tokenized(prompt_set, places[0].prompt, [place.sample for place in places])
             except InputError as error:
-                refused += [(str(place), str(error)) for place in places if place.name in fresh]
+                reason = str(error).removeprefix(f"prompt {prompt_set.name}/{places[0].prompt.id}: ")
+                refused += [(str(place), reason) for place in places if place.name in fresh]
                 fresh -= {place.name for place in places}
+        if refused and not batched and is_templated:
+            check_renders(tokenizer, self._all_template_args)
         return batched, refused
 
     def _norm_prompts(self, prompt_set: PromptSet, prompts: Sequence[Prompt]) -> Sequence[TokenizedPrompt]:
@@ -282,7 +282,7 @@ class TaskPlanner:
         if options.projections_only:
             return self._lacking_projections(place, files, saved)
         if saved is None or not (options.skip_existing or options.replay):
-            return options.outputs(self._model().n_layers)
+            return options.outputs(self._n_layers())
         wanted = options.outputs(saved.n_layers)
         if not options.skip_existing or not (options.replay or self._is_whole_and_of(saved, place, files)):
             return wanted
@@ -299,7 +299,7 @@ class TaskPlanner:
         if saved is None:
             is_free = not files.captured_ns  # a file that cannot be read is replaced, with all files derived from it
             projected = files.made_from() if options.skip_existing and is_free else None
-            wanted = options.outputs(self._model().n_layers if projected is None else projected.n_layers)
+            wanted = options.outputs(self._n_layers() if projected is None else projected.n_layers)
             is_done = (
                 projected is not None
                 and self._is_whole_and_of(projected, place, files)
@@ -382,6 +382,10 @@ class TaskPlanner:
             template_args=self._all_template_args,
         )
         return [replace(tokenized, sample=sample) for sample in samples]
+
+    def _n_layers(self) -> int:
+        """The model's layers; from its config where some are named, which are checked before the weights are loaded."""
+        return self._load.outline.n_layers if self._options.names_layers else self._model().n_layers
 
     def _d_vocab(self) -> int:
         return self._load.outline.measures.d_vocab

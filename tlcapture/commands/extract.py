@@ -88,10 +88,10 @@ def run_extract(
         run = Run.begin(layout, display)
         _skip(run, examples)
         return run.report
-    known = executor.known_model(load)
     for layer in options.layers:
-        if not 0 <= layer < known.n_layers:
-            raise InputError(f"--layers {layer}: the model has layers 0 to {known.n_layers - 1}")
+        if not 0 <= layer < load.outline.n_layers:
+            raise InputError(f"--layers {layer}: the model has layers 0 to {load.outline.n_layers - 1}")
+    executor.known_model(load)  # which may be refused before anything is written
     run = Run.begin(layout, display)
     _skip(run, [each for each in examples if each not in missing])
     if any(each.is_guess for each in missing):

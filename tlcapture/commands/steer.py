@@ -16,6 +16,7 @@ from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.extraction.judge import Judge
 from tlcapture.extraction.monitoring import RANDOM_VECTORS, monitoring
 from tlcapture.extraction.steering import (
+    NEW_TOKENS,
     Addition,
     Question,
     SteeringQuestions,
@@ -25,7 +26,7 @@ from tlcapture.extraction.steering import (
 )
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
-from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize, unknown_token
+from tlcapture.prompts.tokenization import TokenizedPrompt, place_response, tokenize, unknown_token
 from tlcapture.runs.display import Display, Progress
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_loader import ModelLoader
@@ -288,8 +289,29 @@ def _prompts(layout: Layout, model: Model, questions: Sequence[Question]) -> lis
         unknown = unknown_token(model.tokenizer, prompt.token_ids, model.d_vocab)
         if unknown is not None:
             raise InputError(f"steering question {question.id}: {unknown}")
+        _check_length(model, prompt, question)
         prompts.append(prompt)
     return prompts
+
+
+def _check_length(model: Model, prompt: TokenizedPrompt, question: Question) -> None:
+    """Raise `InputError` if a question with a response, or with one of its completions, exceeds the context."""
+    placed = [
+        place_response(
+            model.tokenizer,
+            prompt.source_text,
+            text,
+            system_prompt=prompt.system_prompt,
+            chat_template=prompt.chat_template,
+        )
+        for text in question.completions or ()
+    ]
+    longest = max(len(prompt.token_ids) + NEW_TOKENS, *(len(each.token_ids) for each in placed), 0)
+    if longest > model.n_ctx:
+        raise InputError(
+            f"steering question {question.id}: {longest} tokens with its answer are more than the model's context of "
+            f"{model.n_ctx}: shorten it"
+        )
 
 
 def search_coefficient(score: Callable[[float], SteeringRun]) -> float:

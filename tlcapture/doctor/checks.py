@@ -284,7 +284,8 @@ def _generated(model: Model, prompts: Sequence[TokenizedPrompt], batch_size: int
         model, prompts, hooks=hooks, max_new_tokens=NEW_TOKENS, sampling=greedy, batch_size=batch_size
     ):
         if isinstance(outcome, Failure):
-            raise NumericalError(f"the {_kind_of(outcome.prompt)} gave no response: {outcome.reason}")
+            reason = outcome.reason.removesuffix(f": {remedy(model.dtype, model.name)}")  # which is this check
+            raise NumericalError(f"the {_kind_of(outcome.prompt)} gave no response: {reason}")
         found.append(outcome)
     return sorted(found, key=lambda outcome: outcome.prompt.id)
 
@@ -310,7 +311,9 @@ def _cause(model: Model) -> str:
     """Why activations are not finite: weights that are not, or the range of the dtype."""
     names = not_finite(model.tl.named_parameters())
     unusable = [name.replace("._original_component", "") for name in names]
-    return said_of(unusable) if unusable else remedy(model.dtype)
+    if unusable:
+        return said_of(unusable)
+    return remedy(model.dtype) if model.dtype.itemsize == 2 else "its weights are finite, and its activations overflow"
 
 
 def _kind_of(prompt: TokenizedPrompt) -> str:

@@ -154,7 +154,8 @@ def read_out(
         on_examples(len(batch))
     for part, values in means.items():
         if not values.isfinite().all():
-            raise NumericalError(f"{part} activations of the examples contain NaN or inf: {remedy(model.dtype)}")
+            reason = remedy(model.dtype, model.name)
+            raise NumericalError(f"{part} activations of the examples contain NaN or inf: {reason}")
     return means
 
 

@@ -273,7 +273,8 @@ class SteeringScorer:
         positive_cost, negative_cost = (self._cost(each.repeated(copies), interventions) for each in sides)
         found = (negative_cost - positive_cost).sigmoid().where(self._is_scored.repeat(copies), torch.nan)
         if not found[self._is_scored.repeat(copies)].isfinite().all():
-            raise NumericalError(f"steering: the model's logits are NaN or inf: {remedy(self._model.dtype)}")
+            reason = remedy(self._model.dtype, self._model.name)
+            raise NumericalError(f"steering: the model's logits are NaN or inf: {reason}")
         return list(found.split(len(self._prompts)))
 
     def _score(self, copies: int, interventions: Sequence[Intervention]) -> list[SteeringScore]:

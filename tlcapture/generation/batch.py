@@ -309,7 +309,7 @@ class Batch:
     def _not_finite(self, index: int) -> Failure:
         self._recorder.forget(index)
         position = len(self.prompts[index].read_ids) + len(self._responses[index])
-        reason = f"the model's logits are NaN or inf at token {position}: {remedy(self._model.dtype)}"
+        reason = f"the model's logits are NaN or inf at token {position}: {remedy(self._model.dtype, self._model.name)}"
         return Failure(self.prompts[index], reason, NumericalError)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlcapture.models.checkpoint_files import weights_of
 from tlcapture.models.untaken import listed
+from tlcapture.text import shell_join
 
 if TYPE_CHECKING:
     import torch
@@ -39,15 +40,16 @@ def said_of(names: list[str]) -> str:
     return f"{listed(names)} {'holds' if len(names) == 1 else 'hold'} NaN or infinity: expected finite weights"
 
 
-def remedy(dtype: torch.dtype) -> str:
-    """What to do about activations of a dtype that are NaN or infinity."""
+def remedy(dtype: torch.dtype, model: str | None = None) -> str:
+    """What to do about activations of a dtype that are NaN or infinity, computed by the model of this name."""
     import torch
 
     if dtype == torch.float16:
         return "try --dtype bfloat16 or float32"
     if dtype == torch.bfloat16:
         return "try --dtype float32"
-    return "interventions that are too strong, or damaged weights, cause this: run 'tlcapture doctor'"
+    doctor = shell_join(["tlcapture", "doctor", *([] if model is None else ["--model", model])])
+    return f"interventions that are too strong, or damaged weights, cause this: run '{doctor}'"
 
 
 def _files(folders: Iterable[Path]) -> Iterator[Path]:

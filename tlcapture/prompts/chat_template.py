@@ -18,12 +18,13 @@ from tlcapture.prompts.message_spans import Message, Span, find_messages
 from tlcapture.prompts.step_limit import StepLimitError, step_limit
 from tlcapture.text import BYTE_ORDER_MARK, first_line
 
-ADVICE = "use --no-chat-template"
+ADVICE = 'use --no-chat-template, or "use_chat_template": false in config.json'  # which all commands follow
 
 MAX_STEPS = 2_000_000  # lines of Python that one rendering may run; published templates take hundreds a message
 SWITCHES = ("enable_thinking", "thinking", "reasoning")  # of the thinking, in the templates of published models
 NO_ARGS: Mapping[str, Any] = MappingProxyType({})
 
+QUESTION = {"role": "user", "content": "tlcapture"}  # that every chat template renders
 _PROBE, _THOUGHT = "tlcapture", "thought"
 _PART = re.compile(r"""\{['"]type['"]: ['"]text['"],""")  # a content part that was printed as it is
 
@@ -100,6 +101,11 @@ def render_chat(
         except _RenderingError as error:
             reasons.append(str(error))
     raise InputError(f"the model's chat template {reasons[0]}: {ADVICE}")
+
+
+def check_renders(tokenizer: Any, template_args: Mapping[str, Any] = NO_ARGS) -> None:
+    """Raise `InputError` if the chat template cannot render even a plain question."""
+    render_chat(tokenizer, [QUESTION], template_args=template_args)
 
 
 def rendered_or_none(

@@ -68,7 +68,7 @@ class _Piece:
     message: int
     start: int  # in the message's content
     text: str
-    can_be_dropped: bool = False
+    can_be_dropped: bool
 
 
 def find_messages(

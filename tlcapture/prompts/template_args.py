@@ -12,12 +12,11 @@ from functools import lru_cache
 from typing import Any
 
 from tlcapture.errors import InputError
-from tlcapture.prompts.chat_template import ADVICE, SWITCHES, render_chat, uses_chat_template
+from tlcapture.prompts.chat_template import ADVICE, QUESTION, SWITCHES, check_renders, render_chat, uses_chat_template
 from tlcapture.prompts.conversations import is_json
 
 THINKING = {"on": True, "off": False}
 
-_QUESTION = {"role": "user", "content": "tlcapture"}
 # Arguments of apply_chat_template, and values that it hands over itself.
 _RESERVED = {
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "conversations", "max_length",
@@ -93,9 +92,9 @@ def _check_rendering(tokenizer: Any, given: Mapping[str, Any]) -> None:
     if not given:
         return
     try:
-        render_chat(tokenizer, [_QUESTION], template_args=given)
+        check_renders(tokenizer, given)
     except InputError as error:
-        render_chat(tokenizer, [_QUESTION])
+        check_renders(tokenizer)
         reason = str(error).removesuffix(f": {ADVICE}")
         raise InputError(f"--template-arg {', '.join(given)}: {reason}: give another value") from None
 
@@ -109,14 +108,13 @@ def _switch(tokenizer: Any, given: Mapping[str, Any]) -> str:
             )
         if _reads(tokenizer, name):
             on, off = (
-                render_chat(tokenizer, [_QUESTION], template_args={**given, name: value}).text
-                for value in (True, False)
+                render_chat(tokenizer, [QUESTION], template_args={**given, name: value}).text for value in (True, False)
             )
             if on != off:
                 return name
     raise InputError(
         "--thinking: the model's chat template has no switch for thinking "
-        f"({', '.join(SWITCHES)}): leave it out, give another value with --template-arg, or {ADVICE}"
+        f"({', '.join(SWITCHES)}): leave it out, or give another value with --template-arg"
     )
 
 

@@ -132,7 +132,7 @@ def tokenize(
     name = f"prompt {prompt_set}/{prompt_id}"
     turns = conversation(text, messages, system_prompt)
     for turn in turns:
-        _check_unicode(turn["content"], name)
+        check_unicode(turn["content"], f"{name}: its text or system prompt")
     templated = uses_chat_template(tokenizer, chat_template)
     if templated:
         chat = _rendered(tokenizer, turns, template_args)
@@ -359,6 +359,7 @@ def _tokens_from(tokenizer: Any, text: str, start: int) -> tuple[list[int], int]
     return ids, next((n for n, (_, stop) in enumerate(found["offset_mapping"]) if stop > start), len(ids))
 
 
-def _check_unicode(text: str, name: str) -> None:
+def check_unicode(text: str, name: str) -> None:
+    """Raise `InputError`, which begins with a name, for a text that is not valid Unicode."""
     if not is_unicode(text):
-        raise InputError(f"{name}: its text or system prompt is not valid Unicode")
+        raise InputError(f"{name} is not valid Unicode")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -15,6 +15,8 @@ from tlcapture.storage.files import read_json
 from tlcapture.storage.validation import Count, FileContent, Layer, Number, Percent, Share, checked
 from tlcapture.traits.critical_values import critical_score, critical_value
 
+Component = Literal["residual", "attn_out"]
+
 
 class SteeringConfig(FileContent):
     """The vectors added during a run. Runs with several layers are recorded too, but never select a vector."""
@@ -22,7 +24,7 @@ class SteeringConfig(FileContent):
     layers: list[Layer] = Field(min_length=1)
     methods: list[str] = Field(min_length=1)
     coefficients: list[Number] = Field(default_factory=list)
-    component: str = "residual"
+    component: Component = "residual"
 
 
 class SteeringMeans(FileContent):
@@ -121,7 +123,7 @@ class SteeringMonitoring(FileContent):
 
     layer: Layer
     method: str
-    component: str = "residual"
+    component: Component = "residual"
     coefficients: list[Number]
     projections: list[Number | None] = Field(default_factory=list)
     rank_correlation: Number | None

@@ -102,8 +102,10 @@ class _JsonAttention(SavedAttention):
 
     @property
     def present_layers(self) -> list[int]:
-        entry: Mapping[str, Any] = next(iter(self._entries), {})
-        first = entry.get("by_layer") or ()
+        entry: Any = next(iter(self._entries), {"by_layer": []})
+        first = entry.get("by_layer") if isinstance(entry, Mapping) else None
+        if not isinstance(first, list):
+            raise not_valid(self.path, KIND, "attention[0].by_layer: expected a list")
         return [layer for layer in self.head.kept_layers if layer < len(first) and first[layer] is not None]
 
     def rows(self, layers: Sequence[int]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
