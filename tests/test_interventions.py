@@ -192,7 +192,7 @@ def test_rows_are_followed_on_the_device_as_by_their_text(are_tokens: bool) -> N
     rows = [row[:length] for row in rows]
     expected = torch.tensor([thinking_tokens(tokenizer, *pair) for pair in zip(openings, rows, strict=True)])
     assert expected.any() and not expected.all()
-    followed = thinking_rows(tokenizer, openings, [row[:3] for row in rows])
+    followed = thinking_rows(tokenizer, openings, [row[:3] for row in rows], [True] * 5)
     assert type(followed).__name__ == ("_ByToken" if are_tokens else "_ByText")
     tokens, kept = torch.tensor(rows), list(range(5))
     for step in range(3, length):
@@ -253,5 +253,7 @@ def test_markers_of_a_chat_template_are_not_looked_for_in_prompts_that_it_did_no
     ids = tokenizer("<hm>ab</hm>c", add_special_tokens=False)["input_ids"]
     assert any(thinking_tokens(tokenizer, "", ids))
     assert not any(thinking_tokens(tokenizer, "", ids, chat_template=False))
-    followed = thinking_rows(tokenizer, ["<hm>"], [ids[:5]], chat_template=False)
-    assert not any(followed.read(torch.tensor([token])) for token in ids[5:])
+    for templated in ([False], [False, True]):
+        n_rows = len(templated)
+        followed = thinking_rows(tokenizer, ["<hm>"] * n_rows, [ids[:5]] * n_rows, templated)
+        assert followed.read(torch.tensor(ids[5:6] * n_rows)).tolist() == templated

@@ -35,8 +35,8 @@ class ActingInterventions:
         self._tokenizer, self._device = model.tokenizer, model.device
         self._thinking: ThinkingRows | None = None
         if any(each.where.needs_thinking for each in self._interventions):
-            openings, templated = [each.opening for each in prompts], any(each.chat_template for each in prompts)
-            self._thinking = thinking_rows(self._tokenizer, openings, self._responses, chat_template=templated)
+            openings, templated = [each.opening for each in prompts], [each.chat_template for each in prompts]
+            self._thinking = thinking_rows(self._tokenizer, openings, self._responses, templated)
             self._within = RowMask(torch.zeros(len(prompts), 1, dtype=torch.bool, device=model.device))
         self._n_new = len(self._responses[0]) if self._responses else 0  # tokens of every response
 

@@ -30,11 +30,15 @@ class ThinkingRows(Protocol):
 
 
 def thinking_rows(
-    tokenizer: Any, openings: Sequence[str], responses: Sequence[Sequence[int]], *, chat_template: bool = True
+    tokenizer: Any, openings: Sequence[str], responses: Sequence[Sequence[int]], templated: Sequence[bool]
 ) -> ThinkingRows:
-    """The rows after their responses so far. Markers of one token are matched on the device, others by their text."""
-    texts = [_Text.of(tokenizer, *row, chat_template) for row in zip(openings, responses, strict=True)]
-    markers = marker_tokens(tokenizer, chat_template=chat_template)
+    """The rows after their responses so far. Markers of one token are matched on the device, others by their text.
+
+    `templated` says whether the chat template rendered the prompt of each row.
+    """
+    texts = [_Text.of(tokenizer, *row) for row in zip(openings, responses, templated, strict=True)]
+    are_alike = len(set(templated)) == 1
+    markers = marker_tokens(tokenizer, chat_template=templated[0]) if are_alike else None
     return _ByText(texts) if markers is None else _ByToken(*markers, [each.is_open for each in texts])
 
 
