@@ -366,6 +366,8 @@ def test_markers_may_be_several_tags_or_words(
     found, markers = of_response(tokenizer, prompt.opening, response)
     assert (found, markers["markers"], prompt.thinks) == (expected, "reasoning_content", thinking)
     assert not is_thinking(tokenizer, prompt.opening, response)
+    opened = {TAGGED: "<open>think<sep>", IN_WORDS: "My reasoning steps:"}  # no more than what opens the thinking
+    assert markers["open"] == opened[template]
 
 
 def test_a_response_after_a_closing_marker_alone_is_the_answer() -> None:

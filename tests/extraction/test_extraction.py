@@ -221,6 +221,16 @@ def test_examples_are_counted_once_and_norms_are_those_of_the_tokens_read_out() 
         assert norms.medians()[layer] == pytest.approx(float(torch.cat(found).median()), rel=1e-4)
 
 
+def test_a_text_of_one_token_without_a_bos_is_read_at_that_token() -> None:
+    model = tiny.model("llama")
+    reading = tokenize_example(tiny.tokenizer(bos=False), Example(text="x"))
+    assert (len(reading.token_ids), reading.start, reading.stop) == (1, 0, 1)
+    with torch.no_grad():
+        run = tiny.hf_model("llama")(torch.tensor([reading.token_ids]), output_hidden_states=True)
+    found = read_out(model, [reading], ["residual"])["residual"][0, 0]
+    assert torch.allclose(found, run.hidden_states[1][0, 0], atol=1e-4)
+
+
 def test_a_bare_text_is_not_read_with_the_chat_template() -> None:
     tokenizer = tiny.tokenizer()
     text, pair = Example(text="x"), Example(prompt="q", response="r")

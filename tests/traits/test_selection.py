@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from tlcapture.errors import InputError, StorageError, VectorError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.critical_values import critical_score
 from tlcapture.traits.selection import fallback_layer, select
-from tlcapture.traits.steering_files import SteeringRun, largest_by_chance
+from tlcapture.traits.steering_files import SteeringRun, largest_by_chance, percentile_95
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import read_vector, write_vector
 
@@ -294,3 +296,34 @@ def test_a_layer_may_be_a_numpy_integer_but_not_another_word(files: VectorFiles)
     assert select(files, "residual", 30, layer=np.int64(4)).layer == 4
     with pytest.raises(InputError, match="'best' is neither a number nor 'auto'"):
         select(files, "residual", 30, layer="best")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 20, 21])
+def test_the_95th_percentile_is_that_of_numpy(n: int) -> None:
+    values = np.random.default_rng(n).normal(size=n)
+    assert percentile_95(list(values)) == pytest.approx(np.percentile(values, 95))
+    assert np.isnan(percentile_95([]))
+
+
+def gains(null: Sequence[float]) -> list[SteeringRun]:
+    """Runs at ten layers, of which one has been compared with random vectors."""
+    runs = [SteeringRun(layer, "probe", "residual", 1.0, 0.0, 100.0, 0.0) for layer in range(10)]
+    return [replace(runs[0], null=tuple(null)), *runs[1:]]
+
+
+def test_the_level_of_the_best_of_many_gains_follows_the_skewness_of_random_ones_upwards_alone() -> None:
+    upwards = np.random.default_rng(0).exponential(size=20)
+    upwards = (upwards - upwards.mean()) / upwards.std(ddof=1)
+    score = critical_score(10, 20)
+    scaled = upwards / upwards.std()
+    skewness = (scaled**3).mean()
+    assert skewness > 0.5
+    assert largest_by_chance(gains(upwards)) == pytest.approx(score + skewness * (score**2 - 1) / 6)
+    assert largest_by_chance(gains(-upwards)) == pytest.approx(score)
+    shifted = largest_by_chance(gains(3 + 2 * upwards))
+    assert shifted == pytest.approx(3 + 2 * (score + skewness * (score**2 - 1) / 6))
+
+
+@pytest.mark.parametrize("null", [(5.0,), (5.0, 5.0, 5.0)])
+def test_random_gains_without_a_deviation_have_a_level(null: tuple[float, ...]) -> None:
+    assert largest_by_chance(gains(null)) == 5.0
