@@ -57,6 +57,7 @@ def resources(data: Path) -> Iterator[tuple[str, dict[str, str]]]:
     contents, layout = Contents(data), Layout(data, "exp")
     choices: dict[str, Any] = {
         "experiment": lambda _: ["exp"],
+        "source": lambda _: ["exp"],
         "other": lambda _: [each["other"] for each in contents.comparisons("exp")],
         "prompt_set": lambda _: SETS,
         "prompt_id": lambda so_far: layout.prompt_ids(so_far["prompt_set"]),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tlcapture.captures.provenance import is_same_computation
 from tlcapture.comparison.comparison_files import ComparisonFile
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, StorageError
 from tlcapture.names import split_name
 from tlcapture.storage.layout import Layout
 
@@ -18,16 +18,14 @@ from tlcapture.storage.layout import Layout
 def is_outdated(layout: Layout, prompt_set: str, path: Path, file: ComparisonFile) -> bool:
     """Whether a capture of a comparison was made again since, with other tokens or by another computation.
 
-    `file` is the content of the comparison at `path`, which is of a prompt set of `layout`. A capture that is gone says
-    nothing.
-
-    Raises `StorageError` for a newer capture that cannot be read.
+    `file` is the content of the comparison at `path`, which is of a prompt set of `layout`. A capture that is gone, or
+    cannot be read, says nothing.
 
     Example:
         is_outdated(layout, "single_trait", path, ComparisonFile.read(path))
     """
     name = path.stem
-    with suppress(FileNotFoundError):  # removed meanwhile
+    with suppress(FileNotFoundError, StorageError):
         written = path.stat().st_mtime_ns
         for side, raw in (("a", _capture(layout, prompt_set, name)), ("b", _of_other(layout, name, file))):
             if raw is not None and raw.stat().st_mtime_ns > written and not _is_of(file, side, raw):
