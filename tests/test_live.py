@@ -53,10 +53,11 @@ def test_numbers_and_texts_of_numpy_are_stored_as_those_of_python(tmp_path: Path
     """A file with NumPy's own could not be opened."""
     numbers: dict[str, Any] = {"seed": np.int64(3), "temperature": np.float32(0.5), "top_k": np.int64(9)}
     numbers |= {"top_p": np.float64(0.9), "stop": list(np.array(["zz"])), "layers": np.arange(1, 3)}
-    (found,) = capture(tiny.model("llama"), "hi", max_new_tokens=1, batch_size=np.int64(1), **numbers)
+    (found,) = capture(tiny.model("llama"), "hi", max_new_tokens=np.int64(1), batch_size=np.int64(1), **numbers)
     found.save(tmp_path / "1.pt")
     metadata = torch.load(tmp_path / "1.pt", weights_only=True)["metadata"]
     assert (metadata["seed"], metadata["temperature"], metadata["layers"]) == (3, 0.5, [1, 2])
+    assert type(metadata["max_new_tokens"]) is int
     assert metadata["sampling"] == {"source": "plain", "top_k": 9, "top_p": 0.9, "stop": ["zz"]}
     given = {"top_p": np.float64(0.9)}
     assert type(CheckpointSampling(seed=np.int64(3), given=given).seed) is int  # type: ignore[arg-type]

@@ -129,6 +129,14 @@ def test_what_is_left_of_an_ablated_direction_is_rounding_and_has_no_dynamics(
             assert means["prompt"] == pytest.approx(offset, abs=0.02)
 
 
+@pytest.mark.parametrize("n_response", [1, 2])
+def test_a_single_value_after_the_first_is_not_taken_for_rounding(n_response: int) -> None:
+    torch.manual_seed(3)
+    (found,) = project(stream(1), stream(n_response), chosen(vector("a", 1, torch.randn(WIDTH))))
+    assert not found.is_still
+    assert (found.dynamics.peak_velocity != 0) == (n_response > 1)
+
+
 def test_a_small_trajectory_beside_massive_dimensions_is_not_taken_for_rounding() -> None:
     torch.manual_seed(2)
     parts = [stream(n).points.clone() for n in (12, 30)]

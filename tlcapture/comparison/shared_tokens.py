@@ -44,8 +44,8 @@ def shared_tokens(a: Capture, b: Capture) -> SharedTokens:
     held = Positions.of(sorted(both & {*range(n_tokens)}), min(len(a.prompt.tokens), n_tokens), n_tokens)
     if not held.kept:
         raise InputError(
-            f"no shared token has activations in both: {a.positions.described()} and those of the other "
-            f"are {b.positions.described()}"
+            f"no shared token has activations in both: in one {a.positions.described()}, in the other "
+            f"{b.positions.described()}"
         )
     rows_a, rows_b = (held.rows_in(each.positions) or list(range(len(held.kept))) for each in (a, b))
     return SharedTokens(held, rows_a, rows_b)

@@ -358,7 +358,7 @@ def _asked(
 def _most_tokens(asked: int | None, prompts: Sequence[TokenizedPrompt], n_ctx: int) -> int:
     """The maximum length of a response: as asked, or by default longer for models that think, within the context."""
     if asked is not None:
-        return asked
+        return index(asked)
     if not any(prompt.thinks for prompt in prompts):
         return NEW_TOKENS
     return max(NEW_TOKENS, min(THINKING_TOKENS, n_ctx - max(len(prompt.token_ids) for prompt in prompts)))

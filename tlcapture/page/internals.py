@@ -77,7 +77,7 @@ def internals_of_layer(layout: Layout, prompt_set: str, prompt_id: str, layer: i
         if name in content and not is_pattern(name):
             values = _floats(content[name])
             n_rows = len(values)
-            norms = _rounded(np.sqrt(np.square(values.reshape(n_rows, -1)).sum(axis=1)))
+            norms = _rounded(np.sqrt(np.square(values).sum(axis=tuple(range(1, values.ndim)))))
             hooks[name.removeprefix(f"blocks.{layer}.")] = {"shape": list(values.shape), "norms": norms}
     router, neurons = content.get(hook("router_scores", layer)), content.get(hook("mlp_post", layer))
     return {

@@ -27,8 +27,11 @@ def still_trajectories(
 ) -> list[int]:
     """The rows of the trajectories that vary by no more than rounding, their first token left out.
 
-    `activations` are those at each vector's layer, which the trajectories are the projections of.
+    `activations` are those at each vector's layer, which the trajectories are the projections of. Of fewer than three
+    tokens none is known to be still: a single value does not vary.
     """
+    if trajectories.shape[1] < 3:
+        return []
     varies = trajectories[:, 1:].double().std(dim=1, correction=0).tolist()
     rest = {layer: values[1:] for layer, values in activations.items()}
     longest = {layer: float(values.float().norm(dim=1).max()) for layer, values in rest.items() if len(values)}
