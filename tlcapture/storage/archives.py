@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,18 @@ _LARGEST = 2**31 - 2**27  # bytes of a record from which zipfile writes 64-bit s
 # Types without a storage, of most objects in a pickle.
 _PLAIN = (str, int, float, bool, type(None), tuple, list, dict, OrderedDict)
 Buffer = bytes | memoryview
+_Whole = tuple[Any, int, tuple[int, ...], tuple[int, ...]]  # a storage, and a tensor's offset, shape and strides in it
+
+
+class Row(NamedTuple):
+    """A row of a tensor, which an archive stores as it stores the tensor `whole[number]`.
+
+    Each tensor takes some microseconds to make, and the GIL is given away when it is freed.
+    """
+
+    whole: torch.Tensor
+    number: int
+
 
 # Makes further records of an archive from its storages in order, which are `data/0`, `data/1`, ...
 MoreRecords = Callable[[Sequence[Any]], Mapping[str, bytes]]
@@ -195,10 +207,11 @@ class _Pickler(pickle.Pickler):
         self.storages: list[torch.UntypedStorage] = []
         # The name and the place of each storage: one text for each, since a pickle holds equal objects again.
         self._known: dict[int, tuple[str, str]] = {}
+        self._wholes: dict[int, _Whole | None] = {}  # by id
         self._torch, self._location_tag = torch, location_tag
         self._rebuild = torch._utils._rebuild_tensor_v2
-        self._plain_dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64})
-        self._without_storage = frozenset({*_PLAIN, torch.Tensor})
+        self._plain_dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+        self._without_storage = frozenset({*_PLAIN, Row, torch.Tensor})
 
     def persistent_id(self, each: Any) -> Any:
         if type(each) in self._without_storage:  # nearly all that a pickle holds
@@ -217,16 +230,28 @@ class _Pickler(pickle.Pickler):
         return "storage", kind, name, location, size
 
     def reducer_override(self, each: Any) -> Any:
-        """What `Tensor.__reduce_ex__` returns for a plain tensor, which takes it three times as long."""
-        if type(each) is not self._torch.Tensor or not self._is_plain(each):
+        """What `Tensor.__reduce_ex__` returns for a row of a tensor."""
+        if type(each) is not Row:
             return NotImplemented
-        storage = self._torch.TypedStorage(wrap_storage=each.untyped_storage(), dtype=each.dtype, _internal=True)
-        own = (storage, each.storage_offset(), tuple(each.size()), each.stride(), False, OrderedDict())
-        return self._rebuild, own
+        if (found := self._whole(each.whole)) is None:
+            return each.whole[each.number].__reduce_ex__(2)
+        storage, offset, shape, strides = found
+        at = offset + each.number * strides[0]
+        # No two of these are the same object, as when each row is a tensor.
+        return self._rebuild, (storage, at, tuple([*shape[1:]]), tuple([*strides[1:]]), False, OrderedDict())
 
-    def _is_plain(self, each: torch.Tensor) -> bool:
-        is_here = each.layout is self._torch.strided and each.is_cpu and each.dtype in self._plain_dtypes
-        return is_here and not (each.is_nested or each.requires_grad or each.is_neg() or each.__dict__)
+    def _whole(self, tensor: torch.Tensor) -> _Whole | None:
+        """The storage of a tensor, and how it lies there; `None` for a tensor that has more than that."""
+        if id(tensor) not in self._wholes:
+            is_plain = type(tensor) is self._torch.Tensor and tensor.dtype in self._plain_dtypes
+            found = None
+            if is_plain and not (tensor.requires_grad or tensor.is_neg()):
+                storage = self._torch.TypedStorage(
+                    wrap_storage=tensor.untyped_storage(), dtype=tensor.dtype, _internal=True
+                )
+                found = storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+            self._wholes[id(tensor)] = found
+        return self._wholes[id(tensor)]
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> memoryview:
