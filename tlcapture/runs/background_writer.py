@@ -8,10 +8,11 @@ prompts, so that the report does not depend on which prompt was written first. T
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import cache, partial
+from functools import lru_cache, partial
 from threading import Condition
 from typing import NamedTuple
 
@@ -144,11 +145,16 @@ def _compute_alone(*, with_idle_team: bool) -> None:
     _libraries().limit(limits=1, user_api="openmp")
 
 
-@cache
 def _libraries() -> ThreadpoolController:
-    """The libraries that compute with several threads. Finding them takes a while, in which the GIL is held."""
+    """The libraries that compute with several threads."""
     import torch  # noqa: F401  whose libraries are among them
 
+    return _libraries_of(len(sys.modules))
+
+
+@lru_cache(1)
+def _libraries_of(n_modules: int) -> ThreadpoolController:
+    """They are looked for again only after an import: that takes a while, in which the GIL is held."""
     return ThreadpoolController()
 
 

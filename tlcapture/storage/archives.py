@@ -237,8 +237,7 @@ class _Pickler(pickle.Pickler):
             return each.whole[each.number].__reduce_ex__(2)
         storage, offset, shape, strides = found
         at = offset + each.number * strides[0]
-        # No two of these are the same object, as when each row is a tensor.
-        return self._rebuild, (storage, at, tuple([*shape[1:]]), tuple([*strides[1:]]), False, OrderedDict())
+        return self._rebuild, (storage, at, shape[1:], strides[1:], False, OrderedDict())
 
     def _whole(self, tensor: torch.Tensor) -> _Whole | None:
         """The storage of a tensor, and how it lies there; `None` for a tensor that has more than that."""
