@@ -8,7 +8,8 @@ one that is not counted. Parts that were never measured come first; --only and -
 the seconds are over is left out and named. Writes GPU.md and gpu.json.
 
 It needs torch, transformers and a GPU, and no network: `make bench-gpu-wheels` downloads everything else beforehand,
-for Python 3.12 on Linux. `--shape tiny --device cpu` tries the script anywhere.
+for Python 3.12 on Linux. `--shape tiny --device cpu` tries the script anywhere; with `--shape wide`, whose model takes
+little of the time, `--only command` shows what a capture does besides.
 """
 
 from __future__ import annotations
@@ -214,7 +215,8 @@ class Session:
         command = [] if stacks is None else recording(str(py_spy()), stacks)
         command += [sys.executable, "-m", "tlcapture", "capture", "--root", str(root), "--experiment", "bench"]
         command += ["--model", str(self.work / "model"), "--prompt-set", "bench", "--max-new-tokens", "50"]
-        command += ["--batch-size", "64", "--device", self.device, "--json", *temperature, *options]
+        command += ["--batch-size", "64", "--device", self.device, "--dtype", "bfloat16", "--json"]
+        command += [*temperature, *options]
         limit = min(90.0, max(30.0, self.seconds_left))
         done = subprocess.run(command, env=environment(tree), capture_output=True, text=True, timeout=limit)
         if done.returncode:
@@ -248,7 +250,7 @@ class Session:
 @click.option("--out", default=HERE, type=click.Path(file_okay=False, path_type=Path), help="Where GPU.md is written.")
 @click.option("--seconds", default=345.0, show_default=True, help="Begin nothing after that many seconds.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Rounds to measure.")
-@click.option("--shape", default="gemma-2-2b", type=click.Choice(["gemma-2-2b", "tiny"]), show_default=True)
+@click.option("--shape", default="gemma-2-2b", type=click.Choice(["gemma-2-2b", "wide", "tiny"]), show_default=True)
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--disk", default=None, help="A folder on a disk, for files; the current folder by default.")
 @click.option("--skip", default="", help="Parts to leave out, comma-separated, by the names that are printed.")

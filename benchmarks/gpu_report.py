@@ -60,7 +60,7 @@ class Report:
             for name, value in self.machine.items()
             if name != "model_GB"
         )
-        shape = "Gemma-2-2B" if self.shape == "gemma-2-2b" else "a tiny model"
+        shape = "Gemma-2-2B" if self.shape == "gemma-2-2b" else f"a {self.shape} model"
         before = "; `before` is the tree of --baseline, measured in turn with `this`" if "before" in self.trees else ""
         loading = ", ".join(f"{name} {each['seconds']:.1f} s" for name, each in self.loaded.items())
         return (

@@ -32,8 +32,25 @@ def texts(count: int) -> list[str]:
 
 
 def shape_of(work: Path) -> dict[str, Any]:
-    """The dimensions of Gemma-2-2B (its config.json on the Hugging Face Hub), or small ones."""
-    if (work / "shape").read_text() == "tiny":
+    """The dimensions of Gemma-2-2B (its config.json on the Hugging Face Hub), or small ones.
+
+    Activations of a `wide` model are as large as those of Gemma-2-2B, and its weights are few.
+    """
+    shape = (work / "shape").read_text()
+    if shape == "wide":
+        return {
+            "hidden_size": 2304,
+            "intermediate_size": 64,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "vocab_size": 512,
+            "max_position_embeddings": 8192,
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 16,
+        }
+    if shape == "tiny":
         return {
             "hidden_size": 64,
             "intermediate_size": 128,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -175,25 +174,8 @@ def loading_once(model: str) -> Callable[..., Any]:
     return load
 
 
-@pytest.fixture(scope="session")
-def libraries_found_once() -> Iterator[None]:
-    """Commands look for the libraries whose threads they limit only when modules were imported since."""
-    from threadpoolctl import ThreadpoolController
-
-    @cache
-    def found(n_modules: int) -> ThreadpoolController:
-        return ThreadpoolController()
-
-    def limited(limits: int, user_api: str) -> Any:
-        return found(len(sys.modules)).limit(limits=limits, user_api=user_api)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tlcapture.runs.background_writer.threadpool_limits", limited)
-        yield
-
-
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, libraries_found_once: None) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty root that commands use without being told."""
     monkeypatch.setenv("TLCAPTURE_ROOT", str(tmp_path))
     return tmp_path

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tlcapture.errors import StorageError
-from tlcapture.storage import archives
+from tlcapture.storage import archives, files
 from tlcapture.storage.files import read_json, read_tensors, write_bytes, write_json, write_tensors
 from tlcapture.storage.temporary_files import remove_temporaries, sweep_temporaries, temporary_path, writer
 
@@ -39,6 +39,30 @@ def test_tensors_and_plain_values_are_read_back_and_views_are_written_once(tmp_p
     value = read_tensors(path)
     assert torch.equal(torch.stack(value["views"][:4]), buffer)
     assert value["text"] == "é"
+
+
+def test_a_row_is_stored_as_the_tensor_of_that_row(tmp_path: Path) -> None:
+    for kind in (torch.randn(3, 4, 2).half(), torch.randn(4, 5).T, torch.randn(2, 3, requires_grad=True)):
+        for number in range(len(kind)):
+            write_tensors(tmp_path / "tensors.pt", {"a": kind[number], "b": [kind[0]]})
+            write_tensors(tmp_path / "rows.pt", {"a": archives.Row(kind, number), "b": [archives.Row(kind, 0)]})
+            assert (tmp_path / "rows.pt").read_bytes() == (tmp_path / "tensors.pt").read_bytes()
+
+
+def test_a_file_is_written_whole_by_system_calls_that_write_less_than_they_are_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_MOST_PIECES", 2)
+    written: list[int] = []
+
+    def writev(descriptor: int, pieces: list[memoryview]) -> int:
+        written.append(os.write(descriptor, b"".join(pieces)[:5]))
+        return written[-1]
+
+    monkeypatch.setattr(os, "writev", writev)
+    files._write_new(tmp_path / "x", [b"ab", b"", b"cdefgh", b"i", b"jklmnopqrst", b"u"])
+    assert (tmp_path / "x").read_bytes() == b"abcdefghijklmnopqrstu"
+    assert len(written) > 4
 
 
 @pytest.mark.parametrize("largest", [2**31, 64])  # a record that needs 64-bit sizes would have gigabytes

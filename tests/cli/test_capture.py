@@ -718,10 +718,13 @@ def test_processes_are_started_only_if_they_will_have_work(
 class NoProcess:
     """In place of another process: what it is asked to call is called in this one."""
 
-    is_usable = is_ending = False
+    is_usable = is_ending = is_starting = False
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
+
+    def end_soon(self) -> None:
+        pass
 
     def end(self) -> None:
         pass

@@ -36,7 +36,7 @@ def run_here(*words: object) -> None:
 
 
 @pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, libraries_found_once: None) -> Path:
+def template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """A root with a prompt set, two traits and their vectors, and no captures."""
     ModelLoader(str(tiny_folder), Display())()  # so that a fork has everything imported, and the model
     root = tmp_path_factory.mktemp("template")

@@ -46,11 +46,11 @@ def held_until(flag: Path) -> Callable[[], None]:
 
         write = capture_worker.write_capture
 
-        def held(*args: Any) -> Any:
+        def held(*args: Any, **options: Any) -> Any:
             deadline = time.monotonic() + 60
             while not flag.exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            return write(*args)
+            return write(*args, **options)
 
         capture_worker.write_capture = held
 

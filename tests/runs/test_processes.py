@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -162,6 +162,23 @@ def test_without_a_program_to_start_the_work_is_done_here(
         processes.announce(1)
         assert processes.call(os.getpid) == os.getpid()
     assert len(caplog.records) == 1
+
+
+def test_where_other_processes_are_still_starting_no_call_waits_for_the_one_that_is_ready(
+    unprepared: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fake:
+        is_usable, is_starting = True, False
+
+        def call(self, function: Callable[..., int], *args: object) -> int:
+            return processes.call(os.getpid)  # while this process is busy
+
+    ready, starting = Fake(), Fake()
+    starting.is_usable, starting.is_starting = False, True
+    processes = Processes()
+    monkeypatch.setattr(processes, "_started", [ready, starting])
+    processes._free.put(ready)  # type: ignore[arg-type]
+    assert processes.call(os.getpid) == os.getpid()
 
 
 def test_an_interrupted_call_leaves_its_answer_to_no_other(started: Processes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from tlcapture.models.finite_weights import remedy
 from tlcapture.names import PromptId
 from tlcapture.prompts.spans import TokenSpan, labels_of
 from tlcapture.shapes import Residual
+from tlcapture.storage.archives import Row
 from tlcapture.storage.files import Hook, Written, read_tensors, write_tensors
 from tlcapture.text import counted
 from tlcapture.views.cache import stacked
@@ -305,12 +306,15 @@ def _save_dtype(name: str, compute: torch.dtype, largest: float) -> torch.dtype:
 
 
 def _part_to_file(part: CapturedPart) -> dict[str, Any]:
-    stream = part.residual
-    activations: dict[int, dict[str, Tensor]] = {}
-    outputs = () if stream.attn_out is None else stream.output_layers
-    for layer in stream.kept.layers:
-        names = [*stream.kept.points, *(["attn_out"] if layer in outputs else [])]
-        activations[layer] = {name: stream.at(layer, name) for name in names}
+    stream = part.residual.checked()
+    activations: dict[int, dict[str, Row]] = {}
+    for layer, rows in zip(stream.kept.layers, stream.kept.rows, strict=True):
+        activations[layer] = {
+            point: Row(stream.points, row) for point, row in zip(stream.kept.points, rows, strict=True)
+        }
+    if stream.attn_out is not None:
+        for row, layer in enumerate(stream.output_layers):
+            activations[layer]["attn_out"] = Row(stream.attn_out, row)
     return {"text": part.text, "tokens": part.tokens, "token_ids": part.token_ids, "activations": activations}
 
 

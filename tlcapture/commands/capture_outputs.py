@@ -167,9 +167,13 @@ class Outputs:
 
 
 def write_capture(
-    layout: Layout, capture: Capture, on_removed: Callable[[Sequence[Path]], object] = lambda paths: None
+    layout: Layout,
+    capture: Capture,
+    on_removed: Callable[[Sequence[Path]], object] = lambda paths: None,
+    *,
+    is_first: bool = False,
 ) -> Written:
-    """Write the raw residual file, and remove files derived from another capture of the prompt.
+    """Write the raw residual file, and remove files derived from another capture of the prompt, unless it `is_first`.
 
     They are removed after the new file was written completely and before it is renamed to its path, so that a derived
     file never exists next to a capture other than its source. `on_removed` is called with their paths.
@@ -178,7 +182,7 @@ def write_capture(
     path = layout.residual(*where)
 
     def before_replacing(new: Path) -> None:
-        if not is_alike(path, capture):
+        if not (is_first or is_alike(path, capture)):
             on_removed(remove_derived(layout, *where))
 
     return capture.save(path, before_replacing=before_replacing).knowing(KnownCapture.of(capture).facts())

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from os.path import lexists
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
@@ -58,6 +59,7 @@ from tlcapture.runs.run import Run
 from tlcapture.storage.config import update_config
 from tlcapture.storage.files import Written, remove, write_bytes
 from tlcapture.storage.layout import derived_files
+from tlcapture.storage.prompts_with_files import PromptsWithFiles
 from tlcapture.traits.intervention_records import thinking_doubt
 from tlcapture.traits.resolved_interventions import ResolvedIntervention
 from tlcapture.traits.saved_projections import merged_files
@@ -100,6 +102,8 @@ class CaptureWorker:
         self._lock = Lock()  # for what the threads of the writer share
         self._removed: list[Path] = []
         self._unanswered: list[str] = []
+        self._had_files: dict[str, PromptsWithFiles] = {}
+        self._is_recorded = False
         self._again = InterventionsAgain(run.layout.root)
 
     @cached_property
@@ -208,16 +212,37 @@ class CaptureWorker:
         with _attempt(run, name), own_stream(self.model.last_device):
             self._write_files(name, generation, fresh, asked, run)
 
-    def _check_replaceable(self, capture_set: str, name: PromptId) -> None:
-        """Raise `StorageError` for files that another tool may have put there since the run was planned."""
-        overwrite = self.options.overwrite
-        saved_capture(self.layout.residual(capture_set, name), overwrite=overwrite)
+    def _check_replaceable(self, capture_set: str, name: PromptId) -> bool:
+        """Raise `StorageError` for files that another tool may have put there since the run was planned.
+
+        Returns whether the prompt may have any file.
+        """
+        overwrite, raw = self.options.overwrite, self.layout.residual(capture_set, name)
+        if not lexists(raw) and not self._with_files(capture_set).may_have_any(name):
+            return False
+        saved_capture(raw, overwrite=overwrite)
         for path in [*derived_files(self.layout, capture_set, name), *merged_files(self.layout, capture_set)]:
             check_replaceable(self.layout, path, overwrite=overwrite)
+        return True
+
+    def _with_files(self, capture_set: str) -> PromptsWithFiles:
+        """The prompts that had derived files when this worker began to write captures of a set."""
+        with self._lock:
+            if capture_set not in self._had_files:
+                self._had_files[capture_set] = PromptsWithFiles(self.layout, capture_set)
+            return self._had_files[capture_set]
+
+    def _record_model(self) -> None:
+        """Record the model in the experiment's config, once."""
+        with self._lock:
+            if not self._is_recorded:
+                update_config(self.layout, inference_model=self.model.name)
+                self._is_recorded = True
 
     def _write_files(self, name: str, generation: Generation, fresh: _Fresh, asked: AddOns, run: Run) -> None:
         options, wanted = self.options, asked.wanted
-        self._check_replaceable(options.capture_set(generation.prompt.prompt_set), generation.prompt.name)
+        capture_set = options.capture_set(generation.prompt.prompt_set)
+        may_have_files = self._check_replaceable(capture_set, generation.prompt.name)
         capture = capture_of(
             generation,
             self.model,
@@ -234,11 +259,10 @@ class CaptureWorker:
             self._unanswered.append(name)
         whole, capture = capture, capture.only(wanted_positions(wanted.tokens, capture, fresh=True))
         marker = self.layout.unfinished(capture.capture_set, capture.name)
-        with self._lock:
-            update_config(self.layout, inference_model=self.model.name)
+        self._record_model()
         write_bytes(marker, b"")
         if wanted.raw:
-            run.wrote(write_capture(self.layout, capture, self._removed.extend))
+            run.wrote(write_capture(self.layout, capture, self._removed.extend, is_first=not may_have_files))
         else:
             self._removed += remove_stale(self.layout, capture)
         device, kept = self.model.last_device, capture.positions

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from os import lstat
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,18 @@ def _digest(layout: Layout, prompt_set: str, component: str, seen: Mapping[Path,
     folders = [(files.projections(*pair), ".json") for pair in files.projected if pair[1] == component]
     shards = files.shards[component]
     folders += [(shards, COMPACT), (shards / MERGED, COMPACT)]
-    paths = (folder / name for folder, ending in folders for name in names_in(folder) if name.endswith(ending))
-    states = [[str(path.relative_to(layout.folder)), seen.get(path) or _state(path)] for path in sorted(paths)]
+    begin = f"{layout.folder}/"
+    below = ((str(folder).removeprefix(begin), folder, ending) for folder, ending in folders)
+    names = [f"{place}/{name}" for place, folder, ending in below for name in names_in(folder) if name.endswith(ending)]
+    known = {str(path).removeprefix(begin): state for path, state in seen.items()}
+    names.sort(key=lambda each: each.split("/"))  # the order of paths, which are compared part by part
+    states = [[name, known.get(name) or _state(begin + name)] for name in names]
     return digest([__version__, DEFINITIONS, _RULES, states])
 
 
-def _state(path: Path) -> FileState | None:
+def _state(path: str) -> FileState | None:
     with suppress(OSError):
-        return FileState.of(path.lstat())
+        return FileState.of(lstat(path))
     return None
 
 

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isnan, nan
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from tlcapture.names import PromptId
-from tlcapture.traits.calibration import Calibration
+from tlcapture.traits.calibration import Calibration, CalibrationRecord
 from tlcapture.traits.critical_values import LEVEL
-from tlcapture.traits.projection_files import ChanceRecord, Part, ProjectionFile, ReferenceRises
+from tlcapture.traits.projection_files import (
+    ChanceRecord,
+    DynamicsRecord,
+    Means,
+    Part,
+    ProjectionFile,
+    ProjectionMetadata,
+    ReferenceRises,
+    Scores,
+    VectorSource,
+)
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.verdicts import UsedVector, used_vector
 
 _Values = NDArray[np.float64]
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -129,6 +143,34 @@ class Summarised:
         if self.calibration is not None:
             on_scale = 2 * self.calibration.calibrated(self.trajectory) - 1
         return [None if isnan(each) else float(each) for each in on_scale]
+
+
+def as_written(content: Mapping[str, Any]) -> ProjectionFile:
+    """What reading `essentials` gives, of the vector's own layer alone, without checking what was just written."""
+    # A default that is made for each object takes pydantic longer than all the rest.
+    metadata = {name: value for name, value in content["metadata"].items() if value is not None}
+    metadata |= {"interventions": [], "warnings": []}
+    layer = metadata["vector_source"]["layer"]
+    metadata["vector_source"] = _made(VectorSource, metadata["vector_source"], calibration=CalibrationRecord)
+    metadata["chance"] = _made(ChanceRecord, metadata.get("chance"), reference_rises=ReferenceRises)
+    metadata["means"] = _made(Means, metadata.get("means"))
+    scores = {part: [{layer: at[-1]} for at in rows] for part, rows in content["projections"].items()}
+    return ProjectionFile.model_construct(
+        prompt=_made(Part, content["prompt"]),
+        response=_made(Part, content["response"]),
+        projections=_made(Scores, scores),
+        metadata=_made(ProjectionMetadata, metadata),
+        dynamics=_made(DynamicsRecord, content.get("dynamics"), by_span=None),
+        spans=[],
+    )
+
+
+def _made(kind: type[_Kind], value: Mapping[str, Any] | None, **parts: type[BaseModel] | None) -> _Kind | None:
+    """An object with these values, unchecked; `parts` are the kinds of some of its fields, or `None` to drop one."""
+    if value is None:
+        return None
+    made = {name: None if part is None else _made(part, value.get(name)) for name, part in parts.items()}
+    return kind.model_construct(**{**value, **made})
 
 
 @lru_cache(1000)

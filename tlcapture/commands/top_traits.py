@@ -11,7 +11,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tlcapture.commands.summarised import Summarised
+from tlcapture.commands.listed_projections import ListedProjections
+from tlcapture.commands.summarised import Summarised, as_written
 from tlcapture.errors import StorageError
 from tlcapture.names import PromptId
 from tlcapture.storage.layout import Layout
@@ -179,10 +180,12 @@ def summary_of(
     by_trait: dict[str, _ByPrompt] = {}
     prompts: dict[_Prompt, None] = {}  # in their order
     found: Summarised | None = None
-    for name in layout.prompt_ids(prompt_set):
+    names, folder = layout.prompt_ids(prompt_set), f"{layout.folder.as_posix()}/"
+    listed = _listed(layout, prompt_set, component) if names else None
+    for name in names:
         before_each()
-        for saved in _saved(layout, prompt_set, name, component, on_problem):
-            written = known.get(saved.place.relative_to(layout.folder).as_posix())
+        for saved in _saved(layout, prompt_set, name, component, on_problem) if listed is None else listed.of(name):
+            written = known.get(saved.place.as_posix().removeprefix(folder))
             if content := _read(saved, written, on_problem):
                 found = Summarised.of(content, str(saved.trait), component, found)
                 prompt = (name if found.sample is None else str(found.prompt_id), found.sample is not None)
@@ -228,6 +231,14 @@ class _Rise:
         return self.widening * critical_score(n_traits, self.n_reference)
 
 
+def _listed(layout: Layout, prompt_set: str, component: str) -> ListedProjections | None:
+    """The projections of a set; `None` where some folder cannot be listed, which each prompt then says."""
+    try:
+        return ListedProjections(layout, prompt_set, component)
+    except (StorageError, OSError):
+        return None
+
+
 def _saved(
     layout: Layout, prompt_set: str, prompt_id: str, component: str, on_problem: _OnProblem
 ) -> list[SavedProjection]:
@@ -242,7 +253,7 @@ def _saved(
 def _read(saved: SavedProjection, known: bytes | None, on_problem: _OnProblem) -> ProjectionFile | None:
     """A projection; `None` for a damaged one, and for one without dynamics."""
     try:
-        content = saved.read() if known is None else ProjectionFile.parse(orjson.loads(known), saved.path)
+        content = saved.read() if known is None else as_written(orjson.loads(known))
     except StorageError as error:
         on_problem(error)
         return None

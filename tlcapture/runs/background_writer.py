@@ -8,15 +8,16 @@ prompts, so that the report does not depend on which prompt was written first. T
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
+from functools import lru_cache, partial
 from threading import Condition
 from typing import NamedTuple
 
 import psutil
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from tlcapture.errors import NoSpaceError
 from tlcapture.runs.display import Display
@@ -64,7 +65,7 @@ class BackgroundWriter:
         self._is_full = False  # the device, so that no job need begin
 
     def __enter__(self) -> BackgroundWriter:
-        self._limits = threadpool_limits(1, user_api="blas")  # of NumPy, whose threads wait in loops too
+        self._limits = _libraries().limit(limits=1, user_api="blas")  # of NumPy, whose threads wait in loops too
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -141,7 +142,20 @@ def _compute_alone(*, with_idle_team: bool) -> None:
     if with_idle_team:
         torch.zeros(_ENOUGH_FOR_TWO).add_(1)
     torch.get_num_threads()  # torch chooses the number for a thread when it first needs it
-    threadpool_limits(1, user_api="openmp")
+    _libraries().limit(limits=1, user_api="openmp")
+
+
+def _libraries() -> ThreadpoolController:
+    """The libraries that compute with several threads."""
+    import torch  # noqa: F401  whose libraries are among them
+
+    return _libraries_of(len(sys.modules))
+
+
+@lru_cache(1)
+def _libraries_of(n_modules: int) -> ThreadpoolController:
+    """They are looked for again only after an import: that takes a while, in which the GIL is held."""
+    return ThreadpoolController()
 
 
 def _n_writers(n_processes: int) -> int:

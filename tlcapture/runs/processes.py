@@ -14,7 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ _WORTH_WHILE = 400  # prompts, divided by the number of processors
 _SMALL = 10_000_000  # weights of a model's layers
 # Teams of threads in several processes would wait for each other; writer threads compute alone too, for the same bits.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_BUFFER = 2**20  # bytes; with the usual 8 KB, an answer is read in many pieces, and the GIL is waited for after each
 _PATIENCE = 10  # seconds until a process that does not end is killed
 # The modules are those that this process would import, whatever the current folder holds.
 _PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from tlcapture.runs.processes import serve; serve()"
@@ -69,7 +70,9 @@ class Processes:
         """The result of a module's function for picklable arguments, called in a process if one is ready, else here."""
         if not any(each.is_usable or self._is_asked_for for each in self._started):
             return function(*args)
-        process = self._free.get()
+        process = self._next()
+        if process is None:
+            return function(*args)
         try:
             return process.call(function, *args) if process.is_usable else function(*args)
         except _ProcessEndedError:
@@ -77,6 +80,13 @@ class Processes:
             return function(*args)
         finally:
             self._free.put(process)
+
+    def _next(self) -> _Process | None:
+        """A process that is free, waited for once all have started; `None` if others are still starting."""
+        is_starting = any(each.is_starting for each in self._started)
+        with suppress(Empty):
+            return self._free.get(block=self._is_asked_for or not is_starting)
+        return None
 
 
 class _ProcessEndedError(Exception):
@@ -91,9 +101,11 @@ class _Process:
             [sys.executable, "-c", _PROGRAM, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=_BUFFER,
             start_new_session=True,  # Ctrl-C is for this process alone
             env={**os.environ, **_ONE_THREAD, **in_other_processes()},
         )
+        self.is_starting = True
         self.is_usable = False
         self.is_ending = False
 
@@ -115,14 +127,18 @@ class _Process:
             raise error
         return result
 
-    def end(self) -> None:
-        """End the process; kill it if it is still starting, or if nobody waits for its work."""
-        assert self._popen.stdin is not None and self._popen.stdout is not None
+    def end_soon(self) -> None:
+        """Let the process end; kill it if it is still starting, or if nobody waits for its work."""
+        assert self._popen.stdin is not None
         self.is_ending = True
         if not self.is_usable:
             self._popen.kill()
         with suppress(OSError):  # it has ended already
             self._popen.stdin.close()
+
+    def end(self) -> None:
+        """Wait until the process has ended, after `end_soon`."""
+        assert self._popen.stdout is not None
         try:
             self._popen.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
@@ -157,13 +173,13 @@ def n_processors() -> int:
 
 def serve() -> None:
     """Call functions as a process: their pickles come on standard input, results go to standard output."""
-    replies = os.fdopen(os.dup(1), "wb")
+    requests, replies = os.fdopen(os.dup(0), "rb", _BUFFER), os.fdopen(os.dup(1), "wb", _BUFFER)
     os.dup2(2, 1)  # for what else is printed
     while True:
         try:
-            function, args = pickle.load(sys.stdin.buffer)
+            function, args = pickle.load(requests)
         except EOFError:
-            return
+            os._exit(0)  # without taking apart what was imported, which takes seconds where processors are slow
         result, failure = None, None
         try:
             result = function(*args)
@@ -184,6 +200,7 @@ def _make_ready(process: _Process, free: SimpleQueue[_Process]) -> None:
         if not process.is_ending:
             _log.warning("a process that writes files did not start: %s", first_line(error))
     finally:
+        process.is_starting = False
         free.put(process)
 
 
@@ -193,5 +210,7 @@ def _prepare() -> None:
 
 
 def _end(processes: list[_Process]) -> None:
+    for each in processes:
+        each.end_soon()
     for each in processes:
         each.end()

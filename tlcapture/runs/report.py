@@ -51,19 +51,18 @@ class WrittenFiles:
     listed: list[tuple[str, int]] = field(default_factory=list)
 
     @cached_property
-    def _folders(self) -> list[str]:
-        """The prefixes of paths below `folder`, which may be a link."""
-        return [f"{folder.as_posix()}/" for folder in (self.folder, self.folder.resolve())]
+    def _resolved(self) -> str:
+        """The beginning of paths below what `folder` is a link to."""
+        return f"{self.folder.resolve().as_posix()}/"
 
     def add(self, written: Written) -> None:
         """Count a file."""
         self.count += 1
         self.size += written.size
-        name = written.path.as_posix()
-        for folder in self._folders:
-            if name.startswith(folder):
-                name = name[len(folder) :]
-                break
+        path, begin = written.path.as_posix(), f"{self.folder.as_posix()}/"
+        name = path.removeprefix(begin)
+        if name == path:
+            name = path.removeprefix(self._resolved)
         below = name.rpartition("/")[0] or "."
         count, size = self.by_folder.get(below, (0, 0))
         self.by_folder[below] = (count + 1, size + written.size)

@@ -11,12 +11,12 @@ import pickle
 import sys
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,22 @@ _FOLDER = "archive"
 _ALIGNMENT = 64  # bytes to whose multiples records begin, so that mapped tensors are aligned
 _PADDING = b"FB"  # the kind of zip's extra field that `torch.save` pads with
 _LARGEST = 2**31 - 2**27  # bytes of a record from which zipfile writes 64-bit sizes
+
+# Types without a storage, of most objects in a pickle.
+_PLAIN = (str, int, float, bool, type(None), tuple, list, dict, OrderedDict)
+Buffer = bytes | memoryview
+_Whole = tuple[Any, int, tuple[int, ...], tuple[int, ...]]  # a storage, and a tensor's offset, shape and strides in it
+
+
+class Row(NamedTuple):
+    """A row of a tensor, which an archive stores as it stores the tensor `whole[number]`.
+
+    Each tensor takes some microseconds to make, and the GIL is given away when it is freed.
+    """
+
+    whole: torch.Tensor
+    number: int
+
 
 # Makes further records of an archive from its storages in order, which are `data/0`, `data/1`, ...
 MoreRecords = Callable[[Sequence[Any]], Mapping[str, bytes]]
@@ -127,12 +143,16 @@ class Archive:
         return start, member.file_size
 
 
-def write_archive(file: IO[bytes], value: Any, more: MoreRecords = lambda storages: {}) -> None:
-    """Write tensors and plain values as `torch.save` does, for `torch.load`, which ignores the records of `more`."""
+def archive_of(value: Any, more: MoreRecords = lambda storages: {}) -> list[Buffer]:
+    """The bytes of an archive, in pieces, as `torch.save` writes tensors and plain values.
+
+    `torch.load` ignores the records of `more`. The pieces of tensors are their memory, which is not copied.
+    """
     pickled = io.BytesIO()
     pickler = _Pickler(pickled)
     pickler.dump(value)
-    with zipfile.ZipFile(file, "w") as archive:
+    file = _Pieces()
+    with zipfile.ZipFile(file, "w") as archive:  # type: ignore[call-overload]
         _write_record(archive, "data.pkl", pickled.getbuffer())
         _write_record(archive, ".format_version", b"1")
         _write_record(archive, ".storage_alignment", str(_ALIGNMENT).encode())
@@ -142,30 +162,95 @@ def write_archive(file: IO[bytes], value: Any, more: MoreRecords = lambda storag
         _write_record(archive, "version", b"3\n")
         for name, data in more(pickler.storages).items():
             _write_record(archive, name, data)
+    return file.pieces
+
+
+class _Pieces:
+    """A file that keeps what is written to it in pieces. Only whole pieces can be replaced, as zipfile does."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Buffer] = []
+        self._numbers: dict[int, int] = {}  # of pieces, by where they begin
+        self._at = self._end = 0
+
+    def write(self, data: Buffer) -> int:
+        if self._at < self._end:
+            number = self._numbers[self._at]
+            assert len(self.pieces[number]) == len(data)
+            self.pieces[number] = data
+        elif data:
+            self._numbers[self._at] = len(self.pieces)
+            self.pieces.append(data)
+            self._end += len(data)
+        self._at += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, at: int) -> int:
+        self._at = at
+        return at
+
+    def flush(self) -> None:
+        """Do nothing."""
 
 
 class _Pickler(pickle.Pickler):
     """Pickles a value as `torch.save` does: its storages are numbered, and written apart from it."""
 
     def __init__(self, file: IO[bytes]):
-        super().__init__(file, protocol=2)
-        self.storages: list[torch.UntypedStorage] = []
-        self._names: dict[int, str] = {}  # one text for each storage, since a pickle holds equal objects again
-
-    def persistent_id(self, each: Any) -> Any:
         import torch
         from torch.serialization import location_tag
 
+        super().__init__(file, protocol=2)
+        self.storages: list[torch.UntypedStorage] = []
+        # The name and the place of each storage: one text for each, since a pickle holds equal objects again.
+        self._known: dict[int, tuple[str, str]] = {}
+        self._wholes: dict[int, _Whole | None] = {}  # by id
+        self._torch, self._location_tag = torch, location_tag
+        self._rebuild = torch._utils._rebuild_tensor_v2
+        self._plain_dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
+        self._without_storage = frozenset({*_PLAIN, Row, torch.Tensor})
+
+    def persistent_id(self, each: Any) -> Any:
+        if type(each) in self._without_storage:  # nearly all that a pickle holds
+            return None
+        torch = self._torch
         if isinstance(each, torch.TypedStorage):
             storage, kind, size = each._untyped_storage, getattr(torch, each._pickle_storage_type()), each._size()
         elif isinstance(each, torch.UntypedStorage):  # of a newer dtype, such as float8 or uint16
             storage, kind, size = each, torch.UntypedStorage, each.nbytes()
         else:
             return None
-        if storage._cdata not in self._names:
-            self._names[storage._cdata] = str(len(self.storages))
+        if storage._cdata not in self._known:
+            self._known[storage._cdata] = str(len(self.storages)), self._location_tag(storage)
             self.storages.append(storage)
-        return "storage", kind, self._names[storage._cdata], location_tag(storage), size
+        name, location = self._known[storage._cdata]
+        return "storage", kind, name, location, size
+
+    def reducer_override(self, each: Any) -> Any:
+        """What `Tensor.__reduce_ex__` returns for a row of a tensor."""
+        if type(each) is not Row:
+            return NotImplemented
+        if (found := self._whole(each.whole)) is None:
+            return each.whole[each.number].__reduce_ex__(2)
+        storage, offset, shape, strides = found
+        at = offset + each.number * strides[0]
+        return self._rebuild, (storage, at, shape[1:], strides[1:], False, OrderedDict())
+
+    def _whole(self, tensor: torch.Tensor) -> _Whole | None:
+        """The storage of a tensor, and how it lies there; `None` for a tensor that has more than that."""
+        if id(tensor) not in self._wholes:
+            is_plain = type(tensor) is self._torch.Tensor and tensor.dtype in self._plain_dtypes
+            found = None
+            if is_plain and not (tensor.requires_grad or tensor.is_neg()):
+                storage = self._torch.TypedStorage(
+                    wrap_storage=tensor.untyped_storage(), dtype=tensor.dtype, _internal=True
+                )
+                found = storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+            self._wholes[id(tensor)] = found
+        return self._wholes[id(tensor)]
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> memoryview:

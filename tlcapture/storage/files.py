@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 import orjson
 
 from tlcapture.errors import NoSpaceError, StorageError
-from tlcapture.storage.archives import Archive, MoreRecords, storages_of, write_archive
+from tlcapture.storage.archives import Archive, Buffer, MoreRecords, archive_of, storages_of
 from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.json_text import parsed
 from tlcapture.storage.object_stores import is_url
@@ -37,6 +37,7 @@ _log = logging.getLogger(__name__)
 # Errors after which no other file can be written to the same device either.
 _FOR_ALL_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _NO_END = 2**63
+_MOST_PIECES = 1000  # that a system call writes
 FSYNC = "TLCAPTURE_FSYNC"  # if set, files are on the disk when they count as written; other processes see it too
 
 
@@ -134,7 +135,7 @@ def write_bytes(path: Path, data: bytes, *, before_replacing: Hook | None = None
         NoSpaceError: the device is full, over its quota or read-only.
         StorageError: the file cannot be written for another reason.
     """
-    return _write(path, lambda temporary: temporary.write_bytes(data), len(data), before_replacing)
+    return _write(path, lambda temporary: _write_new(temporary, [data]), lambda: len(data), before_replacing)
 
 
 def write_stream(path: Path, write: Callable[[IO[bytes]], object], n_bytes: int) -> Written:
@@ -144,7 +145,7 @@ def write_stream(path: Path, write: Callable[[IO[bytes]], object], n_bytes: int)
         with temporary.open("wb") as file:
             write(file)
 
-    return _write(path, write_all, n_bytes, None)
+    return _write(path, write_all, lambda: n_bytes, None)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -176,10 +177,9 @@ def write_tensors(
     """
 
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            write_archive(file, value, more)
+        _write_new(temporary, archive_of(value, more))
 
-    return _write(path, write, sum(storages_of(value).values()), before_replacing)
+    return _write(path, write, lambda: sum(storages_of(value).values()), before_replacing)
 
 
 def read_tensors(path: Path, *, records: Sequence[str] = (), whole: bool = True) -> Any:
@@ -303,7 +303,25 @@ def _free_here(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _write(path: Path, write: Callable[[Path], object], needed: int, before_replacing: Hook | None = None) -> Written:
+def _write_new(path: Path, pieces: Sequence[Buffer]) -> None:
+    """Write a file from pieces, with as few system calls as possible: after each, a thread waits for the GIL."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        left = [memoryview(piece) for piece in pieces if len(piece)]
+        while left:
+            n_written = os.writev(descriptor, left[:_MOST_PIECES])
+            while left and n_written >= len(left[0]):
+                n_written -= len(left.pop(0))
+            if n_written:
+                left[0] = left[0][n_written:]
+    finally:
+        os.close(descriptor)
+
+
+def _write(
+    path: Path, write: Callable[[Path], object], needed: Callable[[], int], before_replacing: Hook | None = None
+) -> Written:
+    """Write a file by a function that gets a temporary path; `needed` are its bytes, for messages."""
     _check_is_file(path)  # the rename would replace a device or a pipe
     temporary = temporary_path(path)
     try:
@@ -376,13 +394,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _cannot_write(path: Path, error: BaseException, needed: int) -> StorageError:
+def _cannot_write(path: Path, error: BaseException, needed: Callable[[], int]) -> StorageError:
     """The error for a file that could not be written."""
     cause = error if isinstance(error, OSError) else error.__context__
     number = cause.errno if isinstance(cause, OSError) else None
     reason = os.strerror(number) if number else str(error).splitlines()[0]
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        reason += f": it needs {format_bytes(needed)}, {format_bytes(_free_here(path))} are free on its device"
+        reason += f": it needs {format_bytes(needed())}, {format_bytes(_free_here(path))} are free on its device"
     kind = NoSpaceError if number in _FOR_ALL_FILES else StorageError
     return kind(f"{path}: cannot be written: {in_place_of_folder(path.parent) or reason}")
 

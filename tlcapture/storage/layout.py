@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from os.path import islink, join, lexists, realpath, sep
+from os.path import islink, join, lexists, realpath, sep, split
 from pathlib import Path
 
 from tlcapture.errors import InputError, StorageError
@@ -70,6 +70,7 @@ class Layout:
     root: Path
     experiment: str
     _of_run: dict[Path, set[str]] | None = field(default=None, compare=False, repr=False)
+    _own_folders: set[str] = field(default_factory=set, compare=False, repr=False)  # found by a run
 
     def __post_init__(self) -> None:
         check_name(self.experiment, "experiment")
@@ -79,8 +80,9 @@ class Layout:
         """The same layout for a run, which holds the locks of what it writes.
 
         It lists a folder of internals once, and afterwards knows what layers there are from the paths that it gave.
+        It looks for links on the way to a folder once.
         """
-        return self if self._of_run is not None else replace(self, _of_run={})
+        return self if self._of_run is not None else replace(self, _of_run={}, _own_folders=set())
 
     @cached_property
     def folder(self) -> Path:
@@ -106,12 +108,17 @@ class Layout:
 
     def _leads_out(self, path: Path) -> Path | None:
         """The first link below the experiment's folder, on the way to `path`, that leads out of it."""
-        below = str(self.folder)
-        for part in str(path)[len(below) + 1 :].split(sep):
+        below, folder = str(self.folder), split(path)[0]
+        parts = str(path)[len(below) + 1 :].split(sep)
+        if folder in self._own_folders:
+            below, parts = folder, parts[-1:]
+        for part in parts:
             below = f"{below}{sep}{part}"
             # Only links are resolved, since that is slow. A link to itself resolves to itself, within the experiment.
             if islink(below) and not Path(realpath(below)).is_relative_to(realpath(self.folder)):
                 return Path(below)
+        if self._of_run is not None:
+            self._own_folders.add(folder)
         return None
 
     def _listed(self, pattern: str) -> list[Path]:
@@ -301,17 +308,17 @@ class Layout:
 
     def all_projections(self, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The existing projection files of a prompt, for all traits and components, sorted."""
-        check_capture_set(prompt_set)
         name = f"{file_name(prompt_id)}.json"
-        inference = join(self.folder, "inference")
-        places = (
-            f"{trait_folder}{sep}{stream}{sep}{prompt_set}{sep}{name}"
-            for category in folders_in(inference)
-            if category != "raw"
-            for trait_folder in paths_of_folders_in(join(inference, category))
-            for stream in STREAM_FOLDERS.values()
-        )
+        places = (f"{folder}{sep}{name}" for folder in self.places_of_projections(prompt_set))
         return sorted(self.own(Path(place)) for place in places if lexists(place))
+
+    def places_of_projections(self, prompt_set: str) -> Iterator[str]:
+        """The folders that may hold projection files of a prompt set, for all traits and components."""
+        check_capture_set(prompt_set)
+        inference = join(self.folder, "inference")
+        for category in folders_in(inference):
+            for trait_folder in paths_of_folders_in(join(inference, category)) if category != "raw" else ():
+                yield from (f"{trait_folder}{sep}{stream}{sep}{prompt_set}" for stream in STREAM_FOLDERS.values())
 
     def projection_folders(self, prompt_set: str | None = None) -> list[tuple[Trait, str]]:
         """The traits and components that prompts of a set, or of any set, are projected onto, sorted."""

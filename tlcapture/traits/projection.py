@@ -226,7 +226,8 @@ def project(
         check_fits(vector, prompt.n_layers, prompt.points.shape[-1])
         check_kept(vector, prompt.kept, prompt.with_attention)
     vectors = [vector for vector, _ in chosen]
-    prompt, response = prompt.checked(), response.checked()
+    if scores is None:  # else only the layers of the vectors are read
+        prompt, response = prompt.checked(), response.checked()
     sublayers = prompt.kept.points if component == "residual" else ("attn_out",)
     layers = prompt.kept.layers if component == "residual" else prompt.output_layers
     scores = scores_of(prompt, response, vectors) if scores is None else scores
