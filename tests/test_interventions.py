@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests import tiny
+from tests.test_chat_templates import PUBLISHED
 from tests.test_parity import as_prompt, random_ids
 from tlcapture.errors import InputError
 from tlcapture.generation.interventions import Add, Intervention, Limit, Remove
@@ -22,6 +23,7 @@ from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.sampling import GIVEN, Choice, Sampling
 from tlcapture.generation.thinking_rows import thinking_rows, thinking_tokens
 from tlcapture.generation.where import EVERYWHERE, FROM_LAST_PROMPT_TOKEN, PROMPT, RESPONSE, THINKING, Where
+from tlcapture.prompts.thinking import marker_tokens
 
 LENGTHS = (17, 9, 4, 1)
 N_NEW = 4
@@ -178,6 +180,17 @@ def test_a_token_is_thinking_between_the_tokens_that_complete_the_markers() -> N
     assert "".join(texts) == "ab</hm" + "d", "the marker that is not complete yet cannot be told from thinking"
     opened = thinking_tokens(tokenizer, "question<hm>", tokenizer("ab</hm>c", add_special_tokens=False)["input_ids"])
     assert opened == [True] * 6 + [False, False]
+
+
+def test_markers_are_known_by_their_ids_where_each_is_one_token_and_they_alone_decide() -> None:
+    tokenizer = thinking_tokenizer("<hm>", "</hm>", are_tokens=True)
+    assert marker_tokens(tokenizer) == tuple(tokenizer.convert_tokens_to_ids(["<hm>", "</hm>"]))
+    assert marker_tokens(tokenizer, chat_template=False) is None
+    assert marker_tokens(thinking_tokenizer("<hm>", "</hm>", are_tokens=False)) is None  # several tokens
+    assert marker_tokens(tiny.tokenizer()) is None  # no markers
+    channels = tiny.tokenizer(chat_template=PUBLISHED["gptoss"])
+    channels.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|channel|>analysis<|message|>"]})
+    assert marker_tokens(channels) is None  # other channels begin the answer
 
 
 @pytest.mark.parametrize("are_tokens", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -14,9 +15,14 @@ from click.testing import Result
 
 from tests import tiny
 from tests.cli.conftest import heatmaps_in_words
+from tlcapture.errors import NumericalError
+from tlcapture.names import Trait
 from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import read_json
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import EvaluationRow
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import read_vector, write_vector
 
 Run = Callable[..., Result]
 QUESTIONS = [
@@ -143,6 +149,38 @@ def test_steer_writes_results_and_skips_existing_runs(tlcapture: Run, vectors: P
     more = tlcapture("steer", "--experiment", "exp", "--traits", "tone/loud", "--layers", 1, "--search")
     assert more.exit_code == 0
     assert len(read_json(path)["runs"]) > 4
+
+
+def test_runs_are_kept_where_what_follows_them_fails(
+    tlcapture: Run, vectors: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: object) -> None:
+        raise NumericalError("out of luck")
+
+    words = ("steer", "--experiment", "exp", "--traits", "tone/loud", "--layers", 1, "--coefficients", "0.1,0.2")
+    with monkeypatch.context() as patch:
+        patch.setattr("tlcapture.commands.steer._Trials.add_nulls", fails)
+        failed = tlcapture(*words)
+    assert (failed.exit_code, "failed: tone/loud: out of luck" in failed.stderr) == (1, True)
+    kept = read_json(vectors / "steering" / "tone" / "loud" / "results.json")["runs"]
+    assert [run["config"]["coefficients"] for run in kept] == [[0.1], [0.2]]
+    assert tlcapture(*words).exit_code == 0
+    completed = read_json(vectors / "steering" / "tone" / "loud" / "results.json")["runs"]
+    assert [run["responses"] for run in completed] == [run["responses"] for run in kept]
+
+
+def test_a_vector_whose_file_was_replaced_is_steered_with_again(tlcapture: Run, vectors: Path, data: Path) -> None:
+    words = ("steer", "--experiment", "exp", "--traits", "tone/loud", "--layers", 1, "--coefficients", "0.4")
+    files = VectorFiles(Layout(data, "exp"), Trait("tone", "loud"))
+    path, found = vectors / "steering" / "tone" / "loud" / "results.json", []
+    for _ in range(2):  # the metadata, and with it the time of the extraction, stays
+        assert tlcapture(*words, "--methods", "mean_diff").exit_code == 0
+        (run,) = read_json(path)["runs"]
+        digest = hashlib.blake2b(files.file("residual", "mean_diff", 1).read_bytes(), digest_size=8).hexdigest()
+        assert run["vector_digest"] == digest
+        found.append(run["result"]["gain"])
+        write_vector(files, "residual", "mean_diff", 1, -read_vector(files, "residual", "mean_diff", 1).vector)
+    assert found[0] != found[1]
 
 
 def test_random_vectors_have_the_covariance_of_the_reference_also_in_place_of_earlier_ones(
