@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import time
 import weakref
@@ -255,3 +256,20 @@ def test_a_second_signal_drops_jobs_that_have_not_begun(monkeypatch: pytest.Monk
         thread.join(10)
     writer.collect()
     assert numbers(run) == [7]
+
+
+@pytest.mark.parametrize("n_writers", [0, 2])
+def test_threads_take_short_turns_while_files_are_written(n_writers: int) -> None:
+    """Python's 5 ms would be waited for by the model's thread after each kernel that it launches."""
+    before, inside = sys.getswitchinterval(), 0.0
+
+    def fail() -> None:
+        nonlocal inside
+        with BackgroundWriter(Run.silent(LAYOUT), n_writers):
+            inside = sys.getswitchinterval()
+            raise StorageError("broken")
+
+    with pytest.raises(StorageError):
+        fail()
+    assert (inside < 1e-3) == (n_writers > 0)
+    assert sys.getswitchinterval() == before
