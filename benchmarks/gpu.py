@@ -290,6 +290,7 @@ def main(
             ("memory", 15, lambda: session.once("long 1", report.memory, everyone)),
             ("command", 40, lambda: session.command("ten traits", 64, trees=list(trees))),
             ("several batches", 45, lambda: session.command("ten traits", 192, trees=list(trees), watched=True)),
+            ("many batches", 50, lambda: session.command("ten traits", 640)),
             ("bridge", 30, lambda: session.speeds(64, few, ("bridge: nothing", "bridge: residual"))),
             ("command with the lens", 40, lambda: session.command("lens alone", 64, "--no-project", "--logit-lens")),
             ("disk", 40, lambda: session.command("ten traits", 64, place="disk")),

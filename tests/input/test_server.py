@@ -24,7 +24,8 @@ from tlcapture.page.contents import RESOURCES
 from tlcapture.page.server import listen, page_app, serve
 
 VALID = {"experiment": "exp", "prompt_set": "odd", "prompt_id": "1", "category": "style", "name": "odd",
-        "component": "residual", "token": "1", "other": OTHER, "layer": "1", "head": "mean", "source": "exp"}  # fmt: skip
+        "component": "residual", "token": "1", "other": OTHER, "layer": "1", "head": "mean",
+        "source": "exp"}  # fmt: skip
 ODD = [*HOSTILE, "exp", "odd", "1", "2", "3", "-1", "1e3", "99999999999999999999", "9" * 5000, "0x1", "1.0", "attn_out",
        "style", "raw", "%00", "%2e%2e%2f", "..%2f..%2f", "%ff", "%ed%a0%80", "?x", "#x", "a&b", "\uff11"]  # fmt: skip
 SEGMENTS = st.sampled_from(ODD) | st.text(max_size=8)
