@@ -218,7 +218,8 @@ class Session:
         command += ["--batch-size", "64", "--device", self.device, "--dtype", "bfloat16", "--json"]
         command += [*temperature, *options]
         limit = min(90.0, max(30.0, self.seconds_left))
-        done = subprocess.run(command, env=environment(tree), capture_output=True, text=True, timeout=limit)
+        # With -m, Python imports from the current folder first.
+        done = subprocess.run(command, cwd=tree, env=environment(tree), capture_output=True, text=True, timeout=limit)
         if done.returncode:
             raise WorkloadError(f"{name}, {' '.join(options)}: exit {done.returncode}: {done.stderr.strip()[-300:]}")
         said = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))

@@ -31,7 +31,7 @@ def plain(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def tokens() -> Tensor:
-    return torch.randint(4, 200, (2, 9), generator=torch.Generator().manual_seed(0), device=tiny.DEVICE)
+    return torch.randint(4, 200, (2, 9), generator=torch.Generator().manual_seed(0)).to(tiny.DEVICE)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
