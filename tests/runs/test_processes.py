@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from tlcapture.runs.processes import Processes, _end, leaving_processors
+from tlcapture.runs.processes import Processes, _end, leaving_processors, starting_early
 
 
 @pytest.fixture
@@ -69,6 +70,30 @@ def n_threads() -> set[int]:
 
 def test_a_process_computes_with_one_thread_whatever_this_one_has(running: Processes) -> None:
     assert running.call(n_threads) == {1}
+
+
+def test_processes_that_start_early_are_those_of_the_context(unprepared: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLCAPTURE_PROCESSES", "1")
+    with starting_early(1):
+        processes = Processes.of_context()
+        assert len(processes) == 1
+        assert Processes.of_context() is processes
+    assert processes.call(os.getpid) != os.getpid(), "they are left to whom they were given"
+    with starting_early(0):
+        assert len(Processes.of_context()) == 0
+    assert Processes.of_context() is not processes
+
+
+def test_processes_that_nobody_took_end_with_the_context(unprepared: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLCAPTURE_PROCESSES", "1")
+    ended: list[int] = []
+    monkeypatch.setattr(
+        "tlcapture.runs.processes._end", lambda processes: (ended.append(len(processes)), _end(processes))
+    )
+    with pytest.raises(RuntimeError), starting_early(1):
+        raise RuntimeError
+    gc.collect()
+    assert ended == [1]
 
 
 @pytest.mark.parametrize(

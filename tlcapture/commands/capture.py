@@ -34,6 +34,7 @@ from tlcapture.prompts.tokenization import check_unicode
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_loader import ModelLoader
+from tlcapture.runs.processes import starting_early
 from tlcapture.runs.report import Failed, RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
@@ -83,6 +84,20 @@ def run_capture(
     for what, reason in refused:
         run.failed(what, reason)
     _warn_of_request(run, prompt_sets, options)
+    with starting_early(_n_projected(prompt_sets, options) if isinstance(executor, LocalExecutor) else 0):
+        return _captured(run, layout, prompt_sets, options, load, executor, renumber)
+
+
+def _captured(
+    run: Run,
+    layout: Layout,
+    prompt_sets: Sequence[PromptSet],
+    options: CaptureOptions,
+    load: ModelLoader,
+    executor: Executor,
+    renumber: Callable[[Layout, PromptSet], PromptSet] | None,
+) -> RunReport:
+    """Plan the tasks of a run, take its locks and carry it out."""
     known_model = partial(executor.known_model, load)
     planner = TaskPlanner(layout, options, load, known_model, run.report.learn)
     tasks = planner.tasks(prompt_sets)
@@ -109,11 +124,19 @@ def run_capture(
         # Where other processes load the model, each of them compares these with the memory of its machine.
         sizes = prompt_sizes(tasks, layout, options, known.n_layers) if isinstance(known, ModelOutline) else ()
         planned = {task.capture_set: {"new": len(task.fresh), "kept": len(task.saved)} for task in tasks}
-        display.uses(planned=planned)
+        run.display.uses(planned=planned)
         executor.run(_work(layout, options, load, tasks, busy, sizes), run)
         if options.projects:
             merge_projections(run, sorted(busy), options.shard)
     return run.report
+
+
+def _n_projected(prompt_sets: Sequence[PromptSet], options: CaptureOptions) -> int:
+    """The captures whose projections other processes will write; 0 where that depends on what is there already."""
+    here = not options.projects or options.projections_only or options.tokens is not None  # as in `CaptureWorker`
+    if here or options.skip_existing:
+        return 0
+    return sum(len(each.prompts) for each in prompt_sets) * (options.samples or 1)
 
 
 def _warn_of_request(run: Run, prompt_sets: Sequence[PromptSet], options: CaptureOptions) -> None:

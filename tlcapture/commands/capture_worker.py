@@ -97,7 +97,7 @@ class CaptureWorker:
         self._load = load
         self._norm_prompts = norm_prompts
         self._sizes = sizes
-        self._processes = Processes()
+        self._processes = Processes.of_context()
         self._projections = CaptureProjections(options, run, self._processes)
         self._lock = Lock()  # for what the threads of the writer share
         self._removed: list[Path] = []

@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
@@ -37,7 +38,18 @@ _log = logging.getLogger(__name__)
 
 
 class Processes:
-    """Processes that are started once enough prompts were announced to be worthwhile."""
+    """Processes that are started once enough prompts were announced to be worthwhile.
+
+    Example:
+        processes = Processes.of_context()
+        processes.announce(1000)
+        processes.call(len, "abc")  # in another process if one is ready
+    """
+
+    @staticmethod
+    def of_context() -> Processes:
+        """Those that `starting_early` is starting, or new ones."""
+        return _EARLY.get() or Processes()
 
     def __init__(self) -> None:
         asked = os.environ.get(_SWITCH, "")
@@ -87,6 +99,23 @@ class Processes:
         with suppress(Empty):
             return self._free.get(block=self._is_asked_for or not is_starting)
         return None
+
+
+@contextmanager
+def starting_early(n_prompts: int) -> Iterator[None]:
+    """Let processes start while something else takes time, as loading a model, if so many prompts are worth them.
+
+    They end with the context unless `Processes.of_context` gave them to somebody, whom they are left to.
+    """
+    processes = Processes()
+    if n_prompts:
+        processes.announce(n_prompts)
+    token = _EARLY.set(processes if processes else None)
+    del processes
+    try:
+        yield
+    finally:
+        _EARLY.reset(token)
 
 
 class _ProcessEndedError(Exception):
@@ -207,6 +236,9 @@ def _make_ready(process: _Process, free: SimpleQueue[_Process]) -> None:
 def _prepare() -> None:
     """Import the modules that the work needs."""
     import tlcapture.traits.projection  # noqa: F401
+
+
+_EARLY: ContextVar[Processes | None] = ContextVar("early processes", default=None)
 
 
 def _end(processes: list[_Process]) -> None:
