@@ -229,10 +229,10 @@ def test_projections_of_samples_are_kept_without_raw_files_too(capture: Run, ext
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--samples", 0), "invalid value for '--samples': 0 is not in the range"),
-        (("--top-p", 1.5), "invalid value for '--top-p': 1.5 is not in the range"),
+        (("--samples", 0), "invalid value for '--samples': 0 is not from 1 to 100000"),
+        (("--top-p", 1.5), "invalid value for '--top-p': 1.5 is not from 0 to 1"),
         (("--top-p", "nan"), "top_p nan: expected a number from 0 to 1"),
-        (("--top-k", "many"), "invalid value for '--top-k': 'many' is not a valid integer range"),
+        (("--top-k", "many"), "invalid value for '--top-k': 'many' is not a whole number"),
         (("--min-p", -1), "invalid value for '--min-p'"),
         (("--repetition-penalty", 0), "invalid value for '--repetition-penalty'"),
         (("--repetition-penalty", "inf"), "repetition_penalty inf: expected a number above 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -41,6 +42,9 @@ class _OneLineError(click.ClickException):
         click.secho(printable(f"error: {self.message}"), fg="red", err=file is None, file=file)
 
 
+_SIGNS = {">=": "at least", ">": "more than", "<=": "at most", "<": "less than"}
+
+
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     try:
@@ -52,7 +56,7 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _in_one_line(error: click.ClickException) -> str:
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = _in_plain_words(" ".join(error.format_message().split()).rstrip("."))
     if isinstance(error, click.NoSuchOption):
         message = f"no such option {error.option_name!r}{did_you_mean(error.option_name, error.possibilities or ())}"
     if message[1:2].islower():
@@ -61,6 +65,22 @@ def _in_one_line(error: click.ClickException) -> str:
     ctx = error.ctx if isinstance(error, click.UsageError) else None
     joint = " " if message.endswith("?") else ": "
     return f"{message}{joint}see '{ctx.command_path} --help'" if is_of_click and ctx is not None else message
+
+
+def _in_plain_words(message: str) -> str:
+    """What click says of numbers: `x>=1` is "at least 1", and an integer range is a whole number."""
+    message = message.replace("is not a valid integer range", "is not a whole number")
+    message = message.replace("is not a valid integer", "is not a whole number")
+    message = re.sub("is not a valid float( range)?", "is not a number", message)
+    message = re.sub(r"is not in the range (\S+)<=x<=(\S+)", r"is not from \1 to \2", message)
+    message = re.sub(
+        r"is not in the range x(>=?|<=?)(\S+)", lambda found: f"is not {_SIGNS[found[1]]} {found[2]}", message
+    )
+    return re.sub(
+        r"is not in the range ([^\s<]+)<(=?)x<(=?)(\S+)",
+        lambda found: f"is not {_SIGNS['>' + found[2]]} {found[1]} and {_SIGNS['<' + found[3]]} {found[4]}",
+        message,
+    )
 
 
 class _Commands(Group):
