@@ -273,6 +273,11 @@ def test_skip_existing_captures_again_what_lacks_a_token(capture: Run, raw: Path
     stamp = (analysis / "1_attention.json").stat().st_mtime_ns
     capture("--skip-existing", "--replay", "--attention", "--layer-internals", 1, "--tokens", "last")
     assert (analysis / "1_attention.json").stat().st_mtime_ns == stamp
+    n_tokens = Capture.open(raw / "1.pt").n_tokens
+    for more in (("--replay",), ()):  # without a choice, views are of all tokens that were captured
+        capture(*GREEDY, "--replay", "--attention", "--tokens", "last")
+        capture(*GREEDY, "--skip-existing", "--attention", *more)
+        assert len(read_json(analysis / "1_attention.json")["attention"]) == n_tokens
 
 
 def test_a_replay_holds_the_tokens_of_the_capture_or_those_asked_for(

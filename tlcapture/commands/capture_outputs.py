@@ -124,14 +124,22 @@ class Outputs:
 
         With `overwrite`, files of add-ons that cannot be read count as missing.
         """
-        is_held = self.is_held_by(saved)
-        return self.lacking(files, d_vocab, since=files.captured_ns, overwrite=overwrite) if is_held else self
+        if not self.is_held_by(saved):
+            return self
+        return self.lacking(files, d_vocab, since=files.captured_ns, overwrite=overwrite, captured=saved.positions)
 
     def lacking(
-        self, files: PromptFiles, d_vocab: Callable[[], int], *, since: int = 0, overwrite: bool = False
+        self,
+        files: PromptFiles,
+        d_vocab: Callable[[], int],
+        *,
+        since: int = 0,
+        overwrite: bool = False,
+        captured: Positions | None = None,
     ) -> Outputs:
         """The requested add-ons that do not exist or were modified before `since`, in nanoseconds since the epoch.
 
+        They lack tokens if they have not all that are wanted: of `captured` those, if there is no choice of tokens.
         `d_vocab` gives the number of predictions of a layer; it is called where a lens file has fewer than are wanted.
         """
 
@@ -141,7 +149,7 @@ class Outputs:
             if file.view is None:  # which is reported by whoever replaces it
                 return overwrite
             lacks_part = parts is not None and parts.are_lacked_by(file.view, d_vocab)
-            return lacks_part or file.view.lacks(self.tokens)
+            return lacks_part or file.view.lacks(self.tokens, captured)
 
         return replace(
             self,

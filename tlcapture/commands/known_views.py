@@ -32,10 +32,14 @@ class KnownView:
     top_k: int
     positions: Positions
 
-    def lacks(self, tokens: KeptTokens | None) -> bool:
-        """Whether the file lacks a token that is wanted. Without a choice, what an existing file holds is enough."""
+    def lacks(self, tokens: KeptTokens | None, captured: Positions | None) -> bool:
+        """Whether the file lacks a token that is wanted: without a choice, one of those that were captured.
+
+        `captured` is `None` where there is no capture, beside which what an existing file holds is enough.
+        """
         held = self.positions
-        return tokens is not None and not held.includes(tokens.of(held.n_prompt, held.n_tokens))
+        wanted = captured if tokens is None else tokens.of(held.n_prompt, held.n_tokens)
+        return wanted is not None and not held.is_all and not held.includes(wanted)
 
 
 @dataclass(frozen=True)
