@@ -170,7 +170,7 @@ def test_the_experiment_is_named_by_the_environment(root: Path, monkeypatch: pyt
         ("sede = 1", "'sede' is not an option of any command: did you mean 'seed'?"),
         ("[captur]", "[captur] is not the name of a command: did you mean 'capture'?"),
         ("[capture]\nposition = 1", "'position' is not an option of 'tlcapture capture'"),
-        ("[capture]\nseed = 'x'", "'x' is not a valid integer"),
+        ("[capture]\nseed = 'x'", "'x' is not a whole number"),
         ("seed =", "tlcapture.toml: cannot be read"),
         ("[capture]\nlayers = ['x']", "'x' is not a list of layer numbers"),
         ('[capture]\nadapter = "a\\u0000b"', "adapter: expected text without NUL"),

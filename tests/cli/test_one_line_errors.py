@@ -39,7 +39,7 @@ PLAN = ("plan", "--prompts", "1", "--prompt-tokens", "1", "--new-tokens", "1")
         (["view", "--export", ""], "invalid value for '--export': '' is not a path"),
         (["view", "--max-size", "nan"], "invalid value for '--max-size': nan is not a finite number"),
         ([*PLAN, "--tokens-per-second", "inf"], "invalid value for '--tokens-per-second': inf is not a finite number"),
-        ([*PLAN, "--gpu", "h100", "--efficiency", "1e-320"], "invalid value for '--efficiency': 1e-320 is not in"),
+        ([*PLAN, "--gpu", "h100", "--efficiency", "1e-320"], "invalid value for '--efficiency': 1e-320 is not from"),
         ([*PLAN, "--budget", "9" * 400], f"invalid value for '--budget': {'9' * 400!r} is not a size: it is larger"),
         (
             ["plan", "--prompts", "1", "--prompt-tokens", "9" * 20, "--new-tokens", "1"],
