@@ -17,6 +17,7 @@ from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.hooks import POINTS
+from tlcapture.views.kept_tokens import Positions
 from tlcapture.views.residual import ResidualStream
 
 WIDTH, LAYERS = 16, 4
@@ -122,18 +123,38 @@ def test_what_is_left_of_an_ablated_direction_is_rounding_and_has_no_dynamics(
         for stored in (dtype, torch.float32):
             streams = [ResidualStream(part.to(stored)) for part in ablated]
             found, moves = project(*streams, chosen(each, other), random=RandomDirections(None, LAYERS, WIDTH))
-            assert (found.is_still, moves.is_still) == (True, False)
+            assert (found.still_from, moves.still_from) == (1, None)
             dynamics, means = found.dynamics, found.means()
             assert (dynamics.commitment_point, dynamics.commitment_shift, dynamics.persistence) == (None, 0, None)
             assert (dynamics.peak_velocity, means["deviation"], means["response"]) == (0, 0, means["prompt"])
             assert means["prompt"] == pytest.approx(offset, abs=0.02)
 
 
+def test_a_still_response_after_a_prompt_that_moves_has_no_dynamics_nor_has_its_file(
+    tmp_path: Path,
+) -> None:
+    each, prompt, drawn = vector("a", 2, torch.randn(WIDTH)), stream(5), [stream(n).points for n in range(30, 50)]
+    responses = [ResidualStream(part - (part @ each.unit)[..., None] * each.unit) for part in drawn]
+    found = [project(prompt, response, chosen(each))[0] for response in responses]
+    assert {projection.still_from for projection in found} == {5}
+    assert {projection.dynamics.commitment_point for projection in found} == {None}
+    assert {projection.dynamics.commitment_shift for projection in found} == {0}
+    assert all(max(projection.dynamics.velocity[:4].abs()) > 0.1 for projection in found)  # of the prompt
+    tokens = {"prompt": {"tokens": ["a"] * 5}, "response": {"tokens": ["a"] * 30}}
+    metadata = {"vector_source": found[0].source(), "means": found[0].means()}
+    write_json(tmp_path / "1.json", {**tokens, **projections_to_json(found[:1])[0], "metadata": metadata})
+    again = dynamics_of_file(ProjectionFile.read(tmp_path / "1.json"))
+    assert (again.commitment_point, again.commitment_shift) == (None, 0)
+    held = Positions((0, 1, *range(3, 35)), 5, 35)
+    parts = ResidualStream(prompt.points[:, [0, 1, 3, 4]]), responses[0]
+    assert project(*parts, chosen(each), held=held)[0].still_from == 5
+
+
 @pytest.mark.parametrize("n_response", [1, 2])
 def test_a_single_value_after_the_first_is_not_taken_for_rounding(n_response: int) -> None:
     torch.manual_seed(3)
     (found,) = project(stream(1), stream(n_response), chosen(vector("a", 1, torch.randn(WIDTH))))
-    assert not found.is_still
+    assert found.still_from is None
     assert (found.dynamics.peak_velocity != 0) == (n_response > 1)
 
 
@@ -145,7 +166,7 @@ def test_a_small_trajectory_beside_massive_dimensions_is_not_taken_for_rounding(
     direction = torch.randn(WIDTH)
     direction[3] = 0.3
     (found,) = project(*(ResidualStream(part.half()) for part in parts), chosen(vector("a", 1, direction)))
-    assert not found.is_still
+    assert found.still_from is None
 
 
 def test_the_dynamics_of_a_still_trajectory_stay_null_when_they_are_recomputed_from_its_file(tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def _metadata(shared: _OfCapture, projection: Projection, notes: list[str], kept
         "projection_date": shared.date,
         **kept.record(),
     }
-    if projection.is_still or not kept.is_all:
+    if projection.still_from is not None or not kept.is_all:
         metadata["means"] = projection.means()
     if projection.chance is not None:
         metadata["chance"] = as_json(projection.chance.to_json())

@@ -31,7 +31,7 @@ from tlcapture.traits.chance import ChanceLevel, RandomDirections, with_gaps
 from tlcapture.traits.dynamics import Dynamics, Motion, dynamics, dynamics_to_json
 from tlcapture.traits.origin import recorded_origin
 from tlcapture.traits.projection_files import ProjectionFile
-from tlcapture.traits.rounding_noise import still_trajectories
+from tlcapture.traits.rounding_noise import constant_from, still_from
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.kept_points import KeptPoints
@@ -58,8 +58,9 @@ class Projection:
     that it keeps (for `attn_out`, only those with attention); the scores of all others are NaN. `chance` has
     the results of random directions on the same capture, if measured; `centred` the offset subtracted from every
     score, if any. `tokens` are the capture's, if known. The scores of tokens that the capture does
-    not hold (if `held` is not all of them) are NaN. `is_still` says that the trajectory varies by no more than the
-    rounding of activations, so that it has no dynamics and does not rise.
+    not hold (if `held` is not all of them) are NaN. `still_from` is the token from which the trajectory varies by no
+    more than the rounding of activations, 1 or the first of the response, so that it has no dynamics there; `None` if
+    its response varies by more.
     """
 
     vector: TraitVector
@@ -73,7 +74,7 @@ class Projection:
     centred: Centred | None = None
     tokens: tuple[str, ...] = ()
     held: Positions | None = None
-    is_still: bool = False
+    still_from: int | None = None
 
     def __repr__(self) -> str:
         score = "" if self.selection.score is None else f" {self.selection.score:.3g}"
@@ -112,8 +113,8 @@ class Projection:
 
     @property
     def movement(self) -> Float[Tensor, " n_tokens"]:
-        """The trajectory in float64; from the second token on it is constant if it is still."""
-        return _constant(self.trajectory.double()) if self.is_still else self.trajectory.double()
+        """The trajectory in float64, constant from the token from which it is still."""
+        return constant_from(self.trajectory.double(), self.still_from)
 
     @property
     def calibration(self) -> dict[str, Any] | None:
@@ -124,11 +125,18 @@ class Projection:
     def means(self) -> dict[str, float | None]:
         """The trajectory's mean over the prompt and over the response, and its deviation over both.
 
-        The first token is left out. Null if there is no token, or the capture lacks one.
+        The first token is left out. Null if there is no token, or the capture lacks one. Where the response is still
+        and the prompt is not, the key `response_deviation`, 0, says so.
         """
         values, begins = self.movement, len(self.prompt)
-        parts = {"prompt": values[1:begins].mean(), "response": values[max(1, begins) :].mean()}
-        found = {**parts, "deviation": values[1:].std(correction=0)}
+        response = values[max(1, begins) :]
+        found = {
+            "prompt": values[1:begins].mean(),
+            "response": response.mean(),
+            "deviation": values[1:].std(correction=0),
+        }
+        if (self.still_from or 1) > 1:
+            found["response_deviation"] = response.std(correction=0)
         return {
             name: None if each.isnan() else float(round_significant(float(each), PROJECTION_DIGITS))
             for name, each in found.items()
@@ -234,14 +242,14 @@ def project(
     at_own_layer = _own_layers(prompt, response, component, vectors)
     held = held or Positions.of(None, prompt.n_tokens, prompt.n_tokens + response.n_tokens)
     rows, own = torch.arange(len(vectors)), torch.tensor([each.layer for each in vectors])
-    still = still_trajectories(torch.cat([part[rows, :, own, -1] for part in scores], dim=1), vectors, at_own_layer)
+    still = still_from(torch.cat([part[rows, :, own, -1] for part in scores], dim=1), vectors, at_own_layer, held)
     centred = [None] * len(vectors) if centre is None else subtract_means(scores, vectors, at_own_layer, centre, held)
     if not held.is_all:
         whole = with_gaps(torch.cat(list(scores), dim=1).transpose(0, 1), held).transpose(0, 1)
         scores = list(whole.tensor_split([held.n_prompt], dim=1))
     trajectories = torch.cat([part[rows, :, own, -1] for part in scores], dim=1).double()
-    for row in still:
-        trajectories[row] = _constant(trajectories[row])
+    for row, start in still.items():
+        trajectories[row] = constant_from(trajectories[row], start)
     motion = Motion.of(trajectories, held.n_prompt, held)
     chance = random.levels(at_own_layer, vectors, held, motion) if random else [None] * len(vectors)
     return [
@@ -256,7 +264,7 @@ def project(
             chance[row],
             centred[row],
             held=None if held.is_all else held,
-            is_still=row in still,
+            still_from=still.get(row),
         )
         for row, ((vector, selection), found) in enumerate(zip(chosen, motion.dynamics(), strict=True))
     ]
@@ -323,18 +331,12 @@ def dynamics_of_file(content: ProjectionFile) -> Dynamics:
 
 def movement_of_file(content: ProjectionFile) -> Float[Tensor, " n_tokens"]:
     """The trajectory of a projection file, as `Projection.movement`."""
-    values = torch.tensor([*content.trajectory[0], *content.trajectory[1]], dtype=torch.float64)
-    means = content.metadata.means
-    return _constant(values) if means is not None and means.deviation == 0 else values
-
-
-def _constant(trajectory: Tensor) -> Tensor:
-    """The mean of all tokens but the first in place of each of them; missing ones (NaN) stay so.
-
-    It is one of float32, so that the mean of any number of them is equal to it.
-    """
-    rest = trajectory[1:]
-    return torch.cat([trajectory[:1], torch.where(rest.isnan(), rest, rest.nanmean().float().double())])
+    prompt, response = content.trajectory
+    values, means = torch.tensor([*prompt, *response], dtype=torch.float64), content.metadata.means
+    if means is None:
+        return values
+    still_response = max(1, len(prompt)) if means.response_deviation == 0 else None
+    return constant_from(values, 1 if means.deviation == 0 else still_response)
 
 
 def _trajectory(vector: TraitVector, prompt: PromptScores, response: ResponseScores) -> Trajectory:

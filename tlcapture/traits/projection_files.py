@@ -144,11 +144,15 @@ class ChanceRecord(FileContent):
 
 
 class Means(FileContent):
-    """Statistics of the trajectory without its first token: means of prompt and response, deviation of both."""
+    """Statistics of the trajectory without its first token: means of prompt and response, deviation of both.
+
+    `response_deviation` is there, as 0, where only the response varies by no more than rounding.
+    """
 
     prompt: Number | None
     response: Number | None
     deviation: Number | None
+    response_deviation: Number | None = None
 
 
 class ProjectionMetadata(Labelled):

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcapture.traits.vectors import TraitVector
+from tlcapture.views.kept_tokens import Positions
 
 _TIMES = 4.0  # what was ablated is rounded more than once
 _FLOAT32 = 1e-5  # of float32, whose matrix products are rounded more often; far below any real variation
@@ -20,20 +21,41 @@ _HALVES = (torch.bfloat16, torch.float16)
 _MOST = _TIMES * torch.finfo(torch.bfloat16).eps / 2
 
 
-def still_trajectories(
-    trajectories: Float[Tensor, "n_vectors n_tokens"],
+def still_from(
+    trajectories: Float[Tensor, "n_vectors n_held"],
     vectors: Sequence[TraitVector],
-    activations: Mapping[int, Float[Tensor, "n_tokens d_model"]],
-) -> list[int]:
-    """The rows of the trajectories that vary by no more than rounding, their first token left out.
+    activations: Mapping[int, Float[Tensor, "n_held d_model"]],
+    held: Positions,
+) -> dict[int, int]:
+    """The token of the capture from which each row is still: the second one, or the first of the response.
 
-    `activations` are those at each vector's layer, which the trajectories are the projections of. Of fewer than three
-    tokens none is known to be still: a single value does not vary.
+    Rows that are not still are left out. `activations` are those at each vector's layer, which the trajectories are
+    the projections of, both of the held tokens alone.
     """
-    if trajectories.shape[1] < 3:
+    whole = _still(trajectories, vectors, activations, 1)
+    response = _still(trajectories, vectors, activations, max(1, len(held.prompt)))
+    return dict.fromkeys(response, max(1, held.n_prompt)) | dict.fromkeys(whole, 1)
+
+
+def constant_from(trajectory: Float[Tensor, " n_tokens"], start: int | None) -> Float[Tensor, " n_tokens"]:
+    """The mean of all tokens from `start` on in place of each of them; missing ones (NaN) stay so.
+
+    It is one of float32, so that the mean of any number of them is equal to it. `None` changes nothing.
+    """
+    if start is None:
+        return trajectory
+    rest = trajectory[start:]
+    return torch.cat([trajectory[:start], torch.where(rest.isnan(), rest, rest.nanmean().float().double())])
+
+
+def _still(
+    trajectories: Tensor, vectors: Sequence[TraitVector], activations: Mapping[int, Tensor], start: int
+) -> list[int]:
+    """The rows that vary by no more than rounding from `start` on; a single value is not known to be still."""
+    if trajectories.shape[1] - start < 2:
         return []
-    varies = trajectories[:, 1:].double().std(dim=1, correction=0).tolist()
-    rest = {layer: values[1:] for layer, values in activations.items()}
+    varies = trajectories[:, start:].double().std(dim=1, correction=0).tolist()
+    rest = {layer: values[start:] for layer, values in activations.items()}
     longest = {layer: float(values.float().norm(dim=1).max()) for layer, values in rest.items() if len(values)}
     found = []
     for row, vector in enumerate(vectors):
