@@ -191,11 +191,15 @@ def test_random_vectors_have_the_covariance_of_the_reference_also_in_place_of_ea
     assert tlcapture(*words, "--coefficients", "0.1").exit_code == 0
     (made,) = read_json(path)["runs"]
     assert made["result"]["null_covariance"] == "reference"
+    (monitored,) = read_json(path)["monitoring"]
+    assert monitored["null_covariance"] == "reference"
     earlier = json.loads(path.read_text())
     earlier["runs"][0]["result"] |= {"null": [0.0] * 20, "null_covariance": "isotropic"}
+    earlier["monitoring"][0] |= {"null": [0.0] * 99, "p": 1.0}
+    del earlier["monitoring"][0]["null_covariance"]  # as earlier versions wrote it
     path.write_text(json.dumps(earlier))
     assert tlcapture(*words, "--coefficients", "0.1").exit_code == 0
-    assert read_json(path)["runs"] == [made]
+    assert (read_json(path)["runs"], read_json(path)["monitoring"]) == ([made], [monitored])
 
 
 def test_random_vectors_are_added_to_earlier_results_and_runs_of_other_questions_are_made_again(

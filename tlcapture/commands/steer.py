@@ -14,9 +14,11 @@ from tlcapture.commands.projections import random_directions as as_in_reference
 from tlcapture.commands.steering_results import Results, scored_by
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.extraction.judge import Judge
-from tlcapture.extraction.monitoring import RANDOM_VECTORS, monitoring
+from tlcapture.extraction.monitoring import RANDOM_VECTORS as MONITORING_VECTORS
+from tlcapture.extraction.monitoring import monitoring
 from tlcapture.extraction.steering import (
     NEW_TOKENS,
+    RANDOM_VECTORS,
     Addition,
     Question,
     SteeringQuestions,
@@ -34,6 +36,7 @@ from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
+from tlcapture.shapes import Vectors
 from tlcapture.storage.config import read_config
 from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import read_bytes, read_json, write_bytes
@@ -224,16 +227,13 @@ class _Trials:
     def add_nulls(self) -> None:
         """Steer with random vectors of the same norm at the cells with the largest gains, unless that was done."""
         for run in self.results.largest_gains(N_NULLS):
-            covariance = "isotropic" if self.random.reference is None else "reference"
-            if run.null is None or covariance == "reference" != run.null_covariance:
-                self.results.set_null(run, self._random_gains(run), covariance)
+            if run.null is None or self._covariance == "reference" != run.null_covariance:
+                self.results.set_null(run, self._random_gains(run), self._covariance)
             cell = f"{self.task.trait} layer {run.layer} x {run.coefficient:g}"
             self.progress.advance(1, done=f"{cell}: random vectors added")
 
     def _random_gains(self, run: SteeringRun) -> list[float]:
-        isotropic = random_directions(self.scorer.d_model)
-        drawn = self.random.vectors(len(isotropic), run.layer)
-        directions = isotropic if drawn is None else drawn
+        directions = self._random_directions(RANDOM_VECTORS, run.layer)
         additions = [Addition(run.layer, direction, run.coefficient) for direction in directions]
         if self.judge is None:
             means = [float(100 * score.nanmean()) for score in self.scorer.trait_scores(additions)]
@@ -248,12 +248,21 @@ class _Trials:
             0.0: self.baseline.responses
         }
         coefficients = sorted(by_coefficient)
-        if len(coefficients) < 2 or self.results.has_monitoring(vector, coefficients):
+        if len(coefficients) < 2 or self.results.has_monitoring(vector, coefficients, self._covariance):
             return
         read = torch.stack([self.scorer.read(vector.layer, by_coefficient[each]) for each in coefficients])
-        random = random_directions(self.scorer.d_model, RANDOM_VECTORS)
+        random = self._random_directions(MONITORING_VECTORS, vector.layer)
         found = monitoring(coefficients, read, vector.vector, random)
-        self.results.set_monitoring(vector, found)
+        self.results.set_monitoring(vector, found, self._covariance)
+
+    @property
+    def _covariance(self) -> str:
+        """That of the random vectors: the reference prompts' responses', or `isotropic` without a reference."""
+        return "isotropic" if self.random.reference is None else "reference"
+
+    def _random_directions(self, n: int, layer: int) -> Vectors:
+        drawn = self.random.vectors(n, layer)
+        return random_directions(self.scorer.d_model, n) if drawn is None else drawn
 
     def _judged(self, score: SteeringScore) -> SteeringScore:
         """The score with the judge's verdicts in place of likelihoods, if there is a judge."""

@@ -114,20 +114,26 @@ class Results:
                 record["result"]["null_covariance"] = covariance
         self._write()
 
-    def has_monitoring(self, vector: TraitVector, coefficients: Sequence[float]) -> bool:
-        """Whether the responses of these runs have been read back."""
+    def has_monitoring(self, vector: TraitVector, coefficients: Sequence[float], covariance: str) -> bool:
+        """Whether the responses of these runs have been compared with random vectors of a covariance, or a better one.
+
+        That of the reference is better than none, `isotropic`.
+        """
         digest = self._files.digest(vector.component, vector.method, vector.layer)
         return any(
-            each["vector_digest"] == digest and each["coefficients"] == list(coefficients)
+            each["vector_digest"] == digest
+            and each["coefficients"] == list(coefficients)
+            and each.get("null_covariance") in (covariance, "reference")
             for each in self._content.get("monitoring", ())
             if _key(each) == (vector.component, vector.method, vector.layer)
         )
 
-    def set_monitoring(self, vector: TraitVector, found: Monitoring) -> None:
-        """Record how the projections of a vector's steered responses follow the coefficient."""
+    def set_monitoring(self, vector: TraitVector, found: Monitoring, covariance: str) -> None:
+        """Record how projections of a vector's steered responses follow the coefficient, beside random vectors."""
         key = (vector.component, vector.method, vector.layer)
         values = {name: _rounded(value) for name, value in asdict(found).items()}
         made = {"layer": vector.layer, "method": vector.method, "component": vector.component, **values}
+        made["null_covariance"] = covariance
         others = [each for each in self._content.get("monitoring", ()) if _key(each) != key]
         self._content["monitoring"] = [*others, {**made, "vector_digest": self._files.digest(*key)}]
         self._write()

@@ -128,6 +128,7 @@ class SteeringMonitoring(FileContent):
     projections: list[Number | None] = Field(default_factory=list)
     rank_correlation: Number | None
     null: list[Number] = Field(default_factory=list)
+    null_covariance: str | None = None
     p: Share | None = None
     n: Count | None = None
     vector_digest: str | None = None
