@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from tests.cli.test_startup import command_of
 from tlcapture.cli import completion
-from tlcapture.cli.command import GROUPS, Command
+from tlcapture.cli.command import GROUPS, Command, _name
 from tlcapture.cli.main import COMMANDS, main
 
 Run = Callable[..., Result]
@@ -38,10 +38,15 @@ def test_the_options_are_in_groups_and_two_examples_follow(name: str, command: c
     assert "\nExamples:\n" in said
     assert command.examples
     assert all(re.match(rf"tlcapture {name}( |$)", example) for example in command.examples)
-    grouped = {each for names in GROUPS.values() for each in names}
-    options = {str(param.name) for param in command.params if isinstance(param, click.Option)}
-    left = options - grouped
-    assert len(left) <= 6, f"in no group: {left}"
+
+
+def test_each_option_is_in_one_group_and_in_the_file_by_its_name() -> None:
+    options = [each for _, command in commands() for each in command.params if isinstance(each, click.Option)]
+    grouped = [each for names in GROUPS.values() for each in names]
+    assert sorted(grouped) == sorted({str(option.name) for option in options})
+    for option in options:
+        (name,) = (each for each in option.opts if each.startswith("--"))
+        assert _name(name.removeprefix("--")) == option.name
 
 
 @pytest.mark.parametrize(("name", "command"), commands(), ids=lambda each: each if isinstance(each, str) else "")
@@ -143,6 +148,14 @@ def test_settings_come_from_the_file_and_the_command_line_wins(root: Path, monke
     assert values(root, monkeypatch, command="view")["experiment"] == "mine"
 
 
+def test_an_option_of_any_command_may_stand_at_the_top_of_the_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "tlcapture.toml").write_text('port = 8000\nvectors = "a"\njson = true\n[traits.check]\ntraits = "loud"\n')
+    assert values(root, monkeypatch, command="view")["port"] == 8000
+    compared = values(root, monkeypatch, "a", "b", command="compare")
+    assert (compared["vectors_of"], compared["as_json"]) == ("a", True)
+    assert "invalid value for '--traits': trait 'loud'" in CliRunner().invoke(main, ["traits", "check"]).output
+
+
 def test_the_file_may_begin_with_a_byte_order_mark(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "tlcapture.toml").write_text("seed = 3\n", encoding="utf-8-sig")
     assert values(root, monkeypatch, "--prompt", "x")["seed"] == 3
@@ -168,6 +181,9 @@ def test_the_experiment_is_named_by_the_environment(root: Path, monkeypatch: pyt
     ("content", "said"),
     [
         ("sede = 1", "'sede' is not an option of any command: did you mean 'seed'?"),
+        ("jsno = true", "'jsno' is not an option of any command: did you mean 'json'?"),
+        ("[traits.chek]", "[traits.chek] is not the name of a command: did you mean 'check'?"),
+        ("[capture.layers]", "[capture.layers] is not the name of a command"),
         ("[captur]", "[captur] is not the name of a command: did you mean 'capture'?"),
         ("[capture]\nposition = 1", "'position' is not an option of 'tlcapture capture'"),
         ("[capture]\nseed = 'x'", "'x' is not a whole number"),

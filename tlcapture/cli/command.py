@@ -24,11 +24,13 @@ from tlcapture.text import decoded, did_you_mean
 
 SETTINGS = "tlcapture.toml"
 _OTHER = "Options"
-# The groups of the help, in their order, and what belongs to them. Options that are in none come first.
+# The groups of the help, in their order, and the options of all commands that belong to them.
 GROUPS: Mapping[str, frozenset[str]] = {
     title: frozenset(names.replace(",", " ").split())
     for title, names in {
-        "Where": "experiment, root, to, folder",
+        _OTHER: """against_steering, budget, convention, judge, judge_model, measure, no_browser, port, read_only,
+            search, trait""",
+        "Where": "experiment, root, to",
         "What to run": """prompt_set, all_prompt_sets, prompt, prompt_file, system_prompt, chat_template, thinking,
             template_arg, limit, shard, replay, responses_from, skip_existing, overwrite, dry_run, examples,
             examples_as, position, prompts, prompt_tokens, new_tokens, dynamics_only, centered""",
@@ -45,6 +47,7 @@ GROUPS: Mapping[str, frozenset[str]] = {
         "Output": "verbose, quiet, log_file, as_json, fsync, plot, export, png, max_size",
     }.items()
 }
+_NAMES = {"json": "as_json", "vectors": "vectors_of"}  # parameters that are not named like their option
 # Limits that only say how a number is stored.
 _STORED = re.compile(r"-?\d{10,}<=x<=\d{10,}|(?<=<=x)<=(?:2147483647|9223372036854775807)")
 
@@ -127,7 +130,7 @@ class Command(_Printing):
 def grouped_options(command: click.Command, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
     """The options of a command with their help, by group; `--help` comes last."""
     group_of = {name: title for title, names in GROUPS.items() for name in names}
-    rows: dict[str, list[tuple[str, str]]] = {title: [] for title in (_OTHER, *GROUPS)}
+    rows: dict[str, list[tuple[str, str]]] = {title: [] for title in GROUPS}
     last = _OTHER
     for param in command.get_params(ctx):
         record = param.get_help_record(ctx)
@@ -150,7 +153,7 @@ def settings_of(root: Path, of: click.Command, ctx: click.Context) -> dict[str, 
     content = _read(path)
     options = {str(param.name): param for param in of.get_params(ctx) if isinstance(param, click.Option)}
     tables = {name: value for name, value in content.items() if isinstance(value, dict)}
-    _check_tables(path, tables, ctx)
+    _check_tables(path, tables, ctx.find_root().command, ctx.find_root())
     found = {}
     for key, value in content.items():
         name = _name(key)
@@ -165,9 +168,7 @@ def settings_of(root: Path, of: click.Command, ctx: click.Context) -> dict[str, 
             raise _no_such(path, key, options, f"'tlcapture {command_name}'")
         found[_name(key)] = _as_given(value, options[_name(key)])
     for name, value in found.items():
-        if any(
-            "\0" in text for text in ([value] if isinstance(value, str) else value if isinstance(value, list) else ())
-        ):
+        if "\0" in "".join(value if isinstance(value, list) else [str(value)]):
             raise click.UsageError(f"{path}: {name}: expected text without NUL characters")
     return found
 
@@ -197,13 +198,18 @@ def _own_table(tables: Mapping[str, Any], ctx: click.Context) -> tuple[str, Mapp
     return " ".join(names), found if isinstance(found, dict) else {}
 
 
-def _check_tables(path: Path, tables: Mapping[str, Any], ctx: click.Context) -> None:
-    root = ctx.find_root()
-    commands = root.command.list_commands(root) if isinstance(root.command, click.Group) else []
-    for name in tables:
-        if commands and name not in commands:
+def _check_tables(
+    path: Path, tables: Mapping[str, Any], group: click.Command, ctx: click.Context, begin: str = ""
+) -> None:
+    """Raise `click.UsageError` for a table that is not named like a command of a group."""
+    commands = group.list_commands(ctx) if isinstance(group, click.Group) else []
+    for name, table in tables.items():
+        if name not in commands:
             hint = did_you_mean(name, commands)
-            raise click.UsageError(f"{path}: [{name}] is not the name of a command{hint}", ctx=ctx)
+            raise click.UsageError(f"{path}: [{begin}{name}] is not the name of a command{hint}", ctx=ctx)
+        inner = {key: value for key, value in table.items() if isinstance(value, dict)}
+        if inner and isinstance(group, click.Group) and (command := group.get_command(ctx, name)) is not None:
+            _check_tables(path, inner, command, ctx, f"{name}.")
 
 
 def _all_options() -> frozenset[str]:
@@ -212,12 +218,14 @@ def _all_options() -> frozenset[str]:
 
 
 def _no_such(path: Path, key: str, options: Mapping[str, Any] | frozenset[str], of: str = "any command") -> Exception:
-    hint = did_you_mean(_name(key).replace("_", "-"), [option.replace("_", "-") for option in options])
+    shown = {name: option for option, name in _NAMES.items()}
+    names = [shown.get(option, option).replace("_", "-") for option in options]
+    hint = did_you_mean(key.replace("_", "-"), names)
     return click.UsageError(f"{path}: {key!r} is not an option of {of}{hint}")
 
 
 def _name(key: str) -> str:
-    return {"json": "as_json"}.get(key, key.replace("-", "_"))
+    return _NAMES.get(key, key.replace("-", "_"))
 
 
 def _as_given(value: Any, option: click.Option) -> Any:

@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 
 _MOST_SIZES = 3  # shown of the numbers of examples that traits have
 
-_trait_option = click.option(
-    "--traits", "chosen", type=Traits(), default="all", show_default=True, help="Traits to check."
-)
-
 
 @click.group(cls=Group, context_settings=help_settings())
 def traits() -> None:
@@ -45,11 +41,11 @@ def traits() -> None:
     examples=["tlcapture traits check", "tlcapture traits check --traits style/formality"],
     short_help="Check contrastive examples.",
 )
-@_trait_option
+@click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to check.")
 @examples_as_option
 @root_option
 @one_line_errors
-def check(chosen: tuple[Trait, ...], examples_as: str, root: Path) -> None:
+def check(traits: tuple[Trait, ...], examples_as: str, root: Path) -> None:
     """Check contrastive examples: duplicates, lengths, and words that reveal the side.
 
     The exit status is 1 if a check fails: docs/traits.md says why each of them matters.
@@ -57,15 +53,15 @@ def check(chosen: tuple[Trait, ...], examples_as: str, root: Path) -> None:
     from tlcapture.storage.datasets import Datasets
 
     datasets = Datasets(root)
-    for trait in chosen:
+    for trait in traits:
         datasets.trait_folder(trait)
     from tlcapture.extraction.example_checks import check_examples
     from tlcapture.extraction.examples import GUESS, read_examples
 
-    examples = [read_examples(datasets, trait, examples_as=examples_as) for trait in chosen or datasets.traits()]
+    examples = [read_examples(datasets, trait, examples_as=examples_as) for trait in traits or datasets.traits()]
     if any(each.is_guess for each in examples):
         Console().warn(GUESS)
-    others = _readable(datasets, [trait for trait in datasets.traits() if chosen and trait not in chosen])
+    others = _readable(datasets, [trait for trait in datasets.traits() if traits and trait not in traits])
     found = check_examples(examples, others)
     _echo_checks(found)
     concerns = [f"{each.trait}: {concern}" for each in found for concern in each.concerns]
@@ -73,7 +69,7 @@ def check(chosen: tuple[Trait, ...], examples_as: str, root: Path) -> None:
         click.secho(printable(concern), fg="yellow")
     if concerns:
         sys.exit(1)
-    named = ["--traits", ",".join(map(str, chosen))] if chosen else []
+    named = ["--traits", ",".join(map(str, traits))] if traits else []
     click.echo(f"next: {Location(DEFAULT_EXPERIMENT, root).command('extract', *named)}")
 
 
