@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
 from tests.cli.test_startup import command_of
@@ -220,6 +221,31 @@ def test_the_shell_completes_experiments_prompt_sets_and_traits(data: Path) -> N
     assert completed(completion.prompt_sets, "sh", root=data) == ["short"]
     assert completed(completion.prompt_sets, "other,sh", root=data) == ["other,short"]
     assert completed(completion.traits, "tone/", root=data) == ["tone/loud", "tone/warm"]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("capture --prompt-set", ["short"]),
+        ("capture --vector-experiment", ["exp"]),
+        ("capture --responses-from", ["exp"]),
+        ("compare", ["exp"]),
+        ("compare exp exp --traits", ["tone/loud", "tone/warm"]),
+        ("compare exp exp --prompt-set", ["short"]),
+        ("export --prompt-set", ["short"]),
+        ("list --experiment", ["exp"]),
+        ("project --traits", ["tone/loud", "tone/warm"]),
+        ("steer --traits", ["tone/loud", "tone/warm"]),
+        ("traits check --traits", ["tone/loud", "tone/warm"]),
+        ("traits import x.pt --trait", ["tone/loud", "tone/warm"]),
+        ("view --prompt-set", ["short"]),
+    ],
+)
+def test_the_shell_completes_each_option_by_what_it_takes(data: Path, line: str, found: list[str]) -> None:
+    (data / "experiments" / "exp").mkdir(parents=True)
+    shell = ShellComplete(main, {}, "tlcapture", "_TLCAPTURE_COMPLETE")
+    begin = found[0][:2]
+    assert [each.value for each in shell.get_completions(line.split(), begin)] == found
 
 
 def test_list_shows_experiments_and_what_one_holds(capture: Run, extract: Run, tlcapture: Run, data: Path) -> None:

@@ -12,7 +12,7 @@ import click
 from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import ByteSize, LayersOrNone, Names, NewPath, StreamPoints
+from tlcapture.cli.option_types import ByteSize, LayersOrNone, NewPath, PromptSets, StreamPoints
 from tlcapture.cli.options import Location, location_options
 from tlcapture.cli.work import working
 from tlcapture.text import shell_join
@@ -39,7 +39,7 @@ class _Settings:
     "tlcapture export --experiment my_exp --to shared/with_layers --activations 12,16",
 )
 @location_options
-@click.option("--prompt-set", type=Names(), help="Prompt sets, comma-separated.  [default: all with captures]")
+@click.option("--prompt-set", type=PromptSets(), help="Prompt sets, comma-separated.  [default: all with captures]")
 @click.option(
     "--to",
     type=NewPath(),

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from tlcapture.cli import completion
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.names import Trait, split_names
 from tlcapture.prompts.template_args import parse_template_arg
@@ -167,10 +168,17 @@ class Names(_Parsed):
         return names
 
 
+class PromptSets(Names):
+    """Comma-separated names of prompt sets."""
+
+    shell_complete = staticmethod(completion.prompt_sets)
+
+
 class Traits(_Parsed):
     """Comma-separated traits, or `all`, which is read as an empty tuple."""
 
     name = "a/b,c/d|all"
+    shell_complete = staticmethod(completion.traits)
 
     def _parse(self, text: str) -> tuple[Trait, ...]:
         if text == "all":
@@ -185,6 +193,7 @@ class OneTrait(_Parsed):
     """One trait."""
 
     name = "a/b"
+    shell_complete = staticmethod(completion.traits)
 
     def _parse(self, text: str) -> Trait:
         return Trait.parse(text)

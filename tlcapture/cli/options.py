@@ -17,6 +17,7 @@ from tlcapture.cli.option_types import (
     LayerOrWord,
     Names,
     Points,
+    PromptSets,
     Root,
     ShardOf,
     Tokens,
@@ -103,8 +104,7 @@ class PromptSetOptions:
 prompt_set_options = together(
     click.option(
         "--prompt-set",
-        type=Names(),
-        shell_complete=completion.prompt_sets,
+        type=PromptSets(),
         help="Prompt sets by name, comma-separated: the files of datasets/inference, or those of the package.",
     ),
     click.option("--all-prompt-sets", is_flag=True, help="All prompt sets."),
@@ -146,7 +146,6 @@ def grid_options(
         type=Traits(),
         default=None if default_traits else "all",
         show_default=default_traits or True,
-        shell_complete=completion.traits,
         help=f"Traits to {verb}.",
     )
     return together(
@@ -207,6 +206,7 @@ def vector_options(default_layer: str) -> Decorator:
         click.option(
             "--vector-experiment",
             metavar="NAME",
+            shell_complete=completion.experiments,
             help="Use vectors of experiment NAME, even from another model; packaged: those that come with the package.",
         ),
         collected(VectorOptions, "vectors"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from tlcapture.cli import completion
 from tlcapture.cli.grouping import collected, together
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ variant_options = together(
     click.option(
         "--responses-from",
         metavar="EXPERIMENT[/SET[@VARIANT]]",
+        shell_complete=completion.experiments,
         help="Generate nothing: run the stored tokens of these captures through this model.",
     ),
     collected(VariantOptions, "variants"),

@@ -9,7 +9,7 @@ import click
 
 from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, one_line_errors
-from tlcapture.cli.option_types import Finite, Names, NewPath
+from tlcapture.cli.option_types import Finite, NewPath, PromptSets
 from tlcapture.cli.options import Location, location_options
 from tlcapture.text import counted, first_lines, printable
 
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 )
 @location_options
 @click.option(
-    "--prompt-set", type=Names(), help="Prompt sets to export or draw; the page opens on the first one.  [default: all]"
+    "--prompt-set",
+    type=PromptSets(),
+    help="Prompt sets to export or draw; the page opens on the first one.  [default: all]",
 )
 @click.option("--port", type=click.IntRange(1, 65535), help="Port on 127.0.0.1.  [default: 8765, or any free port]")
 @click.option("--no-browser", is_flag=True, help="Serve the page without opening it.")
