@@ -58,6 +58,11 @@ def test_no_help_shows_how_a_number_is_stored(name: str, command: click.Command)
     assert "RANGE" not in said
 
 
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_the_first_help_shows_how_to_begin(words: list[str]) -> None:
+    assert CliRunner().invoke(main, words).output.endswith("  tlcapture view\n  tlcapture capture --help\n")
+
+
 def test_help_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     from tlcapture.cli.command import help_settings
 

@@ -52,52 +52,35 @@ _NAMES = {"json": "as_json", "vectors": "vectors_of"}  # parameters that are not
 _STORED = re.compile(r"-?\d{10,}<=x<=\d{10,}|(?<=<=x)<=(?:2147483647|9223372036854775807)")
 
 
+def help_settings() -> dict[str, Any]:
+    """Settings of all commands: `-h`, and help as wide as the terminal."""
+    return {"help_option_names": ["-h", "--help"], "max_content_width": shutil.get_terminal_size().columns}
+
+
 class _Printing(click.Command):
-    """A command that continues even if its output cannot be written."""
+    """A command that continues even if its output cannot be written, and whose help ends with examples."""
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **options: Any):
+        options.setdefault("context_settings", help_settings())
+        super().__init__(*args, **options)
+        self.examples = tuple(examples)
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command line; exits with status 1 where its output was lost."""
         with lasting_streams():
             return super().main(*args, **options)
 
-
-class Group(_Printing, click.Group):
-    """Commands by name; a mistyped name is answered by a suggestion."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The named command; fails for an unknown name."""
-        name, names = args[0], self.list_commands(ctx)
-        if name not in names and not name.startswith("-"):
-            hint = did_you_mean(name, names) or f": commands: {', '.join(names)}"
-            ctx.fail(f"no such command {name!r}{hint}")
-        return super().resolve_command(ctx, args)
-
-
-def command(
-    *examples: str, name: str | None = None, cls: type[Command] | None = None
-) -> Callable[[Callable[..., Any]], Command]:
-    """A decorator that turns a function into a `Command` (or a `cls`), with examples for the end of its help."""
-
-    def decorate(function: Callable[..., Any]) -> Command:
-        kind = cls or Command
-        return click.command(name, cls=kind, context_settings=help_settings(), examples=examples)(function)
-
-    return decorate
-
-
-def help_settings() -> dict[str, Any]:
-    """Settings of all commands: `-h`, and help as wide as the terminal."""
-    return {"help_option_names": ["-h", "--help"], "max_content_width": shutil.get_terminal_size().columns}
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        super().format_epilog(ctx, formatter)
+        if self.examples:
+            with formatter.section("Examples"):
+                for example in self.examples:
+                    formatter.write(f"{' ' * formatter.current_indent}{example}\n")
 
 
 class Command(_Printing):
     """A command whose help is in groups, and whose options may come from `tlcapture.toml`."""
-
-    def __init__(self, *args: Any, examples: Sequence[str] = (), **options: Any):
-        super().__init__(*args, **options)
-        self.examples = tuple(examples)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse a command line, with the values of `tlcapture.toml` in place of defaults."""
@@ -118,13 +101,28 @@ class Command(_Printing):
             with formatter.section(title):
                 formatter.write_dl(records)
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples."""
-        super().format_epilog(ctx, formatter)
-        if self.examples:
-            with formatter.section("Examples"):
-                for example in self.examples:
-                    formatter.write(f"{' ' * formatter.current_indent}{example}\n")
+
+class Group(_Printing, click.Group):
+    """Commands by name; a mistyped name is answered by a suggestion."""
+
+    command_class = Command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The named command; fails for an unknown name."""
+        name, names = args[0], self.list_commands(ctx)
+        if name not in names and not name.startswith("-"):
+            hint = did_you_mean(name, names) or f": commands: {', '.join(names)}"
+            ctx.fail(f"no such command {name!r}{hint}")
+        return super().resolve_command(ctx, args)
+
+
+def command(
+    *examples: str, name: str | None = None, cls: type[Command] = Command
+) -> Callable[[Callable[..., Any]], Command]:
+    """A decorator that turns a function into a `Command` (or a `cls`), with examples for the end of its help."""
+    return click.command(name, cls=cls, examples=examples)
 
 
 def grouped_options(command: click.Command, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:

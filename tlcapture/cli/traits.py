@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli.command import Command, Group, help_settings
+from tlcapture.cli.command import Group
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.option_types import OneTrait, Traits
 from tlcapture.cli.options import DEFAULT_EXPERIMENT, Location, examples_as_option, location_options, root_option
@@ -30,14 +30,12 @@ if TYPE_CHECKING:
 _MOST_SIZES = 3  # shown of the numbers of examples that traits have
 
 
-@click.group(cls=Group, context_settings=help_settings())
+@click.group(cls=Group)
 def traits() -> None:
     """Check the contrastive examples of traits, list the selected vectors, and import those of other tools."""
 
 
 @traits.command(
-    cls=Command,
-    context_settings=help_settings(),
     examples=["tlcapture traits check", "tlcapture traits check --traits style/formality"],
     short_help="Check contrastive examples.",
 )
@@ -123,8 +121,6 @@ def _cell(cue: Cue | None) -> str:
 
 @traits.command(
     "list",
-    cls=Command,
-    context_settings=help_settings(),
     examples=["tlcapture traits list --experiment my_exp"],
     short_help="List the vector of each trait, and why.",
 )
@@ -220,8 +216,6 @@ def _listed(layout: Layout, component: str, datasets: Datasets) -> _Listed:
 
 @traits.command(
     "import",
-    cls=Command,
-    context_settings=help_settings(),
     examples=[
         "tlcapture traits import shared/my_exp/vectors/behavioral/refusal.mean_diff.gguf --experiment copy "
         "--trait behavioral/refusal"
