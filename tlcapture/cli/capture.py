@@ -16,7 +16,7 @@ from tlcapture.cli.given_prompts import given_prompt_options, given_prompts
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.interventions import InOrder, InterventionOptions, intervention_options
 from tlcapture.cli.model_options import ModelOptions, model_options
-from tlcapture.cli.option_types import LayerOrWord, TemplateArg, Text
+from tlcapture.cli.option_types import Count, LayerOrWord, TemplateArg, Text
 from tlcapture.cli.options import (
     KeptOptions,
     Location,
@@ -152,8 +152,7 @@ class _Settings:
 @variant_options
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(0, 2**31 - 1),
-    metavar="N",
+    type=Count(0),
     help=f"Maximum length of a response.  [default: {NEW_TOKENS}, or {THINKING_TOKENS} where the chat template makes "
     "models think]",
 )
@@ -161,7 +160,7 @@ class _Settings:
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
 @click.option("--overwrite", is_flag=True, help="Also replace files that cannot be read, and those derived from them.")
 @click.option("--dry-run", is_flag=True, help="Only report how many prompts, files and bytes would be written.")
-@click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Only the first N prompts of each set.")
+@click.option("--limit", type=Count(), help="Only the first N prompts of each set.")
 @shard_option
 @save_dtype_option
 @click.option(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.grouping import collected, together
-from tlcapture.cli.option_types import Finite
+from tlcapture.cli.option_types import Count, Finite
 
 if TYPE_CHECKING:
     from tlcapture.runs.executors import Executor
@@ -78,7 +78,7 @@ cluster_options = together(
     click.option(
         "--ray-address", metavar="ADDRESS", help="Address of a running Ray cluster.  [default: start one here]"
     ),
-    click.option("--workers", type=click.IntRange(min=1), help="Number of Ray workers.  [default: as many as fit]"),
+    click.option("--workers", type=Count(), help="Number of Ray workers.  [default: as many as fit]"),
     click.option(
         "--gpus-per-worker",
         type=Finite(min=0),

@@ -48,8 +48,7 @@ GROUPS: Mapping[str, frozenset[str]] = {
     }.items()
 }
 _NAMES = {"json": "as_json", "vectors": "vectors_of"}  # parameters that are not named like their option
-# Limits that only say how a number is stored.
-_STORED = re.compile(r"-?\d{10,}<=x<=\d{10,}|(?<=<=x)<=(?:2147483647|9223372036854775807)")
+_STORED = re.compile(r"-?\d{10,}<=x<=\d{10,}")  # limits that only say how a number is stored
 
 
 def help_settings() -> dict[str, Any]:
@@ -257,6 +256,5 @@ def _root(named: str) -> Path:
 
 
 def _without_storage(text: str) -> str:
-    """A help text without limits that only reflect how a number is stored; other limits are written in one form."""
-    text = re.sub(r"\b(\d+)<=x(?=[\];])", r"x>=\1", _STORED.sub("", text))
-    return re.sub(r"\s*\[(?:;\s*)*\]|;\s*(?=\])|(?<=\[);\s*", "", text)
+    """A help text without limits that only reflect how a number is stored."""
+    return re.sub(r"\s*\[(?:;\s*)*\]|;\s*(?=\])|(?<=\[);\s*", "", _STORED.sub("", text))

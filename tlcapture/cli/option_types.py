@@ -66,6 +66,22 @@ class Finite(click.FloatRange):
         return number
 
 
+class Count(click.IntRange):
+    """A whole number from `min` on, as large as a 32-bit integer can be."""
+
+    name = "n"
+
+    def __init__(self, min: int = 1):
+        super().__init__(min)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number; fails for one below the minimum, and for one that files cannot hold."""
+        number = click.INT.convert(value, param, ctx)
+        if number >= 2**31:
+            self.fail(f"{number} is not less than {2**31}", param, ctx)
+        return super().convert(number, param, ctx)
+
+
 class NewPath(click.Path):
     """A path to write to, which may not exist yet."""
 

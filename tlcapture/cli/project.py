@@ -27,6 +27,7 @@ from tlcapture.cli.top_traits import show_top_traits
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
 from tlcapture.text import counted
+from tlcapture.views.hooks import COMPONENTS
 
 if TYPE_CHECKING:
     from tlcapture.commands.project import ProjectOptions
@@ -75,7 +76,7 @@ class _Settings:
 @vector_options(default_layer="auto")
 @click.option(
     "--component",
-    type=click.Choice(["residual", "attn_out"]),
+    type=click.Choice(COMPONENTS),
     default="residual",
     show_default=True,
     help="Which activations are projected: the residual stream, or outputs of attention.",

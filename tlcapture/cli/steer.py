@@ -70,9 +70,8 @@ class _Settings:
 @click.option(
     "--judge",
     metavar="URL",
-    help="Have a model score the responses, at the URL of a server with OpenAI's chat completions.  [default: score "
-    "by the "
-    "likelihood of given completions]",
+    help="Have a model score the responses, at the URL of a server with OpenAI's chat completions.  "
+    "[default: score by the likelihood of given completions]",
 )
 @click.option(
     "--judge-model", default="default", show_default=True, metavar="NAME", help="Name of the model of --judge."

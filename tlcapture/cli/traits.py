@@ -20,6 +20,7 @@ from tlcapture.cli.tables import Column, echo_table
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
 from tlcapture.text import printable
+from tlcapture.views.hooks import COMPONENTS
 
 if TYPE_CHECKING:
     from tlcapture.extraction.example_checks import Cue, ExampleCheck
@@ -127,7 +128,7 @@ def _cell(cue: Cue | None) -> str:
 @location_options
 @click.option(
     "--component",
-    type=click.Choice(["residual", "attn_out"]),
+    type=click.Choice(COMPONENTS),
     default="residual",
     show_default=True,
     help="Which activations the vectors are for.",
@@ -233,7 +234,7 @@ def _listed(layout: Layout, component: str, datasets: Datasets) -> _Listed:
 )
 @click.option(
     "--component",
-    type=click.Choice(["residual", "attn_out"]),
+    type=click.Choice(COMPONENTS),
     help="Which activation the vectors are for.  [default: what the file says, or residual]",
 )
 @click.option("--model", metavar="NAME", help="Model that the vectors come from.  [default: the experiment's]")

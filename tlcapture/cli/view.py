@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     metavar="MIB",
     help="Maximum size of the exported file's data.",
 )
-@click.option("--png", type=NewPath(file_okay=False), help="Write pictures of each prompt to a folder.")
+@click.option("--png", type=NewPath(file_okay=False), metavar="DIR", help="Write pictures of each prompt to a folder.")
 @one_line_errors
 def view(
     location: Location,

@@ -36,12 +36,7 @@ if TYPE_CHECKING:
 _output_options = together(
     click.option("-v", "--verbose", is_flag=True, help="Also report every file, batch and choice."),
     click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors."),
-    click.option(
-        "--log-file",
-        type=NewPath(dir_okay=False),
-        metavar="FILE",
-        help="Append all messages to a file, with timestamps.",
-    ),
+    click.option("--log-file", type=NewPath(dir_okay=False), help="Append all messages to a file, with timestamps."),
     click.option(
         "--json", "as_json", is_flag=True, help="Print a JSON object at the end, and nothing else to standard output."
     ),
