@@ -38,6 +38,7 @@ from tlcapture.cli.variants import VariantOptions, check_target, variant_options
 from tlcapture.cli.work import working
 from tlcapture.names import base_set, variant_of
 from tlcapture.prompts.response_lengths import NEW_TOKENS, THINKING_TOKENS
+from tlcapture.text import counted, format_bytes
 
 if TYPE_CHECKING:
     from tlcapture.commands.capture_options import CaptureOptions
@@ -316,7 +317,6 @@ def _show_estimate(
     from tlcapture.commands.capture import estimate_capture
     from tlcapture.runs.report import Failed
     from tlcapture.storage.files import free_bytes
-    from tlcapture.text import counted, format_bytes
 
     estimate, affected = estimate_capture(layout, sets, options, load, elsewhere=elsewhere)
     free = free_bytes(layout.folder)

@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from tlcapture.cli.streams import lasting_streams
+from tlcapture.errors import TlcaptureError
 from tlcapture.text import decoded, did_you_mean
 
 SETTINGS = "tlcapture.toml"
@@ -246,7 +247,6 @@ def _named_root(args: Sequence[str]) -> str:
 
 
 def _root(named: str) -> Path:
-    from tlcapture.errors import TlcaptureError
     from tlcapture.storage.remote_roots import root_folder
 
     try:

@@ -15,7 +15,7 @@ from tlcapture.cli.grouping import collected
 from tlcapture.cli.option_types import ByteSize, LayersOrNone, NewPath, PromptSets, StreamPoints
 from tlcapture.cli.options import Location, location_options
 from tlcapture.cli.work import working
-from tlcapture.text import shell_join
+from tlcapture.text import counted, format_bytes, layers_named, shell_join
 
 if TYPE_CHECKING:
     from tlcapture.exchange.manifest import Format, Manifest
@@ -109,7 +109,6 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
 
 def _show(console: Console, root: Path, settings: _Settings, manifest: Manifest) -> None:
     from tlcapture.storage.command_lines import root_words
-    from tlcapture.text import counted, format_bytes, layers_named
 
     size = sum(path.stat().st_size for path in settings.to.rglob("*") if path.is_file())
     console.line(

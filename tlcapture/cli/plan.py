@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -197,8 +198,6 @@ def plan(
     memory = memory_of(workload, measures, _dtype(config) if on_gpu else torch.float32, "cuda" if on_gpu else "cpu")
     estimate = Estimate(model, measures, workload, cost, pace, workers, budget, found, memory)
     if as_json:
-        import json
-
         click.echo(json.dumps(estimate.to_json()))
     else:
         estimate.echo()

@@ -25,6 +25,7 @@ from tlcapture.cli.options import (
 )
 from tlcapture.cli.top_traits import show_top_traits
 from tlcapture.cli.work import working
+from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.text import counted
 from tlcapture.views.hooks import COMPONENTS
@@ -158,7 +159,6 @@ def _check_request(location: Location, names: tuple[str, ...], settings: _Settin
 
 
 def _captured_prompt_sets(layout: Layout, chosen: PromptSetOptions, *, dynamics_only: bool) -> tuple[str, ...]:
-    from tlcapture.errors import InputError
     from tlcapture.storage.command_lines import command_line
 
     if (chosen.prompt_set is not None) == chosen.all_prompt_sets:

@@ -18,6 +18,7 @@ from tlcapture.cli.option_types import OneTrait, Traits
 from tlcapture.cli.options import DEFAULT_EXPERIMENT, Location, examples_as_option, location_options, root_option
 from tlcapture.cli.tables import Column, echo_table
 from tlcapture.cli.work import working
+from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.names import Trait
 from tlcapture.text import printable
 from tlcapture.views.hooks import COMPONENTS
@@ -74,7 +75,6 @@ def check(traits: tuple[Trait, ...], examples_as: str, root: Path) -> None:
 
 def _readable(datasets: Datasets, unchosen: Sequence[Trait]) -> list[Examples]:
     """The examples of the traits that are not checked themselves; those that cannot be read are named."""
-    from tlcapture.errors import TlcaptureError
     from tlcapture.extraction.examples import read_examples
 
     found = []
@@ -253,7 +253,6 @@ def import_(
     (steering-vectors), or a .pt, .safetensors, .npz or .npy file with one vector per layer. Their method is called
     "imported".
     """
-    from tlcapture.errors import InputError
     from tlcapture.models.sources import check_name
 
     if not lexists(file):

@@ -12,6 +12,8 @@ from click.core import ParameterSource
 
 from tlcapture.cli import completion
 from tlcapture.cli.grouping import collected, together
+from tlcapture.errors import InputError
+from tlcapture.names import of_variant
 
 if TYPE_CHECKING:
     from tlcapture.commands.given_responses import GivenResponses
@@ -94,8 +96,6 @@ def _given_of(options: Mapping[str, str]) -> list[str]:
 
 def check_target(given: GivenResponses, layout: Layout, sets: Sequence[PromptSet], variant: str | None) -> None:
     """Raise `InputError` if captures would replace those whose tokens they run, or others of the same prompts."""
-    from tlcapture.errors import InputError
-    from tlcapture.names import of_variant
 
     if given.source.layout != layout:
         return

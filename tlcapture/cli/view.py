@@ -11,7 +11,8 @@ from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.option_types import Finite, NewPath, PromptSets
 from tlcapture.cli.options import Location, location_options
-from tlcapture.text import counted, first_lines, printable
+from tlcapture.errors import InputError, StorageError
+from tlcapture.text import counted, first_lines, format_bytes, printable
 
 if TYPE_CHECKING:
     from tlcapture.storage.layout import Layout
@@ -55,7 +56,6 @@ def view(
 
     Serves the page to this machine only, until Ctrl-C.
     """
-    from tlcapture.errors import InputError
     from tlcapture.storage.missing_captures import no_captures
     from tlcapture.storage.remote_roots import check_local
 
@@ -87,7 +87,6 @@ def view(
 def _export(location: Location, prompt_sets: tuple[str, ...], target: Path, mebibytes: float) -> bool:
     """Export the page; returns whether every file could be read, apart from raw files that may be another tool's."""
     from tlcapture.page.export import export_page
-    from tlcapture.text import format_bytes
 
     problems: dict[str, None] = {}
     unread: dict[str, None] = {}
@@ -106,7 +105,6 @@ def _export(location: Location, prompt_sets: tuple[str, ...], target: Path, mebi
 def _draw(layout: Layout, prompt_sets: tuple[str, ...], folder: Path, *, all_required: bool) -> None:
     """Draw prompt sets; one without projections is an error if all are required, or if no set has any."""
     from tlcapture.commands.pictures import write_pictures
-    from tlcapture.errors import InputError, StorageError
 
     refused, damaged = [], []
     for name in prompt_sets:
