@@ -112,11 +112,9 @@ def _carry_over(
 ) -> None:
     """Score vectors on the examples in a folder, and print how well they carry over."""
     from tlcapture.commands.carry_over import CarryOverOptions, run_carry_over
-    from tlcapture.commands.evaluate import EvaluateOptions
     from tlcapture.traits.evaluation_files import Evaluation
 
-    methods = () if options.methods == EvaluateOptions.methods else options.methods
-    grid = (options.traits, methods, options.layers, options.components)
+    grid = (options.traits, options.named_methods, options.layers, options.components)
     wanted = CarryOverOptions(folder, *grid, options.batch_size, options.examples_as)
     run_carry_over(layout, wanted, load, console, executor)
     names = ("n", "AUROC", "chance p95", "p", "layer 0", "words", "Hedges g", "95 % interval")

@@ -76,8 +76,7 @@ class CompareTask:
         """Parts of at most `most` comparisons."""
         return [CompareTask(self.sets, pairs) for pairs in chunks(self.pairs, most)]
 
-    def label(self) -> str:
-        """A name for messages."""
+    def __str__(self) -> str:
         return f"{len(self.pairs)} prompts of {self.sets.a} and {self.sets.b}"
 
     def inputs(self) -> list[Path]:
@@ -118,7 +117,6 @@ def run_compare(
                 tasks,
                 size=lambda task: len(task.pairs),
                 unit="prompt",
-                label=CompareTask.label,
                 split=CompareTask.split,
                 reads=[*sources, sets[0].b.layout],
                 inputs=CompareTask.inputs,
