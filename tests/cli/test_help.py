@@ -58,6 +58,13 @@ def test_no_help_shows_how_a_number_is_stored(name: str, command: click.Command)
     assert "RANGE" not in said
 
 
+@pytest.mark.parametrize("name", ["compare", "import", "traits import"])
+def test_arguments_are_not_listed_as_options(name: str) -> None:
+    said = CliRunner().invoke(main, [*name.split(), "--help"], terminal_width=200).output
+    assert re.search(r"^Usage: .* [A-Z]+$", said, re.MULTILINE)
+    assert not re.search(r"^  [A-Z]+$", said, re.MULTILINE)
+
+
 @pytest.mark.parametrize("words", [[], ["--help"]])
 def test_the_first_help_shows_how_to_begin(words: list[str]) -> None:
     assert CliRunner().invoke(main, words).output.endswith("  tlcapture view\n  tlcapture capture --help\n")

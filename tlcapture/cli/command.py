@@ -29,22 +29,21 @@ _OTHER = "Options"
 GROUPS: Mapping[str, frozenset[str]] = {
     title: frozenset(names.replace(",", " ").split())
     for title, names in {
-        _OTHER: """against_steering, budget, convention, judge, judge_model, measure, no_browser, port, read_only,
-            search, trait""",
+        _OTHER: """against_steering, budget, convention, efficiency, gpu, judge, judge_model, measure, no_browser,
+            port, read_only, search, tokens_per_second, trait""",
         "Where": "experiment, root, to",
         "What to run": """prompt_set, all_prompt_sets, prompt, prompt_file, system_prompt, chat_template, thinking,
             template_arg, limit, shard, replay, responses_from, skip_existing, overwrite, dry_run, examples,
-            examples_as, position, prompts, prompt_tokens, new_tokens, dynamics_only, centered""",
+            examples_as, position, prompts, prompt_tokens, new_tokens, dynamics_only, centered, no_kl""",
         "What to keep": """attention, logit_lens, layer_internals, capture_attn, layers, points, tokens, save_dtype,
             no_project, projections_only, format, attention_layers, lens_layers, lens_top, views, activations,
             shard_size""",
-        "Trait vectors": "traits, methods, component, layer, method, vector_experiment, vectors_of, no_kl",
+        "Trait vectors": "traits, methods, component, layer, method, vector_experiment, vectors_of",
         "Sampling": """max_new_tokens, temperature, sampling, seed, samples, top_p, top_k, min_p, repetition_penalty,
             stop""",
         "Interventions": "steer, ablate, cap, variant, adapter, coefficients",
         "Model": "model, revision, allow_model_change, engine, device, n_devices, dtype, no_check, batch_size",
-        "Cluster": """executor, ray_address, workers, gpus_per_worker, cpus_per_worker, collect, gpu, efficiency,
-            tokens_per_second""",
+        "Cluster": "executor, ray_address, workers, gpus_per_worker, cpus_per_worker, collect",
         "Output": "verbose, quiet, log_file, as_json, fsync, plot, export, png, max_size",
     }.items()
 }
@@ -132,7 +131,7 @@ def grouped_options(command: click.Command, ctx: click.Context) -> dict[str, lis
     last = _OTHER
     for param in command.get_params(ctx):
         record = param.get_help_record(ctx)
-        if record is not None:
+        if record is not None and isinstance(param, click.Option):  # arguments are in the text above
             title = last if param is command.get_help_option(ctx) else group_of.get(str(param.name), _OTHER)
             rows[title].append((record[0].replace(" RANGE", ""), _without_storage(record[1])))
             last = max(last, title, key=list(rows).index)
