@@ -98,7 +98,7 @@ def _export(location: Location, prompt_sets: tuple[str, ...], target: Path, mebi
     for problem in first_lines(list(unread)):
         click.secho(printable(f"not shown: {problem}"), fg="yellow", err=True)
     for problem in first_lines(list(problems)):
-        click.secho(printable(f"failed: {problem}"), fg="red", err=True)
+        Console().error(f"failed: {problem}")
     return not problems
 
 

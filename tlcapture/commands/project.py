@@ -94,14 +94,9 @@ def run_project(
         return run.report
     options = replace(options, vectors=options.vectors.or_packaged(layout, read_config(layout).inference_model))
     source = options.vectors.layout(layout)
-    traits = traits_with_vectors(source, options.vectors.traits)
-    if not any(VectorFiles(source, trait).available(options.component) for trait in traits):
-        raise no_component_vectors(source, options.component)
-    options.vectors.check(source, options.component)
+    _check_vectors(source, options)
     if options.vectors.is_fallback:
         run.line(f"{layout.experiment}: {PROJECTED_ONTO_PACKAGED}")
-    if options.centered:
-        check_means(source, traits, options.component)
     with ExitStack() as stack:
         stack.callback(remember, layout, run.report.learned)
         for name in sorted(prompt_sets):
@@ -122,6 +117,16 @@ def run_project(
         )
         merge_projections(run, prompt_sets, options.shard)
     return run.report
+
+
+def _check_vectors(source: Layout, options: ProjectOptions) -> None:
+    """Raise `InputError` if no trait has the vectors that are asked for, or one lacks the mean to subtract."""
+    traits = traits_with_vectors(source, options.vectors.traits)
+    if not any(VectorFiles(source, trait).available(options.component) for trait in traits):
+        raise no_component_vectors(source, options.component)
+    options.vectors.check(source, options.component)
+    if options.centered:
+        check_means(source, traits, options.component)
 
 
 @dataclass(frozen=True)
@@ -202,12 +207,7 @@ def _check_name(capture: Capture | KnownCapture, raw: Path, prompt_set: str, nam
         raise StorageError(f"{raw}: its metadata names prompt {recorded}: it was moved or renamed")
 
 
-def _recompute_dynamics(
-    run: Run,
-    prompt_set: str,
-    ids: Sequence[str],
-    options: ProjectOptions,
-) -> None:
+def _recompute_dynamics(run: Run, prompt_set: str, ids: Sequence[str], options: ProjectOptions) -> None:
     """Rewrite projection files with new dynamics and otherwise unchanged content."""
     layout, bare = run.layout, 0
     with run.progress(len(ids), prompt_set, "prompt") as progress:
