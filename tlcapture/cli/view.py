@@ -91,7 +91,7 @@ def _export(location: Location, prompt_sets: tuple[str, ...], target: Path, mebi
     problems: dict[str, None] = {}
     unread: dict[str, None] = {}
     told = {"on_problem": problems.setdefault, "on_unread": unread.setdefault}
-    left_out = export_page(location.root, location.experiment, prompt_sets, target, megabytes=mebibytes, **told)
+    left_out = export_page(location.root, location.experiment, prompt_sets, target, mebibytes=mebibytes, **told)
     click.echo(f"wrote {target} ({format_bytes(target.stat().st_size)})")
     for label in first_lines(left_out):
         click.secho(f"left out, over --max-size {mebibytes:g}: {label}", fg="yellow", err=True)
