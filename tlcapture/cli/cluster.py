@@ -16,6 +16,8 @@ from tlcapture.cli.option_types import Count, Finite
 if TYPE_CHECKING:
     from tlcapture.runs.executors import Executor
 
+_CPUS = 1.0  # per worker, where nothing else is asked for
+
 
 @dataclass(frozen=True)
 class ClusterOptions:
@@ -56,14 +58,14 @@ class ClusterOptions:
         )
 
     def _check_local(self) -> None:
-        given = {
-            "--ray-address": self.ray_address,
-            "--workers": self.workers,
-            "--gpus-per-worker": self.gpus_per_worker,
+        for option, is_given in {
+            "--ray-address": self.ray_address is not None,
+            "--workers": self.workers is not None,
+            "--gpus-per-worker": self.gpus_per_worker is not None,
+            "--cpus-per-worker": self.cpus_per_worker != _CPUS,
             "--collect": self.collect,
-        }
-        for option, value in given.items():
-            if value:
+        }.items():
+            if is_given:
                 raise click.UsageError(f"{option} needs --executor ray")
 
 
@@ -87,7 +89,7 @@ cluster_options = together(
     click.option(
         "--cpus-per-worker",
         type=Finite(min=0, min_open=True),
-        default=1.0,
+        default=_CPUS,
         show_default=True,
         help="CPUs, and threads, per Ray worker.",
     ),
