@@ -16,8 +16,9 @@ from click.testing import CliRunner, Result
 
 from tests.cli.test_startup import command_of
 from tlcapture.cli import completion
-from tlcapture.cli.command import GROUPS, Command, _name
+from tlcapture.cli.command import GROUPS, Command
 from tlcapture.cli.main import COMMANDS, main
+from tlcapture.cli.settings_file import parameter_of
 
 Run = Callable[..., Result]
 OWN = {"version"}
@@ -47,7 +48,7 @@ def test_each_option_is_in_one_group_and_in_the_file_by_its_name() -> None:
     assert sorted(grouped) == sorted({str(option.name) for option in options})
     for option in options:
         (name,) = (each for each in option.opts if each.startswith("--"))
-        assert _name(name.removeprefix("--")) == option.name
+        assert parameter_of(name.removeprefix("--")) == option.name
 
 
 @pytest.mark.parametrize(("name", "command"), commands(), ids=lambda each: each if isinstance(each, str) else "")
