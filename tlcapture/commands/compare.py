@@ -82,10 +82,7 @@ class CompareTask:
     def inputs(self) -> list[Path]:
         """The captures."""
         a, b = self.sets.a, self.sets.b
-        found = [
-            (a.layout.residual(a.name or "", one), b.layout.residual(b.name or "", two)) for _, one, two in self.pairs
-        ]
-        return [path for pair in found for path in pair]
+        return [path for _, one, other in self.pairs for path in (a.path(one), b.path(other))]
 
 
 def run_compare(
@@ -183,7 +180,7 @@ class CompareWorker:
 
     def _compare(self, sets: ComparedSets, name: str, one: str, other: str, sources: Sequence[Layout]) -> None:
         sides = ((sets.a, one), (sets.b, other))
-        raws = [side.layout.residual(side.name or "", captured) for side, captured in sides]
+        raws = [side.path(captured) for side, captured in sides]
         path, options = sets.path(name), self._options
         existing = self._existing(path)
         a, b = (Capture.open(raw) for raw in raws)
