@@ -261,6 +261,13 @@ def test_the_shell_completes_each_option_by_what_it_takes(data: Path, line: str,
     assert [each.value for each in shell.get_completions(line.split(), begin)] == found
 
 
+def test_the_shell_completes_without_a_message_where_something_is_wrong(data: Path) -> None:
+    shell = ShellComplete(main, {}, "tlcapture", "_TLCAPTURE_COMPLETE")
+    (data / "tlcapture.toml").write_text("sede = 1")
+    assert [each.value for each in shell.get_completions(["capture"], "--ad")] == ["--adapter"]
+    assert shell.get_completions(["captur"], "--ad") == []
+
+
 def test_list_shows_experiments_and_what_one_holds(capture: Run, extract: Run, tlcapture: Run, data: Path) -> None:
     nothing = tlcapture("list")
     assert nothing.exit_code == 0

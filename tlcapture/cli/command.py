@@ -79,6 +79,14 @@ class Command(_Printing):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse a command line, with the values of `tlcapture.toml` in place of defaults."""
+        try:
+            ctx.default_map = {**(ctx.default_map or {}), **self._settings(ctx, args)}
+        except click.UsageError:
+            if not ctx.resilient_parsing:  # which it is while the shell completes
+                raise
+        return super().parse_args(ctx, args)
+
+    def _settings(self, ctx: click.Context, args: list[str]) -> dict[str, Any]:
         from tlcapture.storage.object_stores import is_url
 
         try:
@@ -86,9 +94,9 @@ class Command(_Printing):
         except OSError:
             raise click.UsageError("the current folder does not exist any more: change to another one") from None
         named = named_root(args)
-        if not (is_url(named) and set(args) & set(ctx.help_option_names)):  # help needs no remote root
-            ctx.default_map = {**(ctx.default_map or {}), **settings_of(root_named(named), self, ctx, ALL_OPTIONS)}
-        return super().parse_args(ctx, args)
+        if is_url(named) and set(args) & set(ctx.help_option_names):  # help needs no remote root
+            return {}
+        return settings_of(root_named(named), self, ctx, ALL_OPTIONS)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in their groups, with `--help` at the end of the last one."""
@@ -107,7 +115,7 @@ class Group(_Printing, click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """The named command; fails for an unknown name."""
         name, names = args[0], self.list_commands(ctx)
-        if name not in names and not name.startswith("-"):
+        if name not in names and not name.startswith("-") and not ctx.resilient_parsing:
             hint = did_you_mean(name, names) or f": commands: {', '.join(names)}"
             ctx.fail(f"no such command {name!r}{hint}")
         return super().resolve_command(ctx, args)
