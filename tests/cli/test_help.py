@@ -266,6 +266,9 @@ def test_the_shell_completes_without_a_message_where_something_is_wrong(data: Pa
     (data / "tlcapture.toml").write_text("sede = 1")
     assert [each.value for each in shell.get_completions(["capture"], "--ad")] == ["--adapter"]
     assert shell.get_completions(["captur"], "--ad") == []
+    (data / "experiments").write_text("not a folder")
+    assert shell.get_completions(["list", "--experiment"], "") == []
+    assert [each.value for each in shell.get_completions(["extract", "--traits"], "tone/l")] == ["tone/loud"]
 
 
 def test_list_shows_experiments_and_what_one_holds(capture: Run, extract: Run, tlcapture: Run, data: Path) -> None:
