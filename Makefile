@@ -65,13 +65,13 @@ $(DOCS_READY): $(READY)
 test: $(READY) chromium ## Run all tests
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder $(FLAGS)
 
-test-tl4: $(READY_TL4) ## The tests of the model with TransformerLens 4, in an environment of its own
+test-tl4: $(READY_TL4) ## Run the tests of the model with TransformerLens 4, in an environment of its own
 	$(VENV_TL4)/bin/python -m pytest $(TESTS_TL4) $(FLAGS)
 
 # What `pip install` gives today: the newest versions that setup.cfg allows, and then those of README's command, with
 # TransformerLens 3. Only torch is pinned, as everywhere. The tests see the installed package, not this folder.
 FRESH_TESTS := $(VENV_FRESH)/bin/pytest -c /dev/null --rootdir tests/fresh --confcutdir tests/fresh -p no:cacheprovider -q tests/fresh
-test-fresh: ## The installed wheel with the newest versions of everything, in an environment made anew
+test-fresh: ## Test the installed wheel with the newest versions of everything, in a fresh environment
 	rm -rf $(VENV_FRESH) build/fresh
 	$(PYTHON) -m venv $(VENV_FRESH)
 	$(VENV_FRESH)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
@@ -84,7 +84,7 @@ test-fresh: ## The installed wheel with the newest versions of everything, in an
 	$(VENV_FRESH)/bin/pip list | grep -i -E '^(torch|transformer)'
 	$(FRESH_TESTS)
 
-test-bounds: $(DOCS_READY) ## The lower bounds of setup.cfg: the tests that use a package, with the oldest version allowed (NAMES="ray peft")
+test-bounds: $(DOCS_READY) ## Test the lower bounds of setup.cfg: each package at the oldest version allowed (NAMES="ray peft")
 	$(BIN)/python -m tests.lower_bounds $(NAMES)
 
 # The page is tested in a real browser. Where nobody may install one, those tests are skipped, and say so.
@@ -94,10 +94,10 @@ chromium:
 	  apt-get update --quiet=2 && apt-get install --quiet=2 --yes --no-install-recommends chromium >/dev/null; } || \
 	  echo "no Chromium: the tests of the page will be skipped (Debian: apt install chromium)"
 
-reliability: $(READY) ## Faults, clusters, bad input and parity once more, and what they saw into docs/reliability.md
+reliability: $(READY) ## Test faults, clusters, bad input and parity, and report them in docs/reliability.md
 	$(BIN)/python -m pytest tests/faults tests/cluster tests/input tests/test_findings_in_noise.py tests/test_parity.py tests/test_refusals.py --reliability docs/reliability.md $(FLAGS)
 
-test-cuda: $(READY) ## The model tests on a CUDA device
+test-cuda: $(READY) ## Run the tests of the model on a CUDA device
 	TLCAPTURE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_parity.py tests/test_generation.py tests/fast $(FLAGS)
 
 models-page: $(READY) $(READY_TL4) ## Compare tiny models of many families with Hugging Face, with both versions of TransformerLens, into docs/models.md
@@ -115,7 +115,7 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-packaged-vectors: $(READY) ## Extract and evaluate the vectors that come with the package anew (ten minutes)
+packaged-vectors: $(READY) ## Extract and evaluate again the vectors that come with the package (ten minutes)
 	rm -rf build/packaged && mkdir -p build/packaged
 	$(BIN)/tlcapture extract --root build/packaged --experiment packaged --component residual
 	$(BIN)/tlcapture evaluate --root build/packaged --experiment packaged --component residual
@@ -129,16 +129,16 @@ demo: $(READY) ## Extract and evaluate one trait, and watch all ten in answers o
 bench: $(BENCH_READY) ## Measure all workloads and write benchmarks/RESULTS.md (half an hour)
 	$(BIN)/python benchmarks/bench.py $(FLAGS)
 
-bench-quick: $(BENCH_READY) ## Most of them in two minutes, on the screen only
+bench-quick: $(BENCH_READY) ## Measure most of them in two minutes, on the screen only
 	$(BIN)/python benchmarks/bench.py --quick $(FLAGS)
 
-bench-page: $(READY) chromium ## Time and memory of the page on 200 prompts
+bench-page: $(READY) chromium ## Measure time and memory of the page on 200 prompts
 	$(BIN)/python benchmarks/page_speed.py $(FLAGS)
 
 bench-cluster: $(READY) ## Compare two workers of a Ray cluster with one, and their files with a local run's
 	$(BIN)/python benchmarks/cluster_speed.py $(FLAGS)
 
-bench-extract: $(READY) ## Time and memory of extracting one trait's vectors
+bench-extract: $(READY) ## Measure time and memory of extracting one trait's vectors
 	$(BIN)/python benchmarks/extraction_cost.py
 
 bench-project: $(READY) ## Compare project with that of the checkout BASELINE
@@ -147,7 +147,7 @@ bench-project: $(READY) ## Compare project with that of the checkout BASELINE
 bench-scale: $(READY) ## Compare measured bytes and time of 100, 1,000 and 5,000 prompts with the prediction, into docs/scale.md
 	$(BIN)/python benchmarks/scale_cost.py --write docs/scale.md $(FLAGS)
 
-bench-many: $(READY) chromium ## Processor time per prompt of each command at 1,000, 3,000 and 10,000 prompts
+bench-many: $(READY) chromium ## Measure processor time per prompt of each command at 1,000, 3,000 and 10,000 prompts
 	$(BIN)/python benchmarks/many_prompts.py --browser $(FLAGS)
 
 bench-launches: $(READY) ## Count the kernel launches of a decode step on a GPU, without one
@@ -185,7 +185,7 @@ project-%: $(READY)
 view: $(READY) ## Open the page on EXPERIMENT
 	$(BIN)/tlcapture view --experiment $(EXPERIMENT) $(FLAGS)
 
-screenshots: $(READY) chromium ## Pictures of the page for the documentation, from the experiment `demo` with all traits
+screenshots: $(READY) chromium ## Take the pictures of the page for the documentation, from the experiment `demo` with all traits
 	$(BIN)/tlcapture extract --experiment demo --component residual --skip-existing
 	$(BIN)/tlcapture evaluate --experiment demo --component residual
 	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --attention --logit-lens --temperature 0
@@ -198,21 +198,21 @@ screenshots: $(READY) chromium ## Pictures of the page for the documentation, fr
 	$(BIN)/tlcapture capture --experiment demo --prompt "How do I pick a lock?" --samples 8
 	$(BIN)/python -m docs.screenshots
 
-docs: $(DOCS_READY) ## The documentation as a site, in build/docs/index.html; a warning is an error
+docs: $(DOCS_READY) ## Build the documentation, build/docs/index.html; a warning is an error
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs build/docs
 	@echo "build/docs/index.html"
 
-notebooks: $(READY) ## Run the notebooks of docs/ anew and store their outputs
+notebooks: $(READY) ## Run the notebooks of docs/ again and store their outputs
 	$(BIN)/python -m docs.run_notebooks
 
-examples: $(READY) ## Run the examples of the tutorial and of one answer anew and store their outputs (three minutes)
+examples: $(READY) ## Run the examples of the tutorial and of one answer again and store their outputs (three minutes)
 	$(BIN)/python -m docs.run_examples
 
-module-index: $(READY) ## The list of modules in CONTRIBUTING.md, from their docstrings
+module-index: $(READY) ## Write the list of modules in CONTRIBUTING.md, from their docstrings
 	$(BIN)/python -m docs.module_index
 
 # Of copies, since building leaves folders beside the source.
-dist: $(DOCS_READY) ## An sdist and a wheel, in dist/, checked by twine
+dist: $(DOCS_READY) ## Build an sdist and a wheel, in dist/, checked by twine
 	rm -rf dist build/source
 	mkdir -p build/source
 	cp -r tlcapture datasets setup.cfg pyproject.toml README.md LICENSE build/source

@@ -1,6 +1,8 @@
 """The command `tlcapture capture` as a script."""
 
-from tlcapture.cli.capture import capture
+import sys
+
+from tlcapture.cli.main import main
 
 if __name__ == "__main__":
-    capture()
+    main(["capture", *sys.argv[1:]], prog_name="tlcapture")

@@ -1,6 +1,8 @@
 """The command `tlcapture project` as a script."""
 
-from tlcapture.cli.project import project
+import sys
+
+from tlcapture.cli.main import main
 
 if __name__ == "__main__":
-    project()
+    main(["project", *sys.argv[1:]], prog_name="tlcapture")

@@ -11,12 +11,14 @@ from typing import Any
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
 from tests.cli.test_startup import command_of
 from tlcapture.cli import completion
 from tlcapture.cli.command import GROUPS, Command
 from tlcapture.cli.main import COMMANDS, main
+from tlcapture.cli.settings_file import parameter_of
 
 Run = Callable[..., Result]
 OWN = {"version"}
@@ -38,10 +40,15 @@ def test_the_options_are_in_groups_and_two_examples_follow(name: str, command: c
     assert "\nExamples:\n" in said
     assert command.examples
     assert all(re.match(rf"tlcapture {name}( |$)", example) for example in command.examples)
-    grouped = {each for names in GROUPS.values() for each in names}
-    options = {str(param.name) for param in command.params if isinstance(param, click.Option)}
-    left = options - grouped
-    assert len(left) <= 6, f"in no group: {left}"
+
+
+def test_each_option_is_in_one_group_and_in_the_file_by_its_name() -> None:
+    options = [each for _, command in commands() for each in command.params if isinstance(each, click.Option)]
+    grouped = [each for names in GROUPS.values() for each in names]
+    assert sorted(grouped) == sorted({str(option.name) for option in options})
+    for option in options:
+        (name,) = (each for each in option.opts if each.startswith("--"))
+        assert parameter_of(name.removeprefix("--")) == option.name
 
 
 @pytest.mark.parametrize(("name", "command"), commands(), ids=lambda each: each if isinstance(each, str) else "")
@@ -50,6 +57,18 @@ def test_no_help_shows_how_a_number_is_stored(name: str, command: click.Command)
     assert "2147483647" not in said
     assert "9223372036854775" not in said
     assert "RANGE" not in said
+
+
+@pytest.mark.parametrize("name", ["compare", "import", "traits import"])
+def test_arguments_are_not_listed_as_options(name: str) -> None:
+    said = CliRunner().invoke(main, [*name.split(), "--help"], terminal_width=200).output
+    assert re.search(r"^Usage: .* [A-Z]+$", said, re.MULTILINE)
+    assert not re.search(r"^  [A-Z]+$", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_the_first_help_shows_how_to_begin(words: list[str]) -> None:
+    assert CliRunner().invoke(main, words).output.endswith("  tlcapture view\n  tlcapture capture --help\n")
 
 
 def test_help_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +162,14 @@ def test_settings_come_from_the_file_and_the_command_line_wins(root: Path, monke
     assert values(root, monkeypatch, command="view")["experiment"] == "mine"
 
 
+def test_an_option_of_any_command_may_stand_at_the_top_of_the_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "tlcapture.toml").write_text('port = 8000\nvectors = "a"\njson = true\n[traits.check]\ntraits = "loud"\n')
+    assert values(root, monkeypatch, command="view")["port"] == 8000
+    compared = values(root, monkeypatch, "a", "b", command="compare")
+    assert (compared["vectors_of"], compared["as_json"]) == ("a", True)
+    assert "invalid value for '--traits': trait 'loud'" in CliRunner().invoke(main, ["traits", "check"]).output
+
+
 def test_the_file_may_begin_with_a_byte_order_mark(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "tlcapture.toml").write_text("seed = 3\n", encoding="utf-8-sig")
     assert values(root, monkeypatch, "--prompt", "x")["seed"] == 3
@@ -168,6 +195,9 @@ def test_the_experiment_is_named_by_the_environment(root: Path, monkeypatch: pyt
     ("content", "said"),
     [
         ("sede = 1", "'sede' is not an option of any command: did you mean 'seed'?"),
+        ("jsno = true", "'jsno' is not an option of any command: did you mean 'json'?"),
+        ("[traits.chek]", "[traits.chek] is not the name of a command: did you mean 'check'?"),
+        ("[capture.layers]", "[capture.layers] is not the name of a command"),
         ("[captur]", "[captur] is not the name of a command: did you mean 'capture'?"),
         ("[capture]\nposition = 1", "'position' is not an option of 'tlcapture capture'"),
         ("[capture]\nseed = 'x'", "'x' is not a whole number"),
@@ -204,6 +234,41 @@ def test_the_shell_completes_experiments_prompt_sets_and_traits(data: Path) -> N
     assert completed(completion.prompt_sets, "sh", root=data) == ["short"]
     assert completed(completion.prompt_sets, "other,sh", root=data) == ["other,short"]
     assert completed(completion.traits, "tone/", root=data) == ["tone/loud", "tone/warm"]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("capture --prompt-set", ["short"]),
+        ("capture --vector-experiment", ["exp"]),
+        ("capture --responses-from", ["exp"]),
+        ("compare", ["exp"]),
+        ("compare exp exp --traits", ["tone/loud", "tone/warm"]),
+        ("compare exp exp --prompt-set", ["short"]),
+        ("export --prompt-set", ["short"]),
+        ("list --experiment", ["exp"]),
+        ("project --traits", ["tone/loud", "tone/warm"]),
+        ("steer --traits", ["tone/loud", "tone/warm"]),
+        ("traits check --traits", ["tone/loud", "tone/warm"]),
+        ("traits import x.pt --trait", ["tone/loud", "tone/warm"]),
+        ("view --prompt-set", ["short"]),
+    ],
+)
+def test_the_shell_completes_each_option_by_what_it_takes(data: Path, line: str, found: list[str]) -> None:
+    (data / "experiments" / "exp").mkdir(parents=True)
+    shell = ShellComplete(main, {}, "tlcapture", "_TLCAPTURE_COMPLETE")
+    begin = found[0][:2]
+    assert [each.value for each in shell.get_completions(line.split(), begin)] == found
+
+
+def test_the_shell_completes_without_a_message_where_something_is_wrong(data: Path) -> None:
+    shell = ShellComplete(main, {}, "tlcapture", "_TLCAPTURE_COMPLETE")
+    (data / "tlcapture.toml").write_text("sede = 1")
+    assert [each.value for each in shell.get_completions(["capture"], "--ad")] == ["--adapter"]
+    assert shell.get_completions(["captur"], "--ad") == []
+    (data / "experiments").write_text("not a folder")
+    assert shell.get_completions(["list", "--experiment"], "") == []
+    assert [each.value for each in shell.get_completions(["extract", "--traits"], "tone/l")] == ["tone/loud"]
 
 
 def test_list_shows_experiments_and_what_one_holds(capture: Run, extract: Run, tlcapture: Run, data: Path) -> None:

@@ -26,7 +26,15 @@ PLAN = ("plan", "--prompts", "1", "--prompt-tokens", "1", "--new-tokens", "1")
         (["capture", "--promt", "x"], "no such option '--promt': did you mean '--prompt'? see"),
         (["traits", "cluster"], "no such command 'cluster': commands: check, import, list"),
         (["capture"], "give one of --prompt-set NAME, --prompt TEXT"),
-        (["capture", "--limit", "0", "--prompt", "x"], "invalid value for '--limit'"),
+        (["capture", "--limit", "0", "--prompt", "x"], "invalid value for '--limit': 0 is not at least 1"),
+        (
+            ["capture", "--limit", "9" * 12, "--prompt", "x"],
+            f"invalid value for '--limit': {'9' * 12} is not less than",
+        ),
+        *(
+            (["capture", "--prompt", "x", option, value], f"{option} needs --executor ray")
+            for option, value in (("--workers", "2"), ("--gpus-per-worker", "0"), ("--cpus-per-worker", "2"))
+        ),
         (["capture", "--sampling", "odd", "--prompt", "x"], "invalid value for '--sampling'"),
         (["capture", "--prompt", "x", "more"], "got unexpected extra argument"),
         (["traits", "import", "x.pt"], "missing option '--trait'"),

@@ -101,20 +101,31 @@ def test_every_command_is_listed_and_defined_in_the_module_of_its_name() -> None
     assert max(map(len, COMMANDS.values())) <= 66  # they fit on one line of an 80-column terminal
 
 
+def run_script(name: str, *words: str, cwd: Path = TOP) -> subprocess.CompletedProcess[str]:
+    width = {name: value for name, value in os.environ.items() if name == "COLUMNS"}
+    return subprocess.run(
+        [sys.executable, TOP / "scripts" / name, *words], cwd=cwd, capture_output=True, text=True,
+        env={**width, "PYTHONPATH": str(TOP), "PATH": ""},
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("script", "command"),
     [("capture_raw_activations.py", "capture"), ("project_raw_activations_onto_traits.py", "project")],
 )
 def test_scripts_offer_exactly_the_options_of_their_command(script: str, command: str) -> None:
-    width = {name: value for name, value in os.environ.items() if name == "COLUMNS"}
-    done = subprocess.run(
-        [sys.executable, TOP / "scripts" / script, "--help"], cwd=TOP, capture_output=True, text=True, check=True,
-        env={**width, "PYTHONPATH": str(TOP), "PATH": ""},
-    )  # fmt: skip
+    done = run_script(script, "--help")
     found = command_of(command)
     assert {p.opts[-1] for p in found.params} <= set(done.stdout.replace(",", " ").replace("/", " ").split())
-    context = click.Context(found, info_name=script, **found.context_settings)
+    context = click.Context(found, info_name=f"tlcapture {command}", **found.context_settings)
     assert done.stdout == found.get_help(context) + "\n"
+
+
+def test_scripts_take_the_table_of_their_command_and_say_in_one_line_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "tlcapture.toml").write_text('[project]\nlayer = "x"\n')
+    done = run_script("project_raw_activations_onto_traits.py", "--all-prompt-sets", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: invalid value for '--layer': 'x' is neither a layer number nor 'auto'\n"
 
 
 OPTIONS = {

@@ -16,6 +16,7 @@ from tlcapture.commands.compare_summary import SavedComparisons
 from tlcapture.commands.compared_sets import CaptureSet, compared_sets
 from tlcapture.page.contents import Contents
 from tlcapture.page.missing import MissingError
+from tlcapture.storage.comparisons import comparison_file
 from tlcapture.storage.layout import Layout
 
 LATER = 2 * 10**18  # nanoseconds since the epoch
@@ -88,7 +89,7 @@ def test_those_that_are_outdated_are_left_out_in_one_line(tmp_path: Path, b: str
             value = torch.load(source)
             value["metadata"]["prompt_id"] = str(number)
             torch.save(value, source.with_name(f"{number}.pt"))
-        path = found(tmp_path, b)._path("1")
+        path = comparison_file(Layout(tmp_path, "exp"), other_of(b), "odd", "1")
         shutil.copy(path, path.with_name(f"{number}.json"))
         if later:
             value["metadata"]["model_fingerprint"] = "g"

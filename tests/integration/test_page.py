@@ -607,7 +607,7 @@ def test_an_exported_page_works_offline(context: Any, page_root: Path, tmp_path:
 
 def test_an_exported_page_lists_omitted_data(context: Any, page_root: Path, tmp_path: Path) -> None:
     target = tmp_path / "page.html"
-    left_out = export_page(page_root, "exp", ["single_trait"], target, megabytes=1)
+    left_out = export_page(page_root, "exp", ["single_trait"], target, mebibytes=1)
     assert "attention of single_trait/1" in left_out
     page = Watched(context, target.as_uri())
     page.open(f"view=attention&{HERE}")

@@ -224,3 +224,12 @@ def test_a_file_that_may_not_be_read_is_told_without_numbers_and_without_advice_
     said = Contents(page_root).prompt("exp", "odd", "3")["unread"]
     assert said == ["experiments/exp/inference/raw/residual/odd/3.pt: cannot be read: Permission denied"]
     assert Contents(page_root).problem(PermissionError(13, "Permission denied", "a/b")) == "a/b: Permission denied"
+
+
+def test_commands_name_the_root_where_the_environment_names_another(
+    contents: Contents, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(contents.root)
+    assert contents.root_folder()["option"] == ""
+    monkeypatch.setenv("TLCAPTURE_ROOT", str(tmp_path / "other"))
+    assert contents.root_folder()["option"] == f" --root {contents.root}"

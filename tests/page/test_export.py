@@ -68,7 +68,7 @@ def test_data_is_not_parsed_as_markup_and_only_the_scripts_of_the_page_can_run(p
 
 def test_data_that_does_not_fit_is_omitted_and_listed(page_root: Path) -> None:
     target = page_root / "page.html"
-    left_out = export_page(page_root, "exp", ["odd"], target, megabytes=0.003)
+    left_out = export_page(page_root, "exp", ["odd"], target, mebibytes=0.003)
     assert "attention of odd/1" in left_out
     page = target.read_text(encoding="utf-8")
     assert "exp/sets/odd/1" in carried(page)
@@ -79,7 +79,7 @@ def test_data_that_does_not_fit_is_omitted_and_listed(page_root: Path) -> None:
 def test_a_limit_below_the_size_of_the_overview_is_an_error_and_writes_nothing(page_root: Path) -> None:
     target = page_root / "page.html"
     with pytest.raises(InputError, match="--max-size"):
-        export_page(page_root, "exp", ["odd"], target, megabytes=0.0001)
+        export_page(page_root, "exp", ["odd"], target, mebibytes=0.0001)
     assert not target.exists()
 
 

@@ -10,6 +10,8 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from tlcapture.cli.console import Console
+from tlcapture.cli.tables import Column
+from tlcapture.errors import StorageError
 from tlcapture.names import split_name
 from tlcapture.text import printable
 
@@ -51,8 +53,6 @@ def show_without_rises(
     console: Console, layout: Layout, prompt_set: str, ids: Sequence[PromptId], *, is_projected: bool
 ) -> None:
     """Print a table of the answers of a set that is projected onto no trait, or whose responses are empty."""
-    from tlcapture.cli.tables import Column
-    from tlcapture.errors import StorageError
     from tlcapture.page.captured import captured_tokens
 
     rows = []

@@ -16,7 +16,7 @@ from tlcapture.cli.given_prompts import given_prompt_options, given_prompts
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.interventions import InOrder, InterventionOptions, intervention_options
 from tlcapture.cli.model_options import ModelOptions, model_options
-from tlcapture.cli.option_types import LayerOrWord, TemplateArg, Text
+from tlcapture.cli.option_types import Count, LayerOrWord, TemplateArg, Text
 from tlcapture.cli.options import (
     KeptOptions,
     Location,
@@ -38,6 +38,7 @@ from tlcapture.cli.variants import VariantOptions, check_target, variant_options
 from tlcapture.cli.work import working
 from tlcapture.names import base_set, variant_of
 from tlcapture.prompts.response_lengths import NEW_TOKENS, THINKING_TOKENS
+from tlcapture.text import counted, format_bytes
 
 if TYPE_CHECKING:
     from tlcapture.commands.capture_options import CaptureOptions
@@ -152,8 +153,7 @@ class _Settings:
 @variant_options
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(0, 2**31 - 1),
-    metavar="N",
+    type=Count(0),
     help=f"Maximum length of a response.  [default: {NEW_TOKENS}, or {THINKING_TOKENS} where the chat template makes "
     "models think]",
 )
@@ -161,7 +161,7 @@ class _Settings:
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
 @click.option("--overwrite", is_flag=True, help="Also replace files that cannot be read, and those derived from them.")
 @click.option("--dry-run", is_flag=True, help="Only report how many prompts, files and bytes would be written.")
-@click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Only the first N prompts of each set.")
+@click.option("--limit", type=Count(), help="Only the first N prompts of each set.")
 @shard_option
 @save_dtype_option
 @click.option(
@@ -208,16 +208,11 @@ def capture(
         console.warn(note)
     responses = settings.variants.responses(location.root)
     given = None if responses is not None else _given(prompt_sets, settings)
-    if responses is not None:
-        sets, refused = responses.prompt_sets(prompt_sets.prompt_set or ())
-    else:
-        sets, refused = ([given], []) if given is not None else _prompt_sets(location, prompt_sets)
+    sets, refused = ([given], []) if given is not None else _prompt_sets(location, prompt_sets, responses)
     load = settings.variants.adapted(model.loader_for(layout, "inference_model", console))
     if not settings.skip_existing:  # with it, there may be nothing to do that needs the model
         load.require()
-    takes_vectors = not settings.no_project or settings.interventions.are_given
-    if settings.vectors.vector_experiment is not None and takes_vectors:
-        _check_vectors(location, settings.vectors.vector_experiment)
+    _check_vectors(location, settings)
     executor = cluster.make_executor(settings.batch_size, can_collect=not settings.projections_only)
     from tlcapture.commands.adhoc_prompts import numbered_on
     from tlcapture.commands.capture import run_capture
@@ -238,13 +233,12 @@ def capture(
         return sets[0]
 
     report = run_capture(layout, sets, options, load, console, executor, refused, renumber=renumber if given else None)
-    # Projections of an earlier run would look like this run's, had this one written nothing.
-    if report.n_files or not report.failures:
-        ids = [prompt.id for prompt in sets[0].prompts] if given else []
-        for prompt_set in sets if not options.replay else ():
-            name = options.capture_set(prompt_set.name)
-            show_top_traits(console, layout, name, "residual", report, ids)
-        console.next = _next_step(location, options, load.name)
+    if report.failures and not report.n_files:
+        return  # projections of an earlier run would look like this run's
+    ids = [prompt.id for prompt in sets[0].prompts] if given else []
+    for prompt_set in sets if not options.replay else ():
+        show_top_traits(console, layout, options.capture_set(prompt_set.name), "residual", report, ids)
+    console.next = _next_step(location, options, load.name)
 
 
 def _next_step(location: Location, options: CaptureOptions, model: str) -> str:
@@ -276,10 +270,14 @@ def _named_variant(chosen: PromptSetOptions, settings: _Settings) -> tuple[Promp
     return replace(chosen, prompt_set=sets), replace(settings, interventions=interventions)
 
 
-def _prompt_sets(location: Location, chosen: PromptSetOptions) -> tuple[list[PromptSet], list[tuple[str, str]]]:
-    """The prompt sets to capture, and the names of those among all that cannot be read, with the reasons."""
+def _prompt_sets(
+    location: Location, chosen: PromptSetOptions, responses: GivenResponses | None
+) -> tuple[list[PromptSet], list[tuple[str, str]]]:
+    """The prompt sets to capture, and the names of those, or of captures, that cannot be read, with the reasons."""
     from tlcapture.prompts.prompt_sets import ADHOC, read_all_prompt_sets, read_prompt_set
 
+    if responses is not None:
+        return responses.prompt_sets(chosen.prompt_set or ())
     if chosen.prompt_set is None:
         return read_all_prompt_sets(location.datasets)
     sets: list[PromptSet] = []
@@ -294,8 +292,11 @@ def _prompt_sets(location: Location, chosen: PromptSetOptions) -> tuple[list[Pro
     return sets, refused
 
 
-def _check_vectors(location: Location, experiment: str) -> None:
+def _check_vectors(location: Location, settings: _Settings) -> None:
     """Raise `InputError` if the experiment that vectors are taken from does not exist, or has none."""
+    experiment = settings.vectors.vector_experiment
+    if experiment is None or (settings.no_project and not settings.interventions.are_given):
+        return
     from tlcapture.traits.packaged_vectors import vectors_layout
     from tlcapture.traits.vector_files import traits_with_vectors
 
@@ -317,7 +318,6 @@ def _show_estimate(
     from tlcapture.commands.capture import estimate_capture
     from tlcapture.runs.report import Failed
     from tlcapture.storage.files import free_bytes
-    from tlcapture.text import counted, format_bytes
 
     estimate, affected = estimate_capture(layout, sets, options, load, elsewhere=elsewhere)
     free = free_bytes(layout.folder)

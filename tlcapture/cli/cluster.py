@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.grouping import collected, together
-from tlcapture.cli.option_types import Finite
+from tlcapture.cli.option_types import Count, Finite
 
 if TYPE_CHECKING:
     from tlcapture.runs.executors import Executor
+
+_CPUS = 1.0  # per worker, where nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,14 @@ class ClusterOptions:
         )
 
     def _check_local(self) -> None:
-        given = {
-            "--ray-address": self.ray_address,
-            "--workers": self.workers,
-            "--gpus-per-worker": self.gpus_per_worker,
+        for option, is_given in {
+            "--ray-address": self.ray_address is not None,
+            "--workers": self.workers is not None,
+            "--gpus-per-worker": self.gpus_per_worker is not None,
+            "--cpus-per-worker": self.cpus_per_worker != _CPUS,
             "--collect": self.collect,
-        }
-        for option, value in given.items():
-            if value:
+        }.items():
+            if is_given:
                 raise click.UsageError(f"{option} needs --executor ray")
 
 
@@ -78,7 +80,7 @@ cluster_options = together(
     click.option(
         "--ray-address", metavar="ADDRESS", help="Address of a running Ray cluster.  [default: start one here]"
     ),
-    click.option("--workers", type=click.IntRange(min=1), help="Number of Ray workers.  [default: as many as fit]"),
+    click.option("--workers", type=Count(), help="Number of Ray workers.  [default: as many as fit]"),
     click.option(
         "--gpus-per-worker",
         type=Finite(min=0),
@@ -87,7 +89,7 @@ cluster_options = together(
     click.option(
         "--cpus-per-worker",
         type=Finite(min=0, min_open=True),
-        default=1.0,
+        default=_CPUS,
         show_default=True,
         help="CPUs, and threads, per Ray worker.",
     ),

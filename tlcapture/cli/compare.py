@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tlcapture.cli import completion
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import Names, Traits
+from tlcapture.cli.option_types import PromptSets, Traits
 from tlcapture.cli.options import Location, VectorOptions, root_option, vector_options
 from tlcapture.cli.tables import Column
 from tlcapture.cli.work import working
@@ -44,10 +45,10 @@ class _Settings:
     "tlcapture compare my_exp/single_trait my_exp/single_trait@refusing",
     "tlcapture compare my_exp/single_trait my_exp/single_trait@refusing --traits style/formality --no-kl",
 )
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("a", metavar="A", shell_complete=completion.experiments)
+@click.argument("b", metavar="B", shell_complete=completion.experiments)
 @root_option
-@click.option("--prompt-set", type=Names(), help="Only these prompt sets of A, comma-separated.")
+@click.option("--prompt-set", type=PromptSets(), help="Only these prompt sets of A, comma-separated.")
 @click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to compare projections onto.")
 @click.option(
     "--vectors",

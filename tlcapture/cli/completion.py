@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from tlcapture.storage.layout import Layout
 
 
 def experiments(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The experiments of the root."""
     from tlcapture.storage.layout import existing_experiments
 
-    return _starting(existing_experiments(_root(ctx)), incomplete)
+    return _starting(_names(lambda: existing_experiments(_root(ctx))), incomplete)
 
 
 def prompt_sets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The prompt sets of the root and the package, and those with captures; also after a comma."""
     from tlcapture.storage.datasets import Datasets
-    from tlcapture.storage.layout import Layout
 
-    names = Datasets(_root(ctx)).prompt_sets()
-    with suppress(Exception):
-        names += Layout(_root(ctx), ctx.params["experiment"]).prompt_sets()
-    return _listed(names, incomplete)
+    return _listed(_names(Datasets(_root(ctx)).prompt_sets, lambda: _layout(ctx).prompt_sets()), incomplete)
 
 
 def traits(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The traits with examples, and those with vectors in the experiment; also after a comma."""
     from tlcapture.storage.datasets import Datasets
+
+    return _listed(_names(Datasets(_root(ctx)).traits, lambda: _layout(ctx).traits()), incomplete)
+
+
+def _layout(ctx: click.Context) -> Layout:
     from tlcapture.storage.layout import Layout
 
-    names = list(map(str, Datasets(_root(ctx)).traits()))
-    with suppress(Exception):
-        names += map(str, Layout(_root(ctx), ctx.params["experiment"]).traits())
-    return _listed(names, incomplete)
+    return Layout(_root(ctx), ctx.params["experiment"])
+
+
+def _names(*sources: Callable[[], Iterable[object]]) -> list[str]:
+    """The names from all sources that can be listed."""
+    found: list[str] = []
+    for source in sources:
+        with suppress(Exception):
+            found += map(str, source())
+    return found
 
 
 def _root(ctx: click.Context) -> Path:

@@ -11,7 +11,7 @@ import click
 
 from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, one_line_errors
-from tlcapture.cli.model_options import EngineOptions, engine_options
+from tlcapture.cli.model_options import MODEL_NAMES, EngineOptions, engine_options
 from tlcapture.cli.tables import Coloured, Column, echo_table
 
 _COLUMNS = (Column(min_width=len("not applicable")), Column(min_width=len("raw basis")), Column())
@@ -22,13 +22,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
     "tlcapture doctor",
     "tlcapture doctor --engine bridge --dtype bfloat16",
 )
-@click.option(
-    "--model",
-    default="smollm2",
-    show_default=True,
-    metavar="NAME",
-    help="smollm2 (embedded), a folder of Hugging Face weights, a GGUF file, or a hub name (also name@revision).",
-)
+@click.option("--model", default="smollm2", show_default=True, metavar="NAME", help=MODEL_NAMES)
 @engine_options
 @one_line_errors
 def doctor(model: str, engine: EngineOptions) -> None:

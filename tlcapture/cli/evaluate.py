@@ -80,7 +80,7 @@ def evaluate(
     layout = location.layout
     layout.check_exists()
     if against_steering:
-        _compare(console, layout, grid.traits or ())
+        _print_against_steering(console, layout, grid.traits or ())
         console.next = location.command("view")
         return
     traits_with_vectors(layout, grid.traits or ())
@@ -99,24 +99,22 @@ def evaluate(
     traits = grid.traits or ()
     options = EvaluateOptions(traits, grid.methods, grid.layers, grid.component, batch_size, seed, examples_as)
     if examples is not None:
-        _score_elsewhere(console, layout, options, examples, load, executor)
+        _carry_over(console, layout, options, examples, load, executor)
         return
     report = run_evaluate(layout, options, load, console, executor)
     if lexists(layout.evaluation):
         draw_heatmaps(layout, report)
-        _print(console, Evaluation.read(layout.evaluation))
+        _print_evaluation(console, Evaluation.read(layout.evaluation))
 
 
-def _score_elsewhere(
+def _carry_over(
     console: Console, layout: Layout, options: EvaluateOptions, folder: Path, load: ModelLoader, executor: Executor
 ) -> None:
     """Score vectors on the examples in a folder, and print how well they carry over."""
     from tlcapture.commands.carry_over import CarryOverOptions, run_carry_over
-    from tlcapture.commands.evaluate import EvaluateOptions
     from tlcapture.traits.evaluation_files import Evaluation
 
-    methods = () if options.methods == EvaluateOptions.methods else options.methods
-    grid = (options.traits, methods, options.layers, options.components)
+    grid = (options.traits, options.named_methods, options.layers, options.components)
     wanted = CarryOverOptions(folder, *grid, options.batch_size, options.examples_as)
     run_carry_over(layout, wanted, load, console, executor)
     names = ("n", "AUROC", "chance p95", "p", "layer 0", "words", "Hedges g", "95 % interval")
@@ -153,7 +151,7 @@ def _vector_name(row: CarryOverRow) -> str:
     return f"{row.method} {row.layer}" + ("" if row.component == "residual" else f" {row.component}")
 
 
-def _print(console: Console, evaluation: Evaluation) -> None:
+def _print_evaluation(console: Console, evaluation: Evaluation) -> None:
     """Print how well each trait's choice does, what it adds over words and lengths, and how traits are told apart."""
     found = evaluation.by_trait
     columns = [Column("trait"), Column("vector")]
@@ -219,7 +217,7 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _compare(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> None:
+def _print_against_steering(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> None:
     """Print the rank correlation of effect size with steering gain, per trait and pooled."""
     from tlcapture.commands.against_steering import FEWEST_LAYERS, against_steering
 

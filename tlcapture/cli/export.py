@@ -12,10 +12,10 @@ import click
 from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import ByteSize, LayersOrNone, Names, NewPath, StreamPoints
+from tlcapture.cli.option_types import ByteSize, LayersOrNone, NewPath, PromptSets, StreamPoints
 from tlcapture.cli.options import Location, location_options
 from tlcapture.cli.work import working
-from tlcapture.text import shell_join
+from tlcapture.text import counted, format_bytes, layers_named, shell_join
 
 if TYPE_CHECKING:
     from tlcapture.exchange.manifest import Format, Manifest
@@ -39,7 +39,7 @@ class _Settings:
     "tlcapture export --experiment my_exp --to shared/with_layers --activations 12,16",
 )
 @location_options
-@click.option("--prompt-set", type=Names(), help="Prompt sets, comma-separated.  [default: all with captures]")
+@click.option("--prompt-set", type=PromptSets(), help="Prompt sets, comma-separated.  [default: all with captures]")
 @click.option(
     "--to",
     type=NewPath(),
@@ -109,7 +109,6 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
 
 def _show(console: Console, root: Path, settings: _Settings, manifest: Manifest) -> None:
     from tlcapture.storage.command_lines import root_words
-    from tlcapture.text import counted, format_bytes, layers_named
 
     size = sum(path.stat().st_size for path in settings.to.rglob("*") if path.is_file())
     console.line(

@@ -10,6 +10,7 @@ from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
 from tlcapture.cli.options import Location, location_options
 from tlcapture.cli.work import working
+from tlcapture.text import counted
 
 
 @command("tlcapture import shared/my_exp --experiment copy", name="import")
@@ -23,7 +24,6 @@ def import_experiment(console: Console, folder: Path, location: Location) -> Non
     raw captures are not.
     """
     from tlcapture.commands.import_experiment import run_import_experiment
-    from tlcapture.text import counted
 
     done = run_import_experiment(location.layout, folder, console)
     name = location.experiment

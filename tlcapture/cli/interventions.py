@@ -53,10 +53,8 @@ intervention_options = together(
         type=Intervention(Steer),
         multiple=True,
         help="Add a trait's vector, COEFFICIENT times as long as the residual stream typically is, from the last "
-        "prompt "
-        "token on. LAYERS: such as 16 or 0,2,5-8; all; auto, the selected one. WHERE: only the prompt, response, "
-        "thinking, "
-        "or first=N tokens of the response. Repeatable.",
+        "prompt token on. LAYERS: such as 16 or 0,2,5-8; all; auto, the selected one. WHERE: only the prompt, "
+        "response, thinking, or first=N tokens of the response. Repeatable.",
     ),
     click.option(
         "--ablate",

@@ -13,7 +13,7 @@ from tlcapture.cli.completion import experiments
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.options import DEFAULT_EXPERIMENT, Location, root_option
 from tlcapture.cli.tables import Column, echo_table
-from tlcapture.errors import TlcaptureError, refused_path
+from tlcapture.errors import StorageError, TlcaptureError, refused_path
 from tlcapture.text import printable
 
 if TYPE_CHECKING:
@@ -107,7 +107,6 @@ def _list_one(root: Path, name: str) -> None:
 
 def _runs(folder: Path) -> list[tuple[str, ...]]:
     """Time, status and command line of the last runs; damaged records are left out."""
-    from tlcapture.errors import StorageError
     from tlcapture.runs.record import status_of
     from tlcapture.storage.files import read_json
 

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import click
 
-from tlcapture.cli.command import Group, help_settings
+from tlcapture.cli.command import Group
 from tlcapture.text import did_you_mean, printable
 from tlcapture.version import __version__
 
@@ -111,7 +111,14 @@ class _Commands(Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=_Commands, context_settings=help_settings())
+@click.group(
+    cls=_Commands,
+    examples=[
+        'tlcapture capture --prompt "How do tides work?"',
+        "tlcapture view",
+        "tlcapture capture --help",
+    ],
+)
 @click.version_option(__version__, prog_name="tlcapture")
 def main() -> None:
     """Watch a language model think while it writes.

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.grouping import collected, together
+from tlcapture.cli.option_types import Count
 
 if TYPE_CHECKING:
     from tlcapture.runs.display import Display
     from tlcapture.runs.model_loader import ModelLoader
     from tlcapture.storage.layout import Layout
+
+MODEL_NAMES = "smollm2 (embedded), a folder of Hugging Face weights, a GGUF file, or a hub name (also name@revision)."
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ _engine_options = together(
     click.option("--device", default="auto", show_default=True, help="cuda, mps or cpu; auto: the first available."),
     click.option(
         "--n-devices",
-        type=click.IntRange(min=1),
+        type=Count(),
         default=1,
         show_default=True,
         help="CUDA devices to spread the model over, where it is too large for one.",
@@ -95,8 +98,7 @@ model_options = together(
     click.option(
         "--model",
         metavar="NAME",
-        help="smollm2 (embedded), a folder of Hugging Face weights, a GGUF file, or a hub name (also name@revision).  "
-        "[default: the experiment's, or smollm2]",
+        help=f"{MODEL_NAMES}  [default: the experiment's, or smollm2]",
     ),
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the hub.  [default: main]"),
     click.option(

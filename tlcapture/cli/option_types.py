@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from tlcapture.cli import completion
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.names import Trait, split_names
 from tlcapture.prompts.template_args import parse_template_arg
@@ -63,6 +64,22 @@ class Finite(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number", param, ctx)
         return number
+
+
+class Count(click.IntRange):
+    """A whole number from `min` on, as large as a 32-bit integer can be."""
+
+    name = "n"
+
+    def __init__(self, min: int = 1):
+        super().__init__(min)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number; fails for one below the minimum, and for one that files cannot hold."""
+        number = click.INT.convert(value, param, ctx)
+        if number >= 2**31:
+            self.fail(f"{number} is not less than {2**31}", param, ctx)
+        return super().convert(number, param, ctx)
 
 
 class NewPath(click.Path):
@@ -167,10 +184,17 @@ class Names(_Parsed):
         return names
 
 
+class PromptSets(Names):
+    """Comma-separated names of prompt sets."""
+
+    shell_complete = staticmethod(completion.prompt_sets)
+
+
 class Traits(_Parsed):
     """Comma-separated traits, or `all`, which is read as an empty tuple."""
 
     name = "a/b,c/d|all"
+    shell_complete = staticmethod(completion.traits)
 
     def _parse(self, text: str) -> tuple[Trait, ...]:
         if text == "all":
@@ -185,6 +209,7 @@ class OneTrait(_Parsed):
     """One trait."""
 
     name = "a/b"
+    shell_complete = staticmethod(completion.traits)
 
     def _parse(self, text: str) -> Trait:
         return Trait.parse(text)

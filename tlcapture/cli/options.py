@@ -13,10 +13,12 @@ from tlcapture.cli.grouping import Decorator, collected, together
 from tlcapture.cli.option_types import (
     BatchSize,
     Components,
+    Count,
     LayerList,
     LayerOrWord,
     Names,
     Points,
+    PromptSets,
     Root,
     ShardOf,
     Tokens,
@@ -69,6 +71,7 @@ class Location:
 root_option = click.option(
     "--root",
     type=Root(),
+    metavar="DIR",
     default=Path("."),
     envvar="TLCAPTURE_ROOT",
     show_default="current folder",
@@ -103,8 +106,7 @@ class PromptSetOptions:
 prompt_set_options = together(
     click.option(
         "--prompt-set",
-        type=Names(),
-        shell_complete=completion.prompt_sets,
+        type=PromptSets(),
         help="Prompt sets by name, comma-separated: the files of datasets/inference, or those of the package.",
     ),
     click.option("--all-prompt-sets", is_flag=True, help="All prompt sets."),
@@ -146,7 +148,6 @@ def grid_options(
         type=Traits(),
         default=None if default_traits else "all",
         show_default=default_traits or True,
-        shell_complete=completion.traits,
         help=f"Traits to {verb}.",
     )
     return together(
@@ -194,19 +195,18 @@ def vector_options(default_layer: str) -> Decorator:
             "--layer",
             type=LayerOrWord("auto"),
             help="Layer of the vectors to project onto; auto: for each trait the layer that steering, or else the "
-            "effect "
-            "size on held-out examples, favours.  "
-            f"[default: {default_layer}]",
+            f"effect size on held-out examples, favours.  [default: {default_layer}]",
         ),
         click.option(
             "--method",
             metavar="METHOD",
-            help="How the vectors were made: probe, mean_diff, gradient or imported.  [default: selected as the "
-            "layer is]",
+            help="How the vectors were made: probe, mean_diff, gradient or imported.  "
+            "[default: selected as the layer is]",
         ),
         click.option(
             "--vector-experiment",
             metavar="NAME",
+            shell_complete=completion.experiments,
             help="Use vectors of experiment NAME, even from another model; packaged: those that come with the package.",
         ),
         collected(VectorOptions, "vectors"),
@@ -280,7 +280,7 @@ kept_options = together(
     ),
     click.option(
         "--lens-top",
-        type=click.IntRange(1, 2**31 - 1),
+        type=Count(),
         metavar="K",
         default=50,
         show_default=True,
@@ -306,8 +306,7 @@ batch_size_option = click.option(
     default="auto",
     show_default=True,
     help="Number of prompts that run together; auto: as many as fit in memory. In 16 bits it changes rounding, which "
-    "can "
-    "change tokens.",
+    "can change tokens.",
 )
 
 # The range that JSON and torch's generators can hold.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import click
 from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import BatchSize, ByteSize, Finite, Views
+from tlcapture.cli.option_types import BatchSize, ByteSize, Count, Finite, Views
 from tlcapture.cli.options import KeptOptions, kept_options, save_dtype_option
 from tlcapture.cli.plan_output import Estimate
 from tlcapture.plan.accelerators import ACCELERATORS
@@ -106,7 +107,7 @@ class _PaceOptions:
     metavar="NAME",
     help="smollm2 (embedded), a folder with a Hugging Face config, a GGUF file, or a hub name (also name@revision).",
 )
-@click.option("--prompts", type=click.IntRange(1, 2**31 - 1), required=True, help="Number of prompts.")
+@click.option("--prompts", type=Count(), required=True, help="Number of prompts.")
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(1, _LONGEST),
@@ -116,9 +117,7 @@ class _PaceOptions:
 @click.option(
     "--new-tokens", type=click.IntRange(1, _LONGEST), required=True, help="Mean number of tokens of a response."
 )
-@click.option(
-    "--samples", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Responses to each prompt.  [default: one]"
-)
+@click.option("--samples", type=Count(), help="Responses to each prompt.  [default: one]")
 @click.option(
     "--views",
     type=Views(),
@@ -143,9 +142,7 @@ class _PaceOptions:
     show_default=True,
     help=f"Prompts that run together; auto: {_DEFAULT_BATCH} with --gpu, as many as fit with --measure.",
 )
-@click.option(
-    "--workers", type=click.IntRange(1, 2**31 - 1), default=1, show_default=True, help="Number of runs in parallel."
-)
+@click.option("--workers", type=Count(), default=1, show_default=True, help="Number of runs in parallel.")
 @click.option("--tokens-per-second", type=Finite(_LOWEST), help="New tokens per second of one worker.")
 @click.option("--measure", is_flag=True, help="Load the model and time a few batches on this machine.")
 @click.option(
@@ -162,9 +159,7 @@ class _PaceOptions:
 )
 @collected(_WorkloadOptions, "wanted")
 @collected(_PaceOptions, "speed")
-@click.option(
-    "--budget", type=ByteSize(), metavar="SIZE", help="Suggest what to leave out to fit a size, for example 500GiB."
-)
+@click.option("--budget", type=ByteSize(), help="Suggest what to leave out to fit a size, for example 500GiB.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
 @one_line_errors
 def plan(
@@ -203,8 +198,6 @@ def plan(
     memory = memory_of(workload, measures, _dtype(config) if on_gpu else torch.float32, "cuda" if on_gpu else "cpu")
     estimate = Estimate(model, measures, workload, cost, pace, workers, budget, found, memory)
     if as_json:
-        import json
-
         click.echo(json.dumps(estimate.to_json()))
     else:
         estimate.echo()

@@ -25,8 +25,10 @@ from tlcapture.cli.options import (
 )
 from tlcapture.cli.top_traits import show_top_traits
 from tlcapture.cli.work import working
+from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.text import counted
+from tlcapture.views.hooks import COMPONENTS
 
 if TYPE_CHECKING:
     from tlcapture.commands.project import ProjectOptions
@@ -75,7 +77,7 @@ class _Settings:
 @vector_options(default_layer="auto")
 @click.option(
     "--component",
-    type=click.Choice(["residual", "attn_out"]),
+    type=click.Choice(COMPONENTS),
     default="residual",
     show_default=True,
     help="Which activations are projected: the residual stream, or outputs of attention.",
@@ -157,7 +159,6 @@ def _check_request(location: Location, names: tuple[str, ...], settings: _Settin
 
 
 def _captured_prompt_sets(layout: Layout, chosen: PromptSetOptions, *, dynamics_only: bool) -> tuple[str, ...]:
-    from tlcapture.errors import InputError
     from tlcapture.storage.command_lines import command_line
 
     if (chosen.prompt_set is not None) == chosen.all_prompt_sets:

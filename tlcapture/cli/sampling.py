@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from tlcapture.cli.grouping import collected, together
-from tlcapture.cli.option_types import Text
+from tlcapture.cli.option_types import Count, Text
 
 if TYPE_CHECKING:
     from tlcapture.generation.checkpoint_sampling import AskedSampling
@@ -77,7 +77,7 @@ sampling_options = together(
     ),
     click.option(
         "--top-k",
-        type=click.IntRange(0, 2**31 - 1),
+        type=Count(0),
         metavar="K",
         help="Sample from the K most likely tokens; 0: from all.  [default: off]",
     ),
@@ -91,8 +91,8 @@ sampling_options = together(
         "--repetition-penalty",
         type=click.FloatRange(0, min_open=True),
         metavar="X",
-        help="Divide positive logits of tokens in prompt and response by X, and multiply negative ones.  [default: "
-        "off]",
+        help="Divide positive logits of tokens in prompt and response by X, and multiply negative ones.  "
+        "[default: off]",
     ),
     click.option(
         "--stop",
@@ -105,8 +105,8 @@ sampling_options = together(
         "--samples",
         type=click.IntRange(1, 100_000),  # each is looked at before any is generated
         metavar="N",
-        help="N responses to each prompt, captured as ID.s1, ID.s2, ... The prompt is read once.  [default: one, as "
-        "ID]",
+        help="N responses to each prompt, captured as ID.s1, ID.s2, ... The prompt is read once.  "
+        "[default: one, as ID]",
     ),
     collected(SamplingOptions, "sampling"),
 )

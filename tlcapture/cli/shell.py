@@ -10,6 +10,8 @@ import click
 from tlcapture.cli.command import command
 from tlcapture.cli.console import one_line_errors
 from tlcapture.cli.options import Location, location_options
+from tlcapture.errors import TlcaptureError
+from tlcapture.text import printable
 
 if TYPE_CHECKING:
     from tlcapture.explore.experiment import Experiment
@@ -27,7 +29,6 @@ def shell(location: Location) -> None:
 
     It defines `exp`, `captures`, `model` (loaded on first use) and the magic %capture_prompt.
     """
-    from tlcapture.errors import TlcaptureError
     from tlcapture.explore.experiment import Experiment
     from tlcapture.models.embedded import NAME as EMBEDDED
     from tlcapture.models.lazy_model import LazyModel
@@ -42,7 +43,6 @@ def shell(location: Location) -> None:
 
 def _banner(exp: Experiment) -> str:
     """The names that are defined, and three commands to try, for which this experiment has the data."""
-    from tlcapture.text import printable
 
     trait = next(iter(exp.traits), None)
     prompt_set = next(iter(exp.prompt_sets), None)
@@ -74,8 +74,6 @@ def _start(namespace: dict[str, Any], banner: str) -> None:
     from IPython.terminal.ipapp import TerminalIPythonApp
     from traitlets.config import Config
 
-    from tlcapture.errors import TlcaptureError
-
     config = Config()
     config.TerminalInteractiveShell.banner2 = banner
     app = TerminalIPythonApp.instance(config=config, user_ns=namespace)
@@ -90,6 +88,5 @@ def _one_line(
     shell: Any, kind: type[BaseException], error: BaseException, traceback: Any, tb_offset: Any = None
 ) -> None:
     """Show an error of the package in one line, without a traceback."""
-    from tlcapture.text import printable
 
     click.secho(f"{kind.__name__}: {printable(str(error))}", fg="red", err=True)

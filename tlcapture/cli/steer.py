@@ -13,7 +13,7 @@ from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.model_options import ModelOptions, model_options
 from tlcapture.cli.option_types import LayerList, Names, NumberList, Traits
-from tlcapture.cli.options import Location, location_options, seed_option
+from tlcapture.cli.options import Location, location_options
 from tlcapture.cli.tables import Column
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Settings:
-    """The options of `steer` alone; the seed is only recorded, because steering is greedy."""
+    """The options of `steer` alone."""
 
     traits: tuple[Trait, ...]
     methods: tuple[str, ...] | None
@@ -36,7 +36,6 @@ class _Settings:
     search: bool
     judge: str | None
     judge_model: str
-    seed: int
 
     def steer_options(self) -> SteerOptions:
         """What to steer with, at which layers, and who scores the responses."""
@@ -70,16 +69,15 @@ class _Settings:
 @click.option(
     "--judge",
     metavar="URL",
-    help="Have a model score the responses, at the URL of a server with OpenAI's chat completions.  [default: score "
-    "by the "
-    "likelihood of given completions]",
+    help="Have a model score the responses, at the URL of a server with OpenAI's chat completions.  "
+    "[default: score by the likelihood of given completions]",
 )
 @click.option(
     "--judge-model", default="default", show_default=True, metavar="NAME", help="Name of the model of --judge."
 )
 @model_options
 @cluster_options
-@seed_option
+@click.option("--seed", type=int, hidden=True, expose_value=False)  # as other commands have; decoding is greedy
 @collected(_Settings, "settings")
 @working
 def steer(
@@ -88,7 +86,7 @@ def steer(
     """Add trait vectors while the model generates, and score the effect.
 
     For the three settings with the largest gains, 20 random vectors are added for comparison, and the steered responses
-    are projected again without steering. Decoding is always greedy, so --seed has no effect. Runs that are already in
+    are projected again without steering. Decoding is always greedy. Runs that are already in
     results.json are not repeated.
     """
     from tlcapture.traits.vector_files import traits_with_vectors

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli.command import Command, Group, help_settings
+from tlcapture.cli.command import Group
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.option_types import OneTrait, Traits
 from tlcapture.cli.options import DEFAULT_EXPERIMENT, Location, examples_as_option, location_options, root_option
 from tlcapture.cli.tables import Column, echo_table
 from tlcapture.cli.work import working
+from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.names import Trait
 from tlcapture.text import printable
+from tlcapture.views.hooks import COMPONENTS
 
 if TYPE_CHECKING:
     from tlcapture.extraction.example_checks import Cue, ExampleCheck
@@ -29,27 +31,21 @@ if TYPE_CHECKING:
 
 _MOST_SIZES = 3  # shown of the numbers of examples that traits have
 
-_trait_option = click.option(
-    "--traits", "chosen", type=Traits(), default="all", show_default=True, help="Traits to check."
-)
 
-
-@click.group(cls=Group, context_settings=help_settings())
+@click.group(cls=Group)
 def traits() -> None:
     """Check the contrastive examples of traits, list the selected vectors, and import those of other tools."""
 
 
 @traits.command(
-    cls=Command,
-    context_settings=help_settings(),
     examples=["tlcapture traits check", "tlcapture traits check --traits style/formality"],
     short_help="Check contrastive examples.",
 )
-@_trait_option
+@click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to check.")
 @examples_as_option
 @root_option
 @one_line_errors
-def check(chosen: tuple[Trait, ...], examples_as: str, root: Path) -> None:
+def check(traits: tuple[Trait, ...], examples_as: str, root: Path) -> None:
     """Check contrastive examples: duplicates, lengths, and words that reveal the side.
 
     The exit status is 1 if a check fails: docs/traits.md says why each of them matters.
@@ -57,15 +53,15 @@ def check(chosen: tuple[Trait, ...], examples_as: str, root: Path) -> None:
     from tlcapture.storage.datasets import Datasets
 
     datasets = Datasets(root)
-    for trait in chosen:
+    for trait in traits:
         datasets.trait_folder(trait)
     from tlcapture.extraction.example_checks import check_examples
     from tlcapture.extraction.examples import GUESS, read_examples
 
-    examples = [read_examples(datasets, trait, examples_as=examples_as) for trait in chosen or datasets.traits()]
+    examples = [read_examples(datasets, trait, examples_as=examples_as) for trait in traits or datasets.traits()]
     if any(each.is_guess for each in examples):
         Console().warn(GUESS)
-    others = _readable(datasets, [trait for trait in datasets.traits() if chosen and trait not in chosen])
+    others = _readable(datasets, [trait for trait in datasets.traits() if traits and trait not in traits])
     found = check_examples(examples, others)
     _echo_checks(found)
     concerns = [f"{each.trait}: {concern}" for each in found for concern in each.concerns]
@@ -73,13 +69,12 @@ def check(chosen: tuple[Trait, ...], examples_as: str, root: Path) -> None:
         click.secho(printable(concern), fg="yellow")
     if concerns:
         sys.exit(1)
-    named = ["--traits", ",".join(map(str, chosen))] if chosen else []
+    named = ["--traits", ",".join(map(str, traits))] if traits else []
     click.echo(f"next: {Location(DEFAULT_EXPERIMENT, root).command('extract', *named)}")
 
 
 def _readable(datasets: Datasets, unchosen: Sequence[Trait]) -> list[Examples]:
     """The examples of the traits that are not checked themselves; those that cannot be read are named."""
-    from tlcapture.errors import TlcaptureError
     from tlcapture.extraction.examples import read_examples
 
     found = []
@@ -127,15 +122,13 @@ def _cell(cue: Cue | None) -> str:
 
 @traits.command(
     "list",
-    cls=Command,
-    context_settings=help_settings(),
     examples=["tlcapture traits list --experiment my_exp"],
     short_help="List the vector of each trait, and why.",
 )
 @location_options
 @click.option(
     "--component",
-    type=click.Choice(["residual", "attn_out"]),
+    type=click.Choice(COMPONENTS),
     default="residual",
     show_default=True,
     help="Which activations the vectors are for.",
@@ -224,8 +217,6 @@ def _listed(layout: Layout, component: str, datasets: Datasets) -> _Listed:
 
 @traits.command(
     "import",
-    cls=Command,
-    context_settings=help_settings(),
     examples=[
         "tlcapture traits import shared/my_exp/vectors/behavioral/refusal.mean_diff.gguf --experiment copy "
         "--trait behavioral/refusal"
@@ -243,7 +234,7 @@ def _listed(layout: Layout, component: str, datasets: Datasets) -> _Listed:
 )
 @click.option(
     "--component",
-    type=click.Choice(["residual", "attn_out"]),
+    type=click.Choice(COMPONENTS),
     help="Which activation the vectors are for.  [default: what the file says, or residual]",
 )
 @click.option("--model", metavar="NAME", help="Model that the vectors come from.  [default: the experiment's]")
@@ -262,7 +253,6 @@ def import_(
     (steering-vectors), or a .pt, .safetensors, .npz or .npy file with one vector per layer. Their method is called
     "imported".
     """
-    from tlcapture.errors import InputError
     from tlcapture.models.sources import check_name
 
     if not lexists(file):

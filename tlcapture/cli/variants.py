@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from tlcapture.cli import completion
 from tlcapture.cli.grouping import collected, together
+from tlcapture.errors import InputError
+from tlcapture.names import of_variant
 
 if TYPE_CHECKING:
     from tlcapture.commands.given_responses import GivenResponses
@@ -93,8 +96,6 @@ def _given_of(options: Mapping[str, str]) -> list[str]:
 
 def check_target(given: GivenResponses, layout: Layout, sets: Sequence[PromptSet], variant: str | None) -> None:
     """Raise `InputError` if captures would replace those whose tokens they run, or others of the same prompts."""
-    from tlcapture.errors import InputError
-    from tlcapture.names import of_variant
 
     if given.source.layout != layout:
         return
@@ -115,6 +116,7 @@ variant_options = together(
     click.option(
         "--responses-from",
         metavar="EXPERIMENT[/SET[@VARIANT]]",
+        shell_complete=completion.experiments,
         help="Generate nothing: run the stored tokens of these captures through this model.",
     ),
     collected(VariantOptions, "variants"),

@@ -9,9 +9,10 @@ import click
 
 from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, one_line_errors
-from tlcapture.cli.option_types import Finite, Names, NewPath
+from tlcapture.cli.option_types import Finite, NewPath, PromptSets
 from tlcapture.cli.options import Location, location_options
-from tlcapture.text import counted, first_lines, printable
+from tlcapture.errors import InputError, StorageError
+from tlcapture.text import counted, first_lines, format_bytes, printable
 
 if TYPE_CHECKING:
     from tlcapture.storage.layout import Layout
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 )
 @location_options
 @click.option(
-    "--prompt-set", type=Names(), help="Prompt sets to export or draw; the page opens on the first one.  [default: all]"
+    "--prompt-set",
+    type=PromptSets(),
+    help="Prompt sets to export or draw; the page opens on the first one.  [default: all]",
 )
 @click.option("--port", type=click.IntRange(1, 65535), help="Port on 127.0.0.1.  [default: 8765, or any free port]")
 @click.option("--no-browser", is_flag=True, help="Serve the page without opening it.")
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
     metavar="MIB",
     help="Maximum size of the exported file's data.",
 )
-@click.option("--png", type=NewPath(file_okay=False), help="Write pictures of each prompt to a folder.")
+@click.option("--png", type=NewPath(file_okay=False), metavar="DIR", help="Write pictures of each prompt to a folder.")
 @one_line_errors
 def view(
     location: Location,
@@ -53,7 +56,6 @@ def view(
 
     Serves the page to this machine only, until Ctrl-C.
     """
-    from tlcapture.errors import InputError
     from tlcapture.storage.missing_captures import no_captures
     from tlcapture.storage.remote_roots import check_local
 
@@ -85,26 +87,24 @@ def view(
 def _export(location: Location, prompt_sets: tuple[str, ...], target: Path, mebibytes: float) -> bool:
     """Export the page; returns whether every file could be read, apart from raw files that may be another tool's."""
     from tlcapture.page.export import export_page
-    from tlcapture.text import format_bytes
 
     problems: dict[str, None] = {}
     unread: dict[str, None] = {}
     told = {"on_problem": problems.setdefault, "on_unread": unread.setdefault}
-    left_out = export_page(location.root, location.experiment, prompt_sets, target, megabytes=mebibytes, **told)
+    left_out = export_page(location.root, location.experiment, prompt_sets, target, mebibytes=mebibytes, **told)
     click.echo(f"wrote {target} ({format_bytes(target.stat().st_size)})")
     for label in first_lines(left_out):
         click.secho(f"left out, over --max-size {mebibytes:g}: {label}", fg="yellow", err=True)
     for problem in first_lines(list(unread)):
         click.secho(printable(f"not shown: {problem}"), fg="yellow", err=True)
     for problem in first_lines(list(problems)):
-        click.secho(printable(f"failed: {problem}"), fg="red", err=True)
+        Console().error(f"failed: {problem}")
     return not problems
 
 
 def _draw(layout: Layout, prompt_sets: tuple[str, ...], folder: Path, *, all_required: bool) -> None:
     """Draw prompt sets; one without projections is an error if all are required, or if no set has any."""
     from tlcapture.commands.pictures import write_pictures
-    from tlcapture.errors import InputError, StorageError
 
     refused, damaged = [], []
     for name in prompt_sets:

@@ -12,6 +12,7 @@ wrong usage; 130 or 143 if a signal stopped it.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import together
 from tlcapture.cli.option_types import NewPath
 from tlcapture.cli.stopping import Interrupted, StopSignals
-from tlcapture.errors import NoSpaceError, TlcaptureError, refused_path
+from tlcapture.errors import InputError, NoSpaceError, TlcaptureError, refused_path
 from tlcapture.folder_names import named
 from tlcapture.text import first_lines, shell_join
 
@@ -36,12 +37,7 @@ if TYPE_CHECKING:
 _output_options = together(
     click.option("-v", "--verbose", is_flag=True, help="Also report every file, batch and choice."),
     click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors."),
-    click.option(
-        "--log-file",
-        type=NewPath(dir_okay=False),
-        metavar="FILE",
-        help="Append all messages to a file, with timestamps.",
-    ),
+    click.option("--log-file", type=NewPath(dir_okay=False), help="Append all messages to a file, with timestamps."),
     click.option(
         "--json", "as_json", is_flag=True, help="Print a JSON object at the end, and nothing else to standard output."
     ),
@@ -90,7 +86,6 @@ def working(command: Callable[..., None]) -> Callable[..., None]:
 
 def _check_places(ctx: click.Context, log_file: Path | None) -> None:
     """Raise a `TlcaptureError` for what a remote root cannot do."""
-    from tlcapture.errors import InputError
     from tlcapture.storage.remote_roots import check_local, url_of
 
     check_local(log_file, "--log-file")
@@ -174,8 +169,6 @@ def _print_ending(console: Console, ending: _Ending, *, as_json: bool) -> None:
     if as_json:
         content = {} if report is None else {**report.to_json(), "record": named(str(report.path))}
         summary = {"status": ending.status, "exit_code": ending.exit_code, "error": ending.error, **console.facts}
-        import json
-
         click.echo(json.dumps({**summary, **content}, ensure_ascii=True))
     elif report is not None and (report.n_files or not ending.error):
         console.line(report.summary())

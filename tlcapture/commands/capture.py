@@ -239,10 +239,10 @@ def _check(layout: Layout, options: CaptureOptions) -> None:
     options.check_parts()
     if options.system_prompt is not None:
         check_unicode(options.system_prompt, "--system-prompt")
-    if options.replay:
-        _check_replay(options)
     if options.projections_only:
         _check_projections_only(layout, options)
+    if options.replay:
+        _check_replay(options)
     if is_folder(layout.folder) and not os.access(layout.folder, os.W_OK):
         raise StorageError(f"{layout.folder}: cannot be written to")
     if options.projects:
@@ -250,14 +250,13 @@ def _check(layout: Layout, options: CaptureOptions) -> None:
 
 
 def _check_replay(options: CaptureOptions) -> None:
-    if options.projections_only:
-        raise InputError("--projections-only keeps only projections: leave out --replay and --no-project")
-    if options.capture_attn:
-        raise InputError("--replay does not change raw residuals: leave it out to capture attention outputs")
-    if options.layers or options.points:
-        raise InputError("--replay does not change raw residuals: leave it out to use --layers and --points")
-    if options.overwrite:
-        raise InputError("--replay does not change raw residuals: leave it out to use --overwrite")
+    for is_asked, what in (
+        (options.capture_attn, "capture attention outputs"),
+        (options.layers or options.points, "use --layers and --points"),
+        (options.overwrite, "use --overwrite"),
+    ):
+        if is_asked:
+            raise InputError(f"--replay does not change raw residuals: leave it out to {what}")
     if options.project and options.vectors != NO_CHOICE:
         raise InputError(
             "--replay leaves projections as they are: leave out --layer, --method and --vector-experiment, which "
@@ -279,7 +278,7 @@ def _check_vectors(layout: Layout, options: CaptureOptions) -> None:
 
 
 def _check_projections_only(layout: Layout, options: CaptureOptions) -> None:
-    if not options.project:
+    if not options.projects:
         raise InputError("--projections-only keeps only projections: leave out --replay and --no-project")
     if options.internals:
         raise InputError("--projections-only keeps no raw activations: leave out --layer-internals")

@@ -15,6 +15,7 @@ from tlcapture.generation.checkpoint_sampling import AskedSampling
 from tlcapture.generation.sampling import Sampling
 from tlcapture.names import of_variant
 from tlcapture.runs.prompt_shares import PromptShare
+from tlcapture.text import as_ranges
 from tlcapture.traits.choice import VectorChoice
 from tlcapture.traits.interventions import TraitIntervention
 from tlcapture.traits.resolved_interventions import ResolvedIntervention
@@ -136,11 +137,15 @@ class CaptureOptions:
         everything = self.internals == ALL_LAYERS
         layers = tuple(sorted(set(range(n_layers) if everything else self._internals)))
         projected = () if self._projected_layer is None else (self._projected_layer,)
-        for option, named in (("--layer-internals", layers), ("--layer", projected)):
+        for option, named in (
+            ("--layer-internals", layers),
+            ("--layer", projected),
+            ("--attention-layers", self.parts.attention_layers),
+            ("--lens-layers", self.parts.lens_layers),
+        ):
             if beyond := [layer for layer in named if layer >= n_layers]:
-                raise InputError(f"{option} {beyond[0]}: the model has layers 0 to {n_layers - 1}")
+                raise InputError(f"{option} {as_ranges(beyond)}: the model has layers 0 to {n_layers - 1}")
         self.check_parts()
-        self.parts.check_layers(n_layers)
         return Outputs(
             KeptPoints.of(n_layers, self.layers, self.points),
             residual=not self.replay,

@@ -86,7 +86,7 @@ def run_carry_over(
     tasks = _tasks(layout, options)
     run = Run.begin(layout, display)
     with entries_put_in(run):
-        executor.run(Work(partial(ModelWorker, _carry_over, options), load, tasks, lambda task: 1, "trait", str), run)
+        executor.run(Work(partial(ModelWorker, _carry_over, options), load, tasks, lambda task: 1, "trait"), run)
     return run.report
 
 

@@ -76,17 +76,13 @@ class CompareTask:
         """Parts of at most `most` comparisons."""
         return [CompareTask(self.sets, pairs) for pairs in chunks(self.pairs, most)]
 
-    def label(self) -> str:
-        """A name for messages."""
+    def __str__(self) -> str:
         return f"{len(self.pairs)} prompts of {self.sets.a} and {self.sets.b}"
 
     def inputs(self) -> list[Path]:
         """The captures."""
         a, b = self.sets.a, self.sets.b
-        found = [
-            (a.layout.residual(a.name or "", one), b.layout.residual(b.name or "", two)) for _, one, two in self.pairs
-        ]
-        return [path for pair in found for path in pair]
+        return [path for _, one, other in self.pairs for path in (a.path(one), b.path(other))]
 
 
 def run_compare(
@@ -118,7 +114,6 @@ def run_compare(
                 tasks,
                 size=lambda task: len(task.pairs),
                 unit="prompt",
-                label=CompareTask.label,
                 split=CompareTask.split,
                 reads=[*sources, sets[0].b.layout],
                 inputs=CompareTask.inputs,
@@ -185,7 +180,7 @@ class CompareWorker:
 
     def _compare(self, sets: ComparedSets, name: str, one: str, other: str, sources: Sequence[Layout]) -> None:
         sides = ((sets.a, one), (sets.b, other))
-        raws = [side.layout.residual(side.name or "", captured) for side, captured in sides]
+        raws = [side.path(captured) for side, captured in sides]
         path, options = sets.path(name), self._options
         existing = self._existing(path)
         a, b = (Capture.open(raw) for raw in raws)

@@ -56,6 +56,11 @@ class CaptureSet:
         """The captures of one set."""
         return CaptureSet(self.layout, name)
 
+    def path(self, capture: str) -> Path:
+        """The raw file of one of the set's captures."""
+        assert self.name is not None
+        return self.layout.residual(self.name, capture)
+
     @property
     def ids(self) -> Sequence[str]:
         """The names of the set's captures: ids of prompts, or of their samples."""

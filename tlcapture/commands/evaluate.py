@@ -50,6 +50,11 @@ class EvaluateOptions:
     seed: int = 0
     examples_as: str = AUTO
 
+    @property
+    def named_methods(self) -> tuple[str, ...]:
+        """The methods, if others than by default."""
+        return () if self.methods == EvaluateOptions.methods else self.methods
+
 
 def run_evaluate(
     layout: Layout,
@@ -66,8 +71,7 @@ def run_evaluate(
     """
     layout.check_exists()
     traits = traits_with_vectors(layout, options.traits)
-    named = options.methods if options.methods != EvaluateOptions.methods else ()
-    check_available(layout, traits, named, options.layers)
+    check_available(layout, traits, options.named_methods, options.layers)
     unscored = [] if options.traits else _without_examples(layout, traits)
     if unscored and len(unscored) == len(traits):
         folder = layout.root / "datasets" / "traits" / str(unscored[0])
@@ -80,7 +84,7 @@ def run_evaluate(
         run.warn(f"left out: no examples to score the imported vectors of {trait}")
         traits.remove(trait)
     with entries_put_in(run):
-        executor.run(Work(partial(_Worker, options), load, traits, lambda trait: 1, "trait", str), run)
+        executor.run(Work(partial(_Worker, options), load, traits, lambda trait: 1, "trait"), run)
     _write_cross_traits(run)
     return run.report
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from pydantic import Field
 
-from tlcapture.commands.evaluation_rows import best_vector
 from tlcapture.names import Trait, is_safe_name
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
@@ -112,9 +111,8 @@ def with_entries(layout: Layout, entries: Sequence[Entry]) -> dict[str, Any]:
     rows = [kept[key] for key in sorted(kept)]
     known = {trait: each.summary for trait, each in before.by_trait.items()}
     best = {
-        trait: best_vector(
-            row, {} if row.method == IMPORTED else summaries.get((trait, row.component), known.get(trait, {}))
-        )
+        trait: row.as_written()
+        | ({} if row.method == IMPORTED else summaries.get((trait, row.component), known.get(trait, {})))
         for trait, row in best_by_trait(rows).items()
     }
     content = before.model_dump(exclude_unset=True)

@@ -32,7 +32,6 @@ from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import rounded_or_none
 from tlcapture.text import layers_named
 from tlcapture.traits.critical_values import critical_value
-from tlcapture.traits.evaluation_files import EvaluationRow
 from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles
 from tlcapture.traits.vectors import TraitVector, read_vector
 
@@ -124,11 +123,6 @@ def _nested_record(nested: NestedScore) -> dict[str, Any]:
         "nested_effect_size": rounded_or_none(nested.effect_size),
         "chosen_layers": dict(Counter(f"{method} {layer}" for method, layer in nested.chosen)),
     }
-
-
-def best_vector(row: EvaluationRow, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry of a trait in `best_vectors`: the row of its selected vector, and the summary of the trait."""
-    return {**row.as_written(), **summary}
 
 
 def doubts(rows: Sequence[Row]) -> list[str]:

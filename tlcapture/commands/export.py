@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
-from tlcapture.errors import InputError, StorageError
+from tlcapture.errors import InputError, ModelError, StorageError
 from tlcapture.exchange.card import card
 from tlcapture.exchange.exported import (
     ExportedCapture,
@@ -253,7 +253,6 @@ def _left_out(layout: Layout, files: list[tuple[str, str]], seen: _Seen) -> list
 
 def _model_type(layout: Layout) -> str:
     """The architecture that control vectors are for, as a Hugging Face config names it, or `unknown`."""
-    from tlcapture.errors import ModelError
     from tlcapture.models.checkpoints import fetch_config, quiet_loading
     from tlcapture.models.sources import source_of
 

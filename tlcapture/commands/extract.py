@@ -97,7 +97,7 @@ def run_extract(
     if any(each.is_guess for each in missing):
         run.warn(GUESS)
     make, tasks = partial(ModelWorker, _extract_one, options), [ExtractionTask(each) for each in missing]
-    executor.run(Work(make, load, tasks, ExtractionTask.size, "example", str), run)
+    executor.run(Work(make, load, tasks, ExtractionTask.size, "example"), run)
     return run.report
 
 

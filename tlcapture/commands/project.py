@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tlcapture.captures.capture import Capture
-from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.commands.capture_places import chunks
 from tlcapture.commands.known_files import KnownFiles, PromptFiles
 from tlcapture.commands.projection_writing import merge_projections
@@ -24,8 +22,8 @@ from tlcapture.commands.projections import (
     without_projection,
 )
 from tlcapture.commands.saved_prompts import saved_prompts
-from tlcapture.errors import NumericalError, StorageError
-from tlcapture.names import PromptId, Trait
+from tlcapture.errors import NumericalError
+from tlcapture.names import Trait
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.prompt_shares import PromptShare
@@ -94,14 +92,9 @@ def run_project(
         return run.report
     options = replace(options, vectors=options.vectors.or_packaged(layout, read_config(layout).inference_model))
     source = options.vectors.layout(layout)
-    traits = traits_with_vectors(source, options.vectors.traits)
-    if not any(VectorFiles(source, trait).available(options.component) for trait in traits):
-        raise no_component_vectors(source, options.component)
-    options.vectors.check(source, options.component)
+    _check_vectors(source, options)
     if options.vectors.is_fallback:
         run.line(f"{layout.experiment}: {PROJECTED_ONTO_PACKAGED}")
-    if options.centered:
-        check_means(source, traits, options.component)
     with ExitStack() as stack:
         stack.callback(remember, layout, run.report.learned)
         for name in sorted(prompt_sets):
@@ -122,6 +115,16 @@ def run_project(
         )
         merge_projections(run, prompt_sets, options.shard)
     return run.report
+
+
+def _check_vectors(source: Layout, options: ProjectOptions) -> None:
+    """Raise `InputError` if no trait has the vectors that are asked for, or one lacks the mean to subtract."""
+    traits = traits_with_vectors(source, options.vectors.traits)
+    if not any(VectorFiles(source, trait).available(options.component) for trait in traits):
+        raise no_component_vectors(source, options.component)
+    options.vectors.check(source, options.component)
+    if options.centered:
+        check_means(source, traits, options.component)
 
 
 @dataclass(frozen=True)
@@ -159,23 +162,21 @@ class ProjectionWorker:
             files = KnownFiles(self._layout, task.prompt_set, len(task.ids), self._run.report.learn)
             for prompt_id in task.ids:
                 with self._run.attempt(f"{task.prompt_set}/{prompt_id}"):
-                    self._project(files.of(prompt_id), task.prompt_set)
+                    self._project(files.of(prompt_id))
                 progress.advance(1)
         if any(each.variance_share is not None for _, each in self._centred):
             self._run.line(f"{task.prompt_set}: {massive_line(self._centred)}")
         self._centred = []
 
-    def _project(self, files: PromptFiles, prompt_set: str) -> None:
+    def _project(self, files: PromptFiles) -> None:
         raw, existing = files.raw, ExistingProjections(overwrite=self._options.overwrite)
         vectors: Sequence[ChosenVector] | None = None
         if self._options.skip_existing and (known := files.capture(advice="")) is not None:
-            _check_name(known, raw, prompt_set, files.name)
             vectors = without_projection(files, self._chooser.vectors(known, self._options.component), existing)
             if not vectors:
                 self._run.report.n_skipped += 1
                 return
         capture = Capture.open(raw)
-        _check_name(capture, raw, prompt_set, files.name)
         vectors = self._chooser.vectors(capture, self._options.component) if vectors is None else vectors
         if not vectors:
             return
@@ -195,19 +196,7 @@ class ProjectionWorker:
         self._centred += [(each.vector.trait, each.centred) for each in projections if each.centred is not None]
 
 
-def _check_name(capture: Capture | KnownCapture, raw: Path, prompt_set: str, name: PromptId) -> None:
-    """Raise `StorageError` for a file that holds the capture of another prompt than its name says."""
-    if capture.capture_set != prompt_set or str(capture.name) != name:
-        recorded = f"{capture.capture_set}/{capture.name}"
-        raise StorageError(f"{raw}: its metadata names prompt {recorded}: it was moved or renamed")
-
-
-def _recompute_dynamics(
-    run: Run,
-    prompt_set: str,
-    ids: Sequence[str],
-    options: ProjectOptions,
-) -> None:
+def _recompute_dynamics(run: Run, prompt_set: str, ids: Sequence[str], options: ProjectOptions) -> None:
     """Rewrite projection files with new dynamics and otherwise unchanged content."""
     layout, bare = run.layout, 0
     with run.progress(len(ids), prompt_set, "prompt") as progress:

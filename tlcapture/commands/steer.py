@@ -91,7 +91,7 @@ def run_steer(
     for reason in left_out:
         run.warn(f"left out: {reason}")
     make, n_runs = partial(ModelWorker, _steer_one, options), _n_runs(options, executor.known_model(load).n_layers)
-    executor.run(Work(make, load, tasks, lambda task: n_runs, "run", str), run)
+    executor.run(Work(make, load, tasks, lambda task: n_runs, "run"), run)
     return run.report
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from tlcapture.commands.known_views import KnownView
 from tlcapture.errors import InputError
-from tlcapture.text import as_ranges
 from tlcapture.views.logit_lens import TOP_K
 
 
@@ -36,12 +35,6 @@ class ViewParts:
         ):
             if is_given and not is_written:
                 raise InputError(f"{option} keeps a part of what {view} writes: add {view}")
-
-    def check_layers(self, n_layers: int) -> None:
-        """Raise `InputError` for a layer that the model does not have."""
-        for option, layers in (("--attention-layers", self.attention_layers), ("--lens-layers", self.lens_layers)):
-            if beyond := [layer for layer in layers if layer >= n_layers]:
-                raise InputError(f"{option} {as_ranges(beyond)}: the model has layers 0 to {n_layers - 1}")
 
     def are_lacked_by(self, view: KnownView, d_vocab: Callable[[], int]) -> bool:
         """Whether an existing file of attention or logit lens lacks a layer, or predictions that were asked for.

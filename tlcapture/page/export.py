@@ -28,7 +28,7 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.saved_projections import all_saved
 from tlcapture.views.hooks import COMPONENTS
 
-DEFAULT_MEGABYTES = 50
+DEFAULT_MEBIBYTES = 50
 _Resource = tuple[str, dict[str, str]]  # its name, and its parameters
 
 
@@ -103,21 +103,21 @@ def export_page(
     prompt_sets: Sequence[str],
     target: Path,
     *,
-    megabytes: float = DEFAULT_MEGABYTES,
+    mebibytes: float = DEFAULT_MEBIBYTES,
     on_problem: Callable[[str], object] = lambda problem: None,
     on_unread: Callable[[str], object] = lambda unread: None,
 ) -> list[str]:
     """Write the page with an experiment's data to `target`; returns labels of the data that did not fit.
 
     Trajectories, vectors and layers are added first, then the logit lens and attention of each prompt, until the
-    data reaches `megabytes`. A file that cannot be read is left out, and `on_problem` is called with the reason;
+    data reaches `mebibytes`. A file that cannot be read is left out, and `on_problem` is called with the reason;
     `on_unread` where it is a raw file that another tool may have written, whose prompt is listed without its text.
 
     Raises `InputError` if the overview alone does not fit.
     """
     layout = Layout(root, experiment)
     contents = _Only(root, experiment, tuple(prompt_sets), notes_closed=EXPORTED)
-    carried = _Carried(contents, int(megabytes * 2**20), on_problem=on_problem, on_unread=on_unread)
+    carried = _Carried(contents, int(mebibytes * 2**20), on_problem=on_problem, on_unread=on_unread)
     prompts = [(name, prompt_id) for name in prompt_sets for prompt_id in contents.names(layout, name)]
     carried.add("the overview", list(_overview(layout, prompt_sets, prompts)), needed=True)
     for label, resources in (*_of_sets(layout, contents), *_of_prompts(layout, contents, prompts)):

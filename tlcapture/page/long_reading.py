@@ -100,7 +100,7 @@ def comparisons_read(layout: Layout, other: str, prompt_set: str) -> Compared:
     global _last_compared
     folders = [(comparison_file(layout, other, prompt_set, "x").parent, ".json")]
     for each in (CaptureSet(layout, prompt_set), compared_with(layout, other, prompt_set)):
-        folders.append((each.layout.residual(each.name or "", "x").parent, ".pt"))
+        folders.append((each.path("x").parent, ".pt"))
     states: _States = {}
     _add_states(states, folders)
     with _reading:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.names import base_set
+from tlcapture.storage.command_lines import root_words
 from tlcapture.storage.config import read_config
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import url_of
@@ -34,11 +35,9 @@ class MissingError(InputError):
 
 
 def root_option(root: Path) -> str:
-    """The option by which a command finds a root from the current folder: empty, or ` --root FOLDER`."""
-    if (url := url_of(root)) is not None:
-        return f" --root {shell_join([url])}"
-    is_here = root.resolve() == Path.cwd()
-    return "" if is_here else f" --root {shell_join([str(root.absolute())])}"
+    """The option by which a command finds a root from any folder: ` --root FOLDER`; empty if the root is here."""
+    is_here = root.resolve() == Path.cwd() and not root_words(root)
+    return "" if is_here else f" --root {shell_join([url_of(root) or str(root.absolute())])}"
 
 
 def _error(layout: Layout, what: str, command: str) -> MissingError:
