@@ -134,6 +134,7 @@ def _print(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> None:
     console.line()
     console.line("gain: points of trait_mean over the unsteered model; se: its standard error over questions")
     console.line("follows: rank correlation of a response's projection, read without steering, with the coefficient")
+    console.line("p: of other directions read from the same responses; vectors without a meaning may follow as clearly")
     for note in notes:
         console.line(note)
     console.line()
