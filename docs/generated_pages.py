@@ -10,7 +10,6 @@ import importlib
 import inspect
 import json
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -246,14 +245,14 @@ def notebook_page(path: Path, folder: Path) -> str:
     """A notebook with its stored outputs as a page; its pictures are written into the folder."""
     lines: list[str] = []
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    for place, cell in enumerate(cells):
+    for index, cell in enumerate(cells):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             lines += [source, ""]
             continue
         lines += ["```python", source, "```", ""]
         for number, output in enumerate(cell["outputs"]):
-            lines += [*_shown(output, folder, f"{path.stem}-{place}-{number}.png"), ""]
+            lines += [*_shown(output, folder, f"{path.stem}-{index}-{number}.png"), ""]
     return "\n".join(lines)
 
 
@@ -266,5 +265,12 @@ def _shown(output: Mapping[str, Any], folder: Path, picture: str) -> list[str]:
     return ["```text", "".join(data["text/plain"]).rstrip("\n"), "```"]
 
 
+@click.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+def _main(folder: Path) -> None:
+    """Write the generated pages into FOLDER."""
+    write_generated(folder)
+
+
 if __name__ == "__main__":
-    write_generated(Path(sys.argv[1]))
+    _main()

@@ -54,10 +54,7 @@ RUN: dict[str, list[str]] = {
     "docs/how-to/studies.md": [],
     "docs/how-to/thinking-models.md": [],
     "docs/how-to/steering.md": VECTORS,
-    "README.md": [
-        "extract --experiment my_exp --traits behavioral/refusal --methods mean_diff --component residual",
-        "capture --experiment my_exp --prompt-set single_trait --limit 3 --max-new-tokens 3",
-    ],
+    "README.md": [],
 }
 
 
