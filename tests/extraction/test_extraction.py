@@ -103,8 +103,11 @@ def test_plain_text_files_are_read_as_one_example_per_line(tmp_path: Path) -> No
         ({}, "line 2: .*either"),
         ({"text": "  "}, "line 2: .*empty"),
         ({"text": 3}, "line 2: text"),
-        ({"text": "a", "extra": 1}, "line 2: unknown key 'extra': expected text, prompt, response, pair, system_prompt$"),
-        ({"text": "a", "system_prompt": "b"}, "line 2: a bare \"text\" has no \"system_prompt\""),
+        (
+            {"text": "a", "extra": 1},
+            "line 2: unknown key 'extra': expected text, prompt, response, pair, system_prompt$",
+        ),
+        ({"text": "a", "system_prompt": "b"}, 'line 2: a bare "text" has no "system_prompt"'),
     ],
 )
 def test_an_invalid_example_is_reported_by_file_and_line(tmp_path: Path, row: Any, message: str) -> None:

@@ -22,7 +22,7 @@ def digest_of(examples: Examples) -> str:
 
 
 def _fields(example: Example) -> list[str | None]:
-    """What an example's file states; a system prompt only where there is one, as digests of earlier versions lack it."""
+    """What an example's file states; no system prompt where there is none, as in earlier versions."""
     fields = example.model_dump()
     system_prompt = fields.pop("system_prompt")
     return [*fields.values(), *([] if system_prompt is None else [system_prompt])]
