@@ -38,7 +38,7 @@ LAYERS = {
     "layers 12": "layers 1", "layers=12": "layers=1", "@12": "@1", "residual(12)": "residual(1)",
     "layer=[8, 12, 16, 20]": "layer=[0, 1]", "layer=[12, 20]": "layer=[1, 2]", "residual(20)": "residual(2)",
     "residual(5)": "residual(1)", '"resid_post", 5': '"resid_post", 1', "residual(16,": "residual(1,",
-    "tensors[12]": "tensors[1]", "layer=20": "layer=2",
+    "tensors[12]": "tensors[1]", "layer=20": "layer=2", "blocks.12.": "blocks.1.",
 }  # fmt: skip
 VECTORS = ["extract --experiment mine --traits style/formality --methods mean_diff --component residual"]
 # The pages whose examples run, and what has to be there before: commands.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -168,6 +168,8 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a matrix": (lambda: [Ablate(torch.ones(2, 2), 0)], {}, "expected a trait such as"),
     "no layer": (lambda: [Ablate(VECTOR)], {}, "has no selected layer"),
     "a coefficient": (lambda: [Steer(VECTOR, float("inf"), 0)], {}, "expected a finite number"),
+    "no coefficient": (lambda: [Steer(VECTOR, cast(Any, None), 0)], {}, "Steer: coefficient None: expected a finite"),
+    "a text for a value": (lambda: [Cap(VECTOR, cast(Any, "x"), 0)], {}, "Cap: value 'x': expected a finite number"),
     "negative": (lambda: [Ablate(VECTOR, -1)], {}, "expected layers such as"),
     "half a layer": (lambda: [Ablate(VECTOR, 1.5)], {}, "layers 1.5: expected layers such as"),
     "a place": (lambda: [Ablate(VECTOR, 0, "answer")], {}, "expected prompt, response, thinking or first=N"),

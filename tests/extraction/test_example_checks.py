@@ -155,6 +155,17 @@ def test_longer_prompts_on_one_side_are_a_leak_too() -> None:
     assert checked(Examples(Trait.parse("tone/made"), longer)).cues["prompt's characters"].leaks
 
 
+def test_prompts_without_responses_have_to_differ_so_that_no_advice_is_to_make_them_equal() -> None:
+    items = made(lambda n: f"take {n}", lambda n: f"give {n}", prompt=lambda n: "why?").items
+    asked = [
+        LabelledExample(Example(prompt=item.example.response, pair=item.example.pair), item.positive, held_out=False)
+        for item in items
+    ]
+    (concern,) = checked(Examples(Trait.parse("tone/made"), asked)).concerns
+    assert concern.startswith("by prompt: AUROC 1.00")
+    assert concern.endswith(": use the same words in the prompts of both sides")
+
+
 def test_duplicates_are_found_whatever_their_blanks_and_capitals() -> None:
     found = checked(made(lambda n: "  Same TEXT " if n else "same text", lambda n: f"b {n}", prompt=lambda n: "why?"))
     assert found.duplicates == N_PAIRS - 1

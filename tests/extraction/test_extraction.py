@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import torch
 
 from tests import tiny
 from tlcapture.errors import InputError, TlcaptureError
-from tlcapture.extraction.examples import Example, read_examples
+from tlcapture.extraction.changed_examples import digest_of
+from tlcapture.extraction.examples import Example, Examples, LabelledExample, content, read_examples
 from tlcapture.extraction.methods import FITS
+from tlcapture.extraction.prepared_examples import prepare_examples
 from tlcapture.extraction.readout import read_out, shared_prefix, tokenize_example
 from tlcapture.generation.typical_norms import TypicalNorms
 from tlcapture.names import Trait
 from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.files import write_json
+from tlcapture.storage.layout import Layout
 
 TRAIT = Trait("c", "t")
 SHIPPED = ["behavioral/refusal", "cognitive/retrieval", "style/formality", "affect/positivity"]
@@ -98,7 +103,11 @@ def test_plain_text_files_are_read_as_one_example_per_line(tmp_path: Path) -> No
         ({}, "line 2: .*either"),
         ({"text": "  "}, "line 2: .*empty"),
         ({"text": 3}, "line 2: text"),
-        ({"text": "a", "extra": 1}, "line 2: extra"),
+        (
+            {"text": "a", "extra": 1},
+            "line 2: unknown key 'extra': expected text, prompt, response, pair, system_prompt$",
+        ),
+        ({"text": "a", "system_prompt": "b"}, 'line 2: a bare "text" has no "system_prompt"'),
     ],
 )
 def test_an_invalid_example_is_reported_by_file_and_line(tmp_path: Path, row: Any, message: str) -> None:
@@ -106,6 +115,33 @@ def test_an_invalid_example_is_reported_by_file_and_line(tmp_path: Path, row: An
     write_side(tmp_path, "negative.jsonl", [{"text": "fine"}] * 4)
     with pytest.raises(InputError, match=rf"positive\.jsonl: {message}"):
         read_examples(Datasets(tmp_path), TRAIT)
+
+
+def test_the_same_prompt_under_two_system_prompts_makes_two_examples(tmp_path: Path) -> None:
+    prompts = [{"pair": f"{n}", "prompt": f"question {n}?"} for n in range(4)]
+    for name, system_prompt in (("positive", "be rude"), ("negative", "be kind")):
+        write_side(tmp_path, f"{name}.jsonl", [{**each, "system_prompt": system_prompt} for each in prompts])
+    examples = read_examples(Datasets(tmp_path), TRAIT)
+    assert len({content(item.example) for item in examples.items}) == 8
+    layout, model = Layout(tmp_path, "e"), tiny.model("llama")
+    for given in ("experiment's", "other"):  # which an example's own replaces
+        write_json(layout.config, {"system_prompt": given})
+        readings = prepare_examples(layout, model, examples, "last_prompt_token").readings
+        read = [model.tokenizer.decode(reading.token_ids) for reading in readings]
+        assert ["be rude" in text for text in read] == [True] * 4 + [False] * 4
+        assert ["be kind" in text for text in read] == [False] * 4 + [True] * 4
+        assert not any(given in text for text in read)
+    answered = Example(prompt="why?", response="so", system_prompt="be rude")
+    made = Examples(TRAIT, [LabelledExample(answered, positive=True, held_out=False)])
+    (reading,) = prepare_examples(layout, model, made).readings
+    assert "be rude" in model.tokenizer.decode(reading.token_ids)
+
+
+def test_digests_of_examples_without_system_prompts_are_those_of_earlier_versions() -> None:
+    made = [LabelledExample(Example(prompt="why?", response="so", pair="1"), positive=True, held_out=False)]
+    assert digest_of(Examples(TRAIT, made)) == "39606fe143619d31"
+    other = [replace(each, example=each.example.model_copy(update={"system_prompt": "be kind"})) for each in made]
+    assert digest_of(Examples(TRAIT, other)) != "39606fe143619d31"
 
 
 def test_too_few_examples_and_missing_files_are_reported(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def _read(examples_as: str, folder: Path, trait: Trait) -> Examples:
 def _contents(examples: Examples, *, positive: bool) -> set[tuple[str | None, ...]]:
     """The texts of one side's examples."""
     side = [item.example for item in examples.items if item.positive == positive]
-    return {(each.text, each.prompt, each.response) for each in side}
+    return {(each.text, each.system_prompt, each.prompt, each.response) for each in side}
 
 
 def _own_examples(layout: Layout, trait: Trait) -> Examples | None:

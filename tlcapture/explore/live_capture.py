@@ -209,6 +209,9 @@ def capture(
 ) -> Iterator[LiveCapture]:
     """Generate from prompts and yield a `LiveCapture` for each as soon as its response is complete.
 
+    That is not always the order of the prompts: `sorted(capture(...), key=lambda cap: int(cap.prompt_id))` has texts in
+    theirs.
+
         for cap in capture("smollm2", ["How do tides work?"], max_new_tokens=20):
             print(cap.response.text, cap.residual(12).shape)
 

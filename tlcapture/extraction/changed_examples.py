@@ -8,7 +8,7 @@ from hashlib import blake2b
 from typing import Any
 
 from tlcapture.errors import InputError
-from tlcapture.extraction.examples import AUTO, Examples, read_examples
+from tlcapture.extraction.examples import AUTO, Example, Examples, read_examples
 from tlcapture.names import Trait
 from tlcapture.storage.datasets import Datasets
 
@@ -17,8 +17,15 @@ RECORDED = "examples_in_files"  # in the metadata of vectors
 
 def digest_of(examples: Examples) -> str:
     """A digest of examples as their files state them, 16 hex digits."""
-    rows = [[item.positive, *item.example.model_dump().values()] for item in examples.items]
+    rows = [[item.positive, *_fields(item.example)] for item in examples.items]
     return blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
+
+
+def _fields(example: Example) -> list[str | None]:
+    """What an example's file states; no system prompt where there is none, as in earlier versions."""
+    fields = example.model_dump()
+    system_prompt = fields.pop("system_prompt")
+    return [*fields.values(), *([] if system_prompt is None else [system_prompt])]
 
 
 def have_changed(datasets: Datasets, trait: Trait, metadata: Mapping[str, Any]) -> bool:

@@ -73,13 +73,14 @@ class Cue:
 
 @dataclass(frozen=True)
 class ExampleCheck:
-    """The findings on one trait's examples: counts, and its cues by name."""
+    """The findings on one trait's examples: counts, whether any has a response of its own, and its cues by name."""
 
     trait: Trait
     n_positive: int
     n_negative: int
     n_pairs: int
     duplicates: int
+    have_responses: bool
     cues: dict[str, Cue]
 
     @property
@@ -101,7 +102,8 @@ class ExampleCheck:
         if cue.name == OTHER_WORDS:
             return "use the words of both traits on both sides"
         if cue.name == BY_PROMPT:
-            return "give both sides the same prompts"
+            same = "give both sides the same prompts"
+            return same if self.have_responses else "use the same words in the prompts of both sides"
         low, high = BOUNDS
         found = cue.auroc if cue.auroc is not None and not low <= cue.auroc <= high else cue.in_pairs
         side = "positive" if (found or 0) > (low + high) / 2 else "negative"
@@ -141,6 +143,7 @@ def _check(own: _Vocabulary, others: Sequence[_Vocabulary]) -> ExampleCheck:
         n_negative=int((~labels).sum()),
         n_pairs=len(pairs[True] & pairs[False]),
         duplicates=_duplicates(items),
+        have_responses=any(item.example.response for item in items),
         cues={cue.name: cue for cue in (*_lengths(examples), *_words(items, labels), _worst(own, others))},
     )
 

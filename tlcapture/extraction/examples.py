@@ -3,7 +3,8 @@
     datasets/traits/{category}/{trait}/positive.jsonl, negative.jsonl
 
 One JSON object per line: `{"text"}`, `{"prompt", "response"}`, or `{"prompt"}`, to which the model itself
-responds, with an optional `"pair"` that ties a positive example to the negative one on the same topic.
+responds, with an optional `"pair"` that ties a positive example to the negative one on the same topic, and an
+optional `"system_prompt"` of a prompt, in place of the experiment's.
 `positive.txt` and `negative.txt` are read as well: each line is a bare text, or a scenario, a prompt that the model
 completes. The files do not say which.
 """
@@ -25,7 +26,7 @@ from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import read_bytes
 from tlcapture.storage.json_text import lost
 from tlcapture.storage.validation import first_problem
-from tlcapture.text import decoded
+from tlcapture.text import decoded, listed
 
 HELD_OUT_SHARE = 0.2
 TEXTS, AUTO = "texts", "auto"  # what the lines of a .txt file are, or "scenarios"; auto: texts, a guess
@@ -37,19 +38,30 @@ _FEWEST = 4
 
 
 class Example(BaseModel):
-    """One example: a bare text, a prompt with the response to it, or a prompt that the model responds to."""
+    """One example: a bare text, a prompt with the response to it, or a prompt that the model responds to.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    The `system_prompt` of a prompt takes the place of the experiment's.
+    """
+
+    model_config = ConfigDict(frozen=True)
 
     text: str | None = None
     prompt: str | None = None
     response: str | None = None
     pair: str | None = None
+    system_prompt: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_known_keys(cls, value: Any) -> Any:
+        return only_known_keys(cls, value)
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> Example:
         if (self.text is None) == (self.prompt is None) or (self.prompt is None and self.response is not None):
             raise ValueError('expected either "text", or "prompt" with or without "response"')
+        if self.text is not None and self.system_prompt is not None:
+            raise ValueError('a bare "text" has no "system_prompt": expected a "prompt" with it')
         given = (self.text, self.prompt, self.response)
         if any(part is not None and not part.strip() for part in given):
             raise ValueError("the text is empty")
@@ -133,10 +145,23 @@ def examples_in(folder: Path, trait: Trait, *, seed: int = 0, examples_as: str =
 
 
 def content(example: Example) -> tuple[str, str]:
-    """Prompt and text of an example, in lower case and without white space: equal for examples that repeat another."""
-    texts = example.prompt or "", example.text or example.response or example.prompt or ""
+    """Prompt and text of an example, in lower case and without white space: equal for examples that repeat another.
+
+    The system prompt is part of the prompt.
+    """
+    before = f"{example.system_prompt or ''} {example.prompt or ''}"
+    texts = before, example.text or example.response or example.prompt or ""
     prompt, text = (" ".join(each.lower().split()) for each in texts)
     return prompt, text
+
+
+def only_known_keys(model: type[BaseModel], value: Any) -> Any:
+    """The value itself; raises `ValueError` for an object with a key that is not a field of the model."""
+    known = list(model.model_fields)
+    unknown = next((key for key in value if key not in known), None) if isinstance(value, dict) else None
+    if unknown is not None:
+        raise ValueError(f"unknown key {str(unknown)[:40]!r}: expected {listed(known)}")
+    return value
 
 
 def _held_out_groups(positive: set[str], negative: set[str], seed: int) -> set[str]:

@@ -90,7 +90,7 @@ def _tokenized(example: Example, model: Model, config: ExperimentConfig, positio
             example,
             position=position,
             chat_template=config.use_chat_template,
-            system_prompt=config.system_prompt,
+            system_prompt=_system_prompt(example, config),
         )
         unknown = unknown_token(model.tokenizer, reading.token_ids, model.d_vocab)
         if unknown is not None:
@@ -106,7 +106,7 @@ def _generated(
     for number, example in enumerate(examples):
         if example.prompt is not None and example.response is None:
             with _named(example):
-                prompts.append(_prompt(example.prompt, number, model, config))
+                prompts.append(_prompt(example, number, model, config))
     found = {}
     for outcome in generate(model, prompts, hooks=[], max_new_tokens=NEW_TOKENS, sampling=GREEDY):
         number = int(outcome.prompt.id)
@@ -121,15 +121,21 @@ def _generated(
     return found
 
 
-def _prompt(text: str, number: int, model: Model, config: ExperimentConfig) -> TokenizedPrompt:
+def _prompt(example: Example, number: int, model: Model, config: ExperimentConfig) -> TokenizedPrompt:
+    assert example.prompt is not None
     return tokenize(
         model.tokenizer,
-        text,
+        example.prompt,
         prompt_set="examples",
         prompt_id=str(number),
-        system_prompt=config.system_prompt,
+        system_prompt=_system_prompt(example, config),
         chat_template=config.use_chat_template,
     )
+
+
+def _system_prompt(example: Example, config: ExperimentConfig) -> str | None:
+    """The example's own system prompt, else the experiment's."""
+    return config.system_prompt if example.system_prompt is None else example.system_prompt
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor
 
 from tlcapture.errors import InputError, NumericalError
+from tlcapture.extraction.examples import only_known_keys
 from tlcapture.generation.interventions import Add, Intervention, applied
 from tlcapture.generation.loop import continue_from, prefill
 from tlcapture.generation.outcomes import Failure, Outcome
@@ -52,12 +53,17 @@ PerRow = Float[Tensor, " batch"]
 class Question(BaseModel):
     """An open question; for scoring by likelihoods, with completions that show the trait and its opposite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     id: str = ""
     question: str = Field(min_length=1)
     positive: str | None = Field(default=None, min_length=1)
     negative: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_known_keys(cls, value: Any) -> Any:
+        return only_known_keys(cls, value)
 
     @model_validator(mode="after")
     def _has_both_or_neither(self) -> Question:
@@ -81,7 +87,7 @@ class SteeringQuestions(BaseModel):
     it; `instruction` is not used.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     questions: list[Question] = Field(min_length=1)
     eval_prompt: str | None = None
@@ -90,7 +96,7 @@ class SteeringQuestions(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_strings(cls, value: Any) -> Any:
-        content = {"questions": value} if isinstance(value, list) else value
+        content = only_known_keys(cls, {"questions": value} if isinstance(value, list) else value)
         if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
             return content
         asked = [{"question": each} if isinstance(each, str) else each for each in content["questions"]]
@@ -212,7 +218,8 @@ class SteeringScorer:
     def typical_norm(self, layer: int) -> float:
         """The median norm of `residual_out` at a layer, unsteered, over the tokens at which steering acts.
 
-        These are the last one of each prompt and those of both completions.
+        These are those of both completions and, once for each completion, the last one of each prompt. For an even
+        number it is the lower of the middle two.
 
         A prompt without completions counts with the tokens of the model's own response.
         """

@@ -50,6 +50,14 @@ def layers_text(layers: Layers) -> str:
     return layers if isinstance(layers, str) else as_ranges(layers).replace(" to ", "-").replace(" ", "")
 
 
+def _as_float(number: Any) -> float:
+    """A number of Python, NumPy or torch as a float; NaN for anything else."""
+    try:
+        return float(number)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class TraitIntervention(ABC):
     """The base of the three interventions.
@@ -57,7 +65,8 @@ class TraitIntervention(ABC):
     Attributes:
         vector: a trait, `category/name`, or in Python a vector `[d_model]` for all layers.
         layers: a layer, several, `"0,2,5-8"`, `"all"` or `"auto"`, the selected one of the trait.
-        where: `prompt`, `response`, `thinking` or `first=N`; without it, the default of the intervention.
+        where: `prompt`, `response`, `thinking`, `first=N`, `everywhere` or `from_last_prompt_token`; without it, the
+            default of the intervention.
     """
 
     kind: ClassVar[str]
@@ -80,8 +89,9 @@ class TraitIntervention(ABC):
             vector = Trait.parse(vector)
         elif not isinstance(vector, Trait) and getattr(vector, "ndim", None) != 1:
             raise InputError(f"{name}: expected a trait such as 'behavioral/refusal' or a vector [d_model]")
-        if number is not None and not math.isfinite(float(number)):
-            raise InputError(f"{name}: {self.number_name} {number}: expected a finite number")
+        value = None if self.number_name is None else _as_float(number)
+        if value is not None and not math.isfinite(value):
+            raise InputError(f"{name}: {self.number_name} {number!r}: expected a finite number")
         if isinstance(layers, str):
             chosen = parse_layers(layers)
         else:
@@ -94,7 +104,7 @@ class TraitIntervention(ABC):
         if chosen == AUTO and not isinstance(vector, Trait):
             raise InputError(f"{name}: a vector of your own has no selected layer: pass layers=16 or layers='all'")
         object.__setattr__(self, "vector", vector)
-        object.__setattr__(self, "number", None if number is None else float(number))
+        object.__setattr__(self, "number", value)
         object.__setattr__(self, "layers", chosen)
         object.__setattr__(self, "where", self.default_where if where is None else Where.parse(where))
 

@@ -199,7 +199,8 @@ def _layer_of(path: Path, key: Any) -> int:
     numbers = re.findall(r"(?:(?<![A-Za-z0-9])-)?\d+", key) if isinstance(key, str) else []
     if len(numbers) != 1 or len(numbers[0]) > 5:
         raise VectorError(
-            f"{path}: {printable(str(key))[:80]!r} does not hold one layer number: expected tensors by layer"
+            f"{path}: {printable(str(key))[:80]!r} does not hold one layer number: expected tensors by "
+            "layer, with names such as 'layer_12'"
         )
     return int(numbers[0])
 
