@@ -237,7 +237,7 @@ def cast(model: Any, dtype: torch.dtype) -> None:
     frequencies, keep their precision; those that were rounded to 16 bits, such as the scale of Gemma's embedding, are
     computed again. Packed weights of quantised checkpoints stay packed.
     """
-    plan = getattr(model, "_get_dtype_plan", lambda dtype: {})(dtype)
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
     kept = re.compile("|".join(map(re.escape, plan))) if plan else None
     for name, weight in model.named_parameters():
         if weight.dtype in _UNQUANTISED:
