@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from tests.families import build
 from tlcapture.doctor.run import run_doctor
 from tlcapture.errors import ModelError
 from tlcapture.generation.loop import teacher_force
@@ -215,6 +216,27 @@ def test_tokens_trained_alone_in_a_larger_tied_embedding_are_merged(tmp_path: Pa
     """peft writes them twice."""
     tuned = with_trained_tokens(tmp_path, tiny.VOCABULARY + 2, ["q_proj"])
     assert_equals_merged(load_model(str(tmp_path / "adapter")), tuned, [*IDS, tiny.VOCABULARY + 1])
+
+
+@needs_peft
+def test_lora_around_two_parameters_of_experts_is_merged(tmp_path: Path) -> None:
+    import peft
+
+    base, experts = tmp_path / "base", build("gpt-oss")
+    experts.save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    with torch.no_grad():
+        before = experts(torch.tensor([IDS])).logits
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    tuned = peft.get_peft_model(experts, peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters))
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "lora_B" in name:
+                weight.add_(torch.randn_like(weight))
+        assert deviation(tuned.eval()(torch.tensor([IDS])).logits, before) > 0.1
+    tuned.peft_config["default"].base_model_name_or_path = str(base)
+    tuned.save_pretrained(tmp_path / "adapter")
+    assert_equals_merged(load_model(str(tmp_path / "adapter")), tuned)
 
 
 @needs_peft

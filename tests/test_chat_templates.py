@@ -264,6 +264,37 @@ def test_a_text_that_the_template_writes_again_after_it_is_found_where_it_stands
     assert (chat.text, chat.spans) == ("user</user>", ((0, 4),))
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "Topic: {{ messages[-1].content }}\n{{ turns }}",
+        "Topic: {{ messages[0].content }}\n{{ turns }}",
+        "{{ turns }}Reminder: {{ messages[-1].content }}\n",
+        "{{ turns }}(Answer {{ messages[-1].content }} and {{ messages[-1].content }})",
+        "{{ turns_with_echo }}",
+        "Topic: {{ messages[0].content }}\n{{ turns_with_echo }}Reminder: {{ messages[-1].content }}\n",
+    ],
+)
+@pytest.mark.parametrize("n_messages", [1, 2, 3])
+def test_a_text_that_a_title_or_a_reminder_repeats_is_found_in_its_turn(template: str, n_messages: int) -> None:
+    messages = [USER, ANSWER, AGAIN][:n_messages]
+    turns = "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}</turn>{% endfor %}"
+    echo = turns.replace("{{ m.content }}", "{{ m.content }} ({{ m.content }})")
+    chat = rendered(template.replace("{{ turns }}", turns).replace("{{ turns_with_echo }}", echo), *messages)
+    for message, span in zip(messages, chat.spans, strict=True):
+        assert span is not None
+        assert chat.text[: span.start].endswith(f"<turn>{message['role']}\n")
+        assert chat.text[slice(*span)] == message["content"]
+
+
+@pytest.mark.parametrize("beginning", ["<think>\n", "<think>\n\n</think>\n\n"])
+def test_a_response_may_begin_with_a_thinking_tag_alone(beginning: str) -> None:
+    messages = [USER, {"role": "assistant", "content": beginning}]
+    prompt = tokenize(tiny.tokenizer(), "", prompt_set="set", prompt_id=1, messages=messages)
+    assert prompt.text.endswith(f"<turn>assistant\n{beginning}")
+    assert prompt.thinks == (beginning == "<think>\n")
+
+
 def test_a_result_of_a_tool_that_is_encoded_is_where_the_rendering_changes_with_it() -> None:
     call, result = {"role": "user", "content": "roll"}, {"role": "tool", "content": 'a "six"'}
     turns = (

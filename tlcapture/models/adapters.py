@@ -227,12 +227,20 @@ def _is_repeated(key: str, weights: dict[str, Any]) -> bool:
 
 
 def _adapted_twice(adapted: Any) -> str | None:
-    """The name of a module with LoRA around trained tokens, such as a tied unembedding; `None` without one."""
+    """The name of a module with LoRA around trained tokens, such as a tied unembedding; `None` without one.
+
+    LoRA around several parameters of one module, such as those of experts, is merged well.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    names = {name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
-    around = (name[: at.start()] for name in names for at in re.finditer(r"\.", name))
-    return next((name.rpartition(".")[2] for name in around if name in names), None)
+    layers = {name: module for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
+    pairs = ((name[: at.start()], name) for name in layers for at in re.finditer(r"\.", name))
+    twice = (
+        outer
+        for outer, inner in pairs
+        if outer in layers and not all(hasattr(layers[each], "parameter_name") for each in (outer, inner))
+    )
+    return next((name.rpartition(".")[2] for name in twice), None)
 
 
 def _separate(adapted: Any) -> None:

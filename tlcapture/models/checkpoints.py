@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ _OUTPUTS = {
     "output_router_logits": False,
 }
 _EXACT = frozenset([PLAIN_TYPES["torch.float32"], PLAIN_TYPES["torch.float64"]])
-_UNQUANTISED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HALF = (torch.float16, torch.bfloat16)
+_UNQUANTISED = (*_HALF, torch.float32, torch.float64)
 
 
 def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
@@ -173,7 +175,7 @@ def fetch_weights(
                 f"model {name!r} has weights of a type that only quantised checkpoints have ({listed(rounded)}): "
                 "expected a quantization_config in config.json, or weights of floating point"
             )
-        if types and {*types.values()} <= _EXACT and model.dtype in (torch.float16, torch.bfloat16):
+        if types and {*types.values()} <= _EXACT and model.dtype in _HALF:
             warn(
                 f"model {name!r} has weights in 32 bits that are rounded to {dtype_name(model.dtype)}, since its "
                 "config.json says so: change dtype there to use them as they are"
@@ -229,13 +231,36 @@ def count_parameters(config: Any) -> int:
 
 
 def cast(model: Any, dtype: torch.dtype) -> None:
-    """Cast the weights in place.
+    """Cast the weights in place, with the values that transformers would give a model that it loads in this dtype.
 
-    Buffers, such as rotary frequencies, keep their precision, and packed weights of quantised checkpoints stay packed.
+    Weights that transformers keeps in float32, such as those of some routers, stay so. Buffers, such as rotary
+    frequencies, keep their precision; those that were rounded to 16 bits, such as the scale of Gemma's embedding, are
+    computed again. Packed weights of quantised checkpoints stay packed.
     """
-    for weight in model.parameters():
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    kept = re.compile("|".join(map(re.escape, plan))) if plan else None
+    for name, weight in model.named_parameters():
         if weight.dtype in _UNQUANTISED:
-            weight.data = weight.data.to(dtype)
+            weight.data = weight.data.to(torch.float32 if kept is not None and kept.search(name) else dtype)
+    _compute_again(model, model, dtype)
+
+
+def _compute_again(module: Any, owner: Any, dtype: torch.dtype) -> None:
+    """Let transformers compute buffers again that no file holds and that were rounded to another dtype of 16 bits."""
+    owner = module if hasattr(module, "_init_weights") else owner
+    names = module._non_persistent_buffers_set & module._buffers.keys()
+    found = {name: getattr(module, name) for name in names}
+    rounded = {
+        name: each for name, each in found.items() if each is not None and each.dtype in _HALF and each.dtype != dtype
+    }
+    if rounded:
+        for weight in (*module.parameters(), *module.buffers()):
+            weight._is_hf_initialized = True  # which transformers then leaves as it is
+        for name, buffer in rounded.items():
+            module._buffers[name] = buffer.to(dtype, copy=True)
+        owner._init_weights(module)
+    for child in module.children():
+        _compute_again(child, owner, dtype)
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
+from tlcapture.text import n_shared
+
 Message = Mapping[str, Any]  # role and content, and further keys that a template may read
 
 # What models write around their thinking.
@@ -34,6 +36,8 @@ THINKING_TAGS = (
 )
 _THINKING_TAG = re.compile("|".join(re.escape(tag) for tags in THINKING_TAGS for tag in tags))
 _MARKED_AT = (1 / 2, 1 / 4, 3 / 4)  # of a text's length
+_AROUND = 12  # characters before a text by which a turn is known again
+_BY_CHANCE = 4  # characters that a turn and a title may have in common, such as `er: `
 _PRIVATE_USE = range(0xF0000, 0x10FFFE)
 _LETTERS = range(0x20000, 0x2A6E0)  # of CJK Extension B, which no template writes and `repr` leaves as they are
 
@@ -84,6 +88,8 @@ def find_messages(
     starts = next((each for each in by_mark if each is not None), None)
     if starts is None:
         starts = _searched_starts(text, messages, pieces, render)
+    elif any(len(each) > 1 for each in starts):
+        starts = _in_turns(text, messages, pieces, starts, render)
     placed: dict[_Piece, int] = {}
     encoded: dict[int, Span] = {}
     dropped: set[int] = set()
@@ -121,6 +127,8 @@ def _pieces(messages: Sequence[Message], index: int) -> list[_Piece]:
         if part.strip():
             start += len(part) - len(part.lstrip())
             found.append(_Piece(index, start, part.strip(), can_be_dropped=start < thinking_ends))
+    if tags and not found:  # a text such as `<think>` alone, which begins a response
+        found.append(_Piece(index, tags[0].start(), content.strip(), can_be_dropped=index < len(messages) - 1))
     return found
 
 
@@ -133,7 +141,7 @@ def _marked_starts(
 ) -> list[list[int]] | None:
     """Where each piece starts in `text`; `None` if a mark at this share of its length changes the rendering."""
     marks = _unused_characters(text, len(pieces))
-    cuts = [int(share * len(piece.text)) for piece in pieces]
+    cuts = [_cut(piece, share) for piece in pieces]
     contents = [message["content"] for message in messages]
     for piece, cut, mark in reversed(list(zip(pieces, cuts, marks, strict=True))):
         content, at = contents[piece.message], piece.start + cut
@@ -152,6 +160,11 @@ def _marked_starts(
         [at - cut for at in found[mark] if at >= cut and text.startswith(piece.text, at - cut)]
         for piece, cut, mark in zip(pieces, cuts, marks, strict=True)
     ]
+
+
+def _cut(piece: _Piece, share: float) -> int:
+    """Where a mark goes in a piece: not within a tag, which a template may read."""
+    return len(piece.text) if _THINKING_TAG.search(piece.text) else int(share * len(piece.text))
 
 
 def _searched_starts(
@@ -179,6 +192,58 @@ def _searched_starts(
         n_gone = len(starts) if others is None or not has_letters else len(starts) - others.count(piece.text)
         found.append(starts if n_gone >= needed[piece.text] else [])
     return found
+
+
+def _in_turns(
+    text: str,
+    messages: Sequence[Message],
+    pieces: Sequence[_Piece],
+    starts: list[list[int]],
+    render: Callable[[Sequence[Message]], str | None],
+) -> list[list[int]]:
+    """Of several places of a piece, the one in its turn: a template may write a text in a title or a reminder, too.
+
+    With further turns after or before the conversation, a title or a reminder holds the text of another message, and
+    what is in the turn is still behind the same text. Of several places in a turn it is the first one.
+    """
+    marks = _unused_characters(text, len(pieces))
+    contents = [message["content"] for message in messages]
+    for piece, mark in reversed(list(zip(pieces, marks, strict=True))):
+        at = piece.start + _cut(piece, _MARKED_AT[0])
+        contents[piece.message] = contents[piece.message][:at] + mark + contents[piece.message][at:]
+    marked = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
+    turns: list[Message] = [{"role": role, "content": "-"} for role in ("user", "assistant")]
+    first = next((n for n, each in enumerate(messages) if each["role"] != "system"), len(messages))
+    after = turns if messages[-1]["role"] == "assistant" else turns[::-1]
+    longer = [render(each) for each in ([*marked, *after], [*marked[:first], *turns, *marked[first:]])]
+    renderings = [each for each in longer if each is not None]
+    found = []
+    for piece, mark, options in zip(pieces, marks, starts, strict=True):
+        is_unclear = len(options) > 1 and renderings and messages[piece.message]["role"] != "system"
+        found.append([_in_turn(text, piece, mark, options, renderings, marks)] if is_unclear else options)
+    return found
+
+
+def _in_turn(
+    text: str, piece: _Piece, mark: str, options: Sequence[int], renderings: Sequence[str], marks: Sequence[str]
+) -> int:
+    """The place in its turn of a piece with a mark in renderings of longer conversations."""
+    removed = str.maketrans(dict.fromkeys(marks))
+    cut = _cut(piece, _MARKED_AT[0])
+
+    def stays(at: int) -> tuple[int, ...]:
+        """How many characters before a place are those before the piece in each rendering."""
+        before = text[:at][: -_AROUND - 1 : -1]
+        numbers = []
+        for rendering in renderings:
+            others = [rendering[: match.start()].translate(removed) for match in re.finditer(mark, rendering)]
+            shared = [n_shared(before, other[: len(other) - cut][: -_AROUND - 1 : -1]) for other in others]
+            numbers.append(max([number for number in shared if number > _BY_CHANCE], default=0))
+        return (*numbers, at)
+
+    best = max(options, key=stays)
+    unmarked = [rendering.translate(removed) for rendering in renderings]
+    return next(at for at in options if at == best or (at < best and all(text[at:best] in each for each in unmarked)))
 
 
 def _overlap(one: _Piece, start: int, other: _Piece, placed_at: int) -> bool:
