@@ -25,7 +25,7 @@ TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py 
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: docs notebooks examples module-index dist help setup chromium test test-tl4 test-fresh test-bounds test-cuda reliability models-page lint format packaged-vectors demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-many bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
+.PHONY: docs notebooks examples module-index dist help setup chromium test test-tl4 test-fresh test-bounds test-cuda test-pretend-cuda reliability models-page lint format packaged-vectors demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-many bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
 
 help: ## Show this help
 	@echo "Targets:"
@@ -97,8 +97,13 @@ chromium:
 reliability: $(READY) ## Test faults, clusters, bad input and parity, and report them in docs/reliability.md
 	$(BIN)/python -m pytest tests/faults tests/cluster tests/input tests/test_findings_in_noise.py tests/test_parity.py tests/test_refusals.py --reliability docs/reliability.md $(FLAGS)
 
+# What runs differently on a GPU.
+TESTS_CUDA := tests/fast tests/test_recording.py tests/test_generation.py tests/test_sampling.py tests/test_draws.py tests/views tests/test_parity.py
 test-cuda: $(READY) ## Run the tests of the model on a CUDA device
-	TLCAPTURE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_parity.py tests/test_generation.py tests/fast $(FLAGS)
+	TLCAPTURE_TEST_DEVICE=cuda $(BIN)/python -m pytest $(TESTS_CUDA) $(FLAGS)
+
+test-pretend-cuda: $(READY) ## Run them without one, on tensors that claim to be on a GPU
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope -p tests.pretend_cuda.plugin $(TESTS_CUDA) $(FLAGS)
 
 models-page: $(READY) $(READY_TL4) ## Compare tiny models of many families with Hugging Face, with both versions of TransformerLens, into docs/models.md
 	$(BIN)/python -m tests.model_families measure

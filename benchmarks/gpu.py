@@ -41,7 +41,8 @@ _TESTS = (
     "tests/test_recording.py",
     "tests/test_generation.py",
     "tests/test_sampling.py",
-    "tests/views/test_views.py",
+    "tests/test_draws.py",
+    "tests/views",
     "tests/test_parity.py",
 )
 

@@ -258,10 +258,13 @@ def counted_lens(n_rows: int) -> Seen:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from tlcapture.views import vocabulary_scan
     from tlcapture.views.logit_lens import logit_lens_view
 
     seen = Seen()
-    with FakeTensorMode(), watching(seen), torch.no_grad():
+    # Triton, where it is installed, fails on fake tensors, and would not be tried again for the rest of the process.
+    without_kernel = patch.object(vocabulary_scan, "_without", ["tensors are fake"])
+    with without_kernel, FakeTensorMode(), watching(seen), torch.no_grad():
         model = fake_model()
         residual = torch.zeros(n_rows // 2, SHAPE["hidden_size"], dtype=torch.bfloat16)
         seen.is_on = True

@@ -77,7 +77,8 @@ def test_attention_of_a_steered_capture_is_that_of_the_steered_model(engine: str
     (plain,) = captures(model, [cap])
 
     def add(activation: Any, hook: Any) -> Any:
-        activation[:, : len(cap.prompt.tokens)] += 5 * cap.metadata["interventions"][0]["typical_norms"][0] * UNIT
+        length = 5 * cap.metadata["interventions"][0]["typical_norms"][0]
+        activation[:, : len(cap.prompt.tokens)] += length * UNIT.to(activation.device)
         return activation
 
     name = "blocks.1.attn.hook_pattern"

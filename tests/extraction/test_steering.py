@@ -57,7 +57,7 @@ def test_steering_adds_the_vector_to_residual_out_and_leaves_no_hook(engine: str
     with applied(model, [Add(layer=1, addend=addend)]):
         steered = run()
     assert torch.equal(steered["blocks.0.hook_resid_post"], plain["blocks.0.hook_resid_post"])
-    expected = plain["blocks.1.hook_resid_post"] + addend
+    expected = plain["blocks.1.hook_resid_post"] + addend.to(tiny.DEVICE)
     assert torch.allclose(steered["blocks.1.hook_resid_post"], expected, atol=1e-5)
     assert not torch.allclose(steered["blocks.2.hook_resid_post"], plain["blocks.2.hook_resid_post"], atol=1e-2)
     assert all(torch.equal(activation, plain[name]) for name, activation in run().items())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,16 +17,22 @@ import torch
 Result = TypeVar("Result")
 
 
+# A stream for each device, on which calls take turns: cuBLAS keeps up to 32 MiB for every stream that it has been used
+# on, until the process ends. torch hands out its 32 streams of a priority again and again, and other threads have
+# streams of priority 0: what they put on this one while a call is recorded would be recorded too.
+_STREAMS: dict[torch.device, tuple[Lock, Any]] = {}
+
+
 class Tape:
-    """Records calls as CUDA graphs on a stream and in a memory pool of their own.
+    """Records calls as CUDA graphs on a stream that all tapes share, and in a memory pool of its own.
 
     The first call of a shape has to run on the stream before it is recorded: libraries set themselves up in it.
     """
 
     def __init__(self, device: torch.device):
-        # torch hands out its 32 streams of a priority again and again. Other threads have streams of priority 0: what
-        # they put on this one while a call is recorded would be recorded too.
-        self._stream = torch.cuda.Stream(device, priority=-1)
+        if device not in _STREAMS:
+            _STREAMS.setdefault(device, (Lock(), torch.cuda.Stream(device, priority=-1)))
+        self._turn, self._stream = _STREAMS[device]
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, call: Callable[[], Result]) -> Result:
@@ -51,10 +58,14 @@ class Tape:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         current = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
+        with self._turn:
+            self._stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield
+            finally:
+                # After an error too: what was queued may still write to the buffers, which are freed then.
+                current.wait_stream(self._stream)
 
 
 class Recorded(Generic[Result]):
