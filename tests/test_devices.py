@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from threading import Barrier, Thread
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from tests.test_parity import random_ids, relative
 from tlcapture.errors import ModelError
 from tlcapture.models.engines import hooked
 from tlcapture.models.loading import Model, from_hugging_face, load_model
+from tlcapture.models.streams import own_stream
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.logit_lens import logit_lens_view
 from tlcapture.views.residual import residual_hooks
@@ -86,3 +89,31 @@ def test_the_option_is_passed_to_the_loader(tlcapture: Any, root: Any, tiny_fold
 
 def test_a_model_in_memory_stays_on_one_device_by_default() -> None:
     assert from_hugging_face(tiny.hf_model("gpt2"), tiny.tokenizer(), name="x").last_device.type == "cpu"
+
+
+def test_threads_take_the_streams_of_those_that_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    def make(device: torch.device) -> object:
+        made.append(object())
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", make)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(stream))
+    device, taken, both = torch.device("cuda", 7), [], Barrier(2)
+
+    def work() -> None:
+        for _ in range(2):
+            with own_stream(device) as stream:
+                taken.append(stream)
+        both.wait()  # two threads at a time have two streams
+
+    for _ in range(3):
+        threads = [Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(taken) == 12
+    assert {id(each) for each in taken} == {id(each) for each in made}
+    assert len(made) == 2
