@@ -267,7 +267,11 @@ def write_folder(path: Path, fill: Callable[[Path], None], *, replaces: bool = F
         if replaces and path.exists():
             earlier = temporary_path(path)
             path.rename(earlier)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                earlier.rename(path)
+                raise
             earlier.unlink() if earlier.is_symlink() else shutil.rmtree(earlier)
             return
         with suppress(OSError):
