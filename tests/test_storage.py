@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tlcapture.errors import StorageError
+from tlcapture.captures.capture import common_dtype
+from tlcapture.errors import NumericalError, StorageError
 from tlcapture.storage import archives, files
 from tlcapture.storage.files import read_json, read_tensors, write_bytes, write_folder, write_json, write_tensors
 from tlcapture.storage.temporary_files import remove_temporaries, sweep_temporaries, temporary_path, writer
@@ -40,6 +41,11 @@ def test_tensors_and_plain_values_are_read_back_and_views_are_written_once(tmp_p
     value = read_tensors(path)
     assert torch.equal(torch.stack(value["views"][:4]), buffer)
     assert value["text"] == "é"
+
+
+def test_advice_about_activations_that_are_not_finite_names_the_model() -> None:
+    with pytest.raises(NumericalError, match=r"hold NaN or inf: .* run 'tlcapture doctor --model my-model'"):
+        common_dtype([torch.tensor([1.0, torch.nan])], "auto", "my-model")
 
 
 def test_a_row_is_stored_as_the_tensor_of_that_row(tmp_path: Path) -> None:
