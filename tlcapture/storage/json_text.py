@@ -1,4 +1,4 @@
-"""Reading JSON that other programs and people write, finding what reading would lose, and JSON that is kept in memory."""
+"""Reading JSON that others write, finding what reading would lose, and JSON that is kept in memory."""
 
 from __future__ import annotations
 
