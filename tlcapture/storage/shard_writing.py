@@ -173,7 +173,7 @@ def _remove_merged(folder: Path) -> None:
     """Remove shards of single prompts that were merged by a run that was killed before it removed them."""
     singles = _readable(single_shards(folder))
     newest = _newest(_readable(merged_shards(folder))) if singles else {}
-    remove(each.file.path for each in singles if all(newest.get(of, 0) >= when for of, when in _written(each)))
+    remove(each.file.path for each in singles if all(newest.get(of, -1) >= when for of, when in _written(each)))
 
 
 def _remove_superseded(folder: Path) -> None:
