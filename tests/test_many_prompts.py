@@ -11,6 +11,7 @@ from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from tlcapture import Experiment
@@ -23,6 +24,7 @@ from tlcapture.prompts.prompt_sets import ADHOC, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.background_writer import BackgroundWriter
 from tlcapture.runs.run import Run
+from tlcapture.storage.file_index import as_facts
 from tlcapture.storage.files import FSYNC, fsyncing, write_bytes
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.temporary_files import temporary_path
@@ -197,6 +199,14 @@ def test_a_run_looks_for_leftovers_in_the_folders_of_its_own_sets(layout_of: Cal
     assert {layout.folder / "runs", layout.folder / "analysis" / "compare" / "other" / "s"} <= folders
     assert other not in folders
     assert layout.residual("s", 1).parent not in set(layout.written_folders(["t"]))
+
+
+def test_what_is_kept_of_many_files_takes_the_memory_of_its_text() -> None:
+    memory = psutil.Process().memory_info
+    before = memory().rss
+    kept = [as_facts([number, "x"]) for number in range(5000)]
+    assert None not in kept
+    assert memory().rss - before < 5 * 2**20  # orjson's own results would take 20 MB
 
 
 @pytest.fixture

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from tlcapture.errors import InputError
-from tlcapture.prompts.prompt_sets import PromptSet, read_all_prompt_sets, read_prompt_set
+from tlcapture.prompts.prompt_sets import Prompt, PromptSet, read_all_prompt_sets, read_prompt_set
 from tlcapture.storage.datasets import Datasets
 
 VALID = {"name": "mine", "description": "d", "prompts": [{"id": "1", "text": "hello", "note": "n"}]}
@@ -47,6 +49,14 @@ def test_a_name_is_a_title_and_further_keys_are_kept(tmp_path: Path) -> None:
     assert (found.name, found.title) == ("mine", "My best prompts")
     assert (found.prompts[0].text, found.prompts[0].fields) == ("x", {"label": {"a": [1, None]}})
     assert found.model_extra == {"version": 3}
+
+
+def test_further_keys_given_in_python_are_plain_values_or_refused() -> None:
+    prompt = Prompt(id=1, text="a", n=np.int64(2), x=np.float64(0.5), s=np.str_("t"), row={"at": (np.arange(2), None)})
+    assert prompt.fields == {"n": 2, "x": 0.5, "s": "t", "row": {"at": [[0, 1], None]}}
+    assert [type(each) for each in prompt.fields.values()] == [int, float, str, dict]
+    with pytest.raises(ValidationError, match="when: expected a JSON value, which metadata can hold, got date"):
+        Prompt(id=1, text="a", when=np.datetime64("2020-01-01"))
 
 
 def test_a_bare_list_is_a_set(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
@@ -16,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tlcapture.errors import StorageError
+from tlcapture.captures.capture import common_dtype
+from tlcapture.errors import NumericalError, StorageError
 from tlcapture.storage import archives, files
-from tlcapture.storage.files import read_json, read_tensors, write_bytes, write_json, write_tensors
+from tlcapture.storage.files import read_json, read_tensors, write_bytes, write_folder, write_json, write_tensors
 from tlcapture.storage.temporary_files import remove_temporaries, sweep_temporaries, temporary_path, writer
 
 
@@ -39,6 +41,11 @@ def test_tensors_and_plain_values_are_read_back_and_views_are_written_once(tmp_p
     value = read_tensors(path)
     assert torch.equal(torch.stack(value["views"][:4]), buffer)
     assert value["text"] == "é"
+
+
+def test_advice_about_activations_that_are_not_finite_names_the_model() -> None:
+    with pytest.raises(NumericalError, match=r"hold NaN or inf: .* run 'tlcapture doctor --model my-model'"):
+        common_dtype([torch.tensor([1.0, torch.nan])], "auto", "my-model")
 
 
 def test_a_row_is_stored_as_the_tensor_of_that_row(tmp_path: Path) -> None:
@@ -179,6 +186,31 @@ def test_temporaries_of_running_processes_and_other_machines_are_kept(tmp_path: 
         path.touch()
     sweep_temporaries(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere])
+
+
+def test_the_first_write_to_a_folder_removes_what_a_killed_process_left_there(tmp_path: Path) -> None:
+    mine = temporary_path(tmp_path / "x.pt")
+    gone = [tmp_path / mine.name.replace(f".{os.getpid()}.", f".{number}.") for number in (99999998, 99999999)]
+    gone[0].touch()
+    write_bytes(tmp_path / "a", b"")
+    gone[1].touch()
+    write_bytes(tmp_path / "b", b"")
+    assert sorted(tmp_path.iterdir()) == [gone[1], tmp_path / "a", tmp_path / "b"]  # it is looked for once
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "e", lambda folder: (folder / "one").touch())
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> None:
+        if target == tmp_path / "e" and (path / "two").exists():
+            raise OSError(errno.EIO, "Input/output error")
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageError, match=r"e: cannot be created: Input/output error"):
+        write_folder(tmp_path / "e", lambda folder: (folder / "two").touch(), replaces=True)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["e", "e/one"]
 
 
 def test_temporaries_of_a_writer_are_removed_everywhere_even_while_it_runs(tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.cli.conftest import Run
+from tlcapture.errors import NoSpaceError
 from tlcapture.names import Trait
-from tlcapture.storage.files import read_json
+from tlcapture.storage.files import Written, read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.other_tools import read_tool_vectors
 from tlcapture.traits.vector_files import VectorFiles
-from tlcapture.traits.vectors import read_vector
+from tlcapture.traits.vectors import read_vector, write_vector
 
 FILES = Path(__file__).parents[1] / "other_tools"  # written by the tools themselves: see write.py there
 EXPECTED = load_file(FILES / "expected.safetensors")
@@ -266,6 +267,23 @@ def test_importing_over_imported_vectors_needs_overwrite_and_leaves_no_mixture(
     assert all(torch.equal(vector, before[layer]) for layer, vector in imported(root).items())
     assert bring(one, "--convention", "resid_post", "--overwrite").exit_code == 0
     assert list(imported(root)) == [1]
+
+
+def test_an_import_that_was_stopped_is_resumed_by_the_same_command(
+    bring: Run, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(files: VectorFiles, component: str, method: str, layer: int, vector: torch.Tensor) -> Written:
+        if layer == 2:
+            raise NoSpaceError("x.pt: cannot be written")
+        return write_vector(files, component, method, layer, vector)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tlcapture.commands.import_vectors.write_vector", full)
+        stopped = bring(FILES / "repeng.gguf")
+    assert "resume: " in stopped.stderr and "--overwrite" not in stopped.stderr
+    assert list(imported(root)) == [0, 1]
+    assert bring(FILES / "repeng.gguf").exit_code == 0
+    assert list(imported(root)) == [0, 1, 2]
 
 
 def test_an_experiment_without_a_model_takes_vectors_and_says_that_they_are_unchecked(

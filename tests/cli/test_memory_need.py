@@ -16,6 +16,12 @@ from safetensors.numpy import load_file
 from tests import tiny
 from tlcapture.captures.capture import Capture
 from tlcapture.commands import memory_need, replay
+from tlcapture.commands.capture_outputs import Outputs
+from tlcapture.commands.memory_need import Sized
+from tlcapture.commands.view_parts import ViewParts
+from tlcapture.models.sizes import Measures
+from tlcapture.views.kept_points import KeptPoints
+from tlcapture.views.kept_tokens import KeptTokens
 
 Run = Callable[..., Result]
 GREEDY = ("--temperature", 0)
@@ -68,6 +74,18 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(
     assert ("leave out --format json" in done.output) == ("json" in words)
     assert done.exit_code == (0 if words == ("--dry-run",) else 2)
     assert not (data / "experiments").exists() or not list((data / "experiments").rglob("*.pt"))
+
+
+def test_json_of_few_tokens_needs_memory_for_their_weights_alone(gemma_shape: Path) -> None:
+    measures = Measures.of(transformers.AutoConfig.from_pretrained(gemma_shape))
+    model = Sized(measures, torch.bfloat16, torch.device("cpu"))
+    kept, parts = KeptPoints.of(measures.n_layers), ViewParts(form="json")
+    few, every = (
+        memory_need.memory_need(model, Outputs(kept, attention=True, parts=parts, tokens=tokens), 200, 300).main
+        for tokens in (KeptTokens.parse("last"), None)
+    )
+    weights = measures.n_layers * measures.n_heads * (sum(range(1, 301)) - 300)
+    assert every - few == 3 * 9.5 * weights
 
 
 def test_the_captures_of_a_variant_and_given_responses_are_counted_as_they_are(

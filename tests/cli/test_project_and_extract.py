@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -254,6 +255,22 @@ def test_skip_existing_projects_only_what_is_missing(project: Run, projected: Pa
     assert "wrote 1 file" in result.output
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert (projected / "2.json").exists()
+
+
+def test_what_is_projected_later_has_the_numbers_that_it_has_beside_the_other_traits(
+    project: Run, projected: Path
+) -> None:
+    def numbers() -> dict[str, Any]:
+        contents = {path.name: read_json(path) for path in warm.glob("*.json")}
+        return {name: [content["projections"], content["dynamics"]] for name, content in contents.items()}
+
+    project()
+    warm = Path(str(projected).replace("loud", "warm"))
+    before = numbers()
+    for name in before:
+        (warm / name).unlink()
+    project("--skip-existing")
+    assert numbers() == before
 
 
 def test_a_vector_of_another_model_is_a_warning_unless_it_is_intended(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,8 +245,8 @@ def test_a_damaged_shard_is_named_and_kept_unless_told(
     assert saved(data) == before
 
 
-def test_a_run_that_ends_between_shard_and_removal_loses_nothing(
-    extract: Run, capture: Run, data: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_ends_between_shard_and_removal_loses_nothing_and_leaves_nothing_twice(
+    extract: Run, capture: Run, data: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extract()
     with monkeypatch.context() as patch:
@@ -252,7 +254,27 @@ def test_a_run_that_ends_between_shard_and_removal_loses_nothing(
         capture(*GREEDY, "--format", "compact")
     before = saved(data)
     assert len(before) == 6
+    assert not shard_writing.merge_shards(shards)
+    assert [path.relative_to(shards).as_posix() for path in shards.rglob("*.safetensors")] == ["+/1.safetensors"]
+    assert saved(data) == before
+
+
+def test_a_shard_that_cannot_be_divided_is_an_error(
+    extract: Run, capture: Run, tlcapture: Run, data: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract()
     capture(*GREEDY, "--format", "compact")
+    before, replace = saved(data), os.replace
+
+    def full(source: str, target: Path) -> None:
+        if Path(target).parent == shards:
+            raise OSError(errno.ENOSPC, "")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    refused = tlcapture("project", "--experiment", "exp", "--prompt-set", "short", "--format", "json")
+    assert refused.exit_code == 1
+    assert "1.safetensors: cannot be written: No space left on device" in refused.stderr
     assert saved(data) == before
 
 

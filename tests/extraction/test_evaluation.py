@@ -22,6 +22,12 @@ def test_auroc_equals_scikit_learns_with_ties(values: list[int], random: object)
     assert float(auroc(scores, labels)) == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
 
 
+def test_auroc_of_many_examples_needs_no_memory_for_their_pairs() -> None:
+    n = 400_000  # whose pairs would take 40 GB
+    scores = torch.arange(n, dtype=torch.float32)
+    assert float(auroc(scores, scores % 2 == 1)) == pytest.approx((n / 2 + 1) / n)
+
+
 def test_hedges_g_is_the_corrected_difference_in_pooled_standard_deviations() -> None:
     positive, negative = torch.tensor([2.0, 4.0, 6.0]), torch.tensor([1.0, 2.0, 3.0, 2.0])
     pooled = ((2 * 4.0 + 3 * (2 / 3)) / 5) ** 0.5

@@ -16,6 +16,10 @@ from tests.faults.commands import Ended, contents
 from tests.faults.conftest import Start
 
 Disk = Callable[[int], Path]
+LITTLE_SPACE = (
+    r"about [\d.]+ KiB would be written if responses have 6 tokens \(--max-new-tokens\), [\d.]+ KiB are free on its "
+    r"device \(--dry-run shows the sum\)"
+)
 
 
 def refused(ended: Ended, message: str) -> None:
@@ -68,7 +72,7 @@ def test_a_capture_that_does_not_fit_is_refused_before_it_starts(
     disk = small_disk(300)
     root = Path(shutil.copytree(fresh, disk / "root"))
     before = sorted(root.rglob("*"))
-    refused(start(root=root).end(), r"about [\d.]+ KiB would be written, [\d.]+ KiB are free on its device \(--dry-run")
+    refused(start(root=root).end(), LITTLE_SPACE)
     assert sorted(root.rglob("*")) == before
     dry = start("--dry-run", root=root).end()
     assert dry.code == 0

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,50 @@ def die_at(change_number: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+def die_before(name: str) -> None:
+    """Kill this process when it is about to give the first file this name."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and os.path.basename(arguments[1]) == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def die_when_removing(name: str) -> None:
+    """Kill this process when it is about to remove a file of this name."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.remove" and os.path.basename(arguments[0]) == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize(
+    "die",
+    [
+        partial(die_when_removing, "mean_diff_layer1.pt"),
+        partial(die_when_removing, "metadata.json"),
+        partial(die_before, "training_mean.pt"),
+        partial(die_before, "metadata.json"),
+    ],
+)
+def test_a_killed_extraction_leaves_no_vectors_of_the_examples_before(
+    fresh: Path, tiny_folder: Path, tmp_path: Path, die: Callable[[], object]
+) -> None:
+    def extract(before: Callable[[], object] = lambda: None) -> Ended:
+        common = ("--root", fresh, "--experiment", "exp", "--model", tiny_folder, "--traits", "tone/loud")
+        fewer = ("--component", "residual", "--methods", "mean_diff,probe", "--seed", 1, "--layers", 1)
+        return Command(tmp_path / "output", "extract", *common, *fewer, "--skip-existing", before=before).end()
+
+    assert extract(die).code == -signal.SIGKILL
+    assert extract().code == 0
+    names = os.listdir(fresh / "experiments" / "exp" / "extraction" / "tone" / "loud" / "vectors")
+    kept = [name for name in sorted(names) if not name.startswith("attn_out_")]
+    assert kept == ["mean_diff_layer1.pt", "metadata.json", "probe_layer1.pt", "training_mean.pt"]
 
 
 def test_a_run_killed_before_any_change_of_the_experiment_can_be_resumed(

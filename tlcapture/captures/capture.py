@@ -264,16 +264,16 @@ class Capture(CaptureNames):
         return self.prompt if part == "prompt" else self.response
 
 
-def storage_dtype(residual: ResidualStream, dtype: str) -> torch.dtype:
-    """The dtype to store a stream in.
+def storage_dtype(residual: ResidualStream, dtype: str, model: str | None = None) -> torch.dtype:
+    """The dtype to store a stream in; `model` is the name of its model, for messages.
 
     `auto` keeps the dtype of 16-bit activations. For wider ones it is float16 if every value fits, and otherwise
     bfloat16. Raises `NumericalError` for NaN or inf, and for a value that the dtype named cannot hold.
     """
-    return common_dtype([residual.points] + ([] if residual.attn_out is None else [residual.attn_out]), dtype)
+    return common_dtype([residual.points] + ([] if residual.attn_out is None else [residual.attn_out]), dtype, model)
 
 
-def common_dtype(tensors: Sequence[Tensor], dtype: str) -> torch.dtype:
+def common_dtype(tensors: Sequence[Tensor], dtype: str, model: str | None = None) -> torch.dtype:
     """The dtype to store float tensors in together, by the rule and with the errors of `storage_dtype`."""
     widest = max((tensor.dtype for tensor in tensors), key=lambda each: each.itemsize)
     extremes = [
@@ -282,7 +282,7 @@ def common_dtype(tensors: Sequence[Tensor], dtype: str) -> torch.dtype:
     largest = max((abs(extreme) for extreme in extremes), default=0.0)
     largest = float("nan") if any(isnan(extreme) for extreme in extremes) else largest
     if not largest < float("inf"):  # NaN too
-        raise NumericalError(f"the activations hold NaN or inf: {remedy(widest)}")
+        raise NumericalError(f"the activations hold NaN or inf: {remedy(widest, model)}")
     target = _save_dtype(dtype, widest, largest)
     if largest > torch.finfo(target).max:
         raise NumericalError(

@@ -49,7 +49,7 @@ def capture_of(
     stream = residual_view(
         generation.cache, model.n_layers, attn_out=attn_out, only=kept, with_attention=model.with_attention
     )
-    dtype = storage_dtype(stream, save_dtype)
+    dtype = storage_dtype(stream, save_dtype, model.name)
     texts = token_texts(model.tokenizer, generation.token_ids)
     response_text = decode(model.tokenizer, generation.response_ids)
     spans, markers = response_spans(

@@ -101,7 +101,8 @@ def _captured(
     known_model = partial(executor.known_model, load)
     planner = TaskPlanner(layout, options, load, known_model, run.report.learn)
     tasks = planner.tasks(prompt_sets)
-    _check_space(CaptureSize.of(tasks, layout, options, lambda: known_model().measures), layout)
+    longest = max((task.max_new_tokens for task in tasks if task.fresh), default=0)
+    _check_space(CaptureSize.of(tasks, layout, options, lambda: known_model().measures), layout, longest)
     known = known_model() if any(task.has_work for task in tasks) else None
     if isinstance(known, Model):
         check_memory(tasks, layout, options, known)
@@ -286,12 +287,16 @@ def _check_projections_only(layout: Layout, options: CaptureOptions) -> None:
         raise InputError(f"--projections-only: {no_vectors(options.vectors.layout(layout))}")
 
 
-def _check_space(size: CaptureSize, layout: Layout) -> None:
-    """Raise `NoSpaceError` if the files need more space than is free, counting that of replaced files as free."""
+def _check_space(size: CaptureSize, layout: Layout, longest: int) -> None:
+    """Raise `NoSpaceError` if the files need more space than is free, counting that of replaced files as free.
+
+    `longest` is the number of tokens that responses may have.
+    """
     free = free_bytes(layout.folder)
     _log.info("about %s will be written, %s free", format_bytes(size.n_bytes), format_bytes(free))
     if size.n_bytes > free and size.n_bytes - size.replaced() > free:
         raise NoSpaceError(
-            f"{layout.folder}: about {format_bytes(size.n_bytes)} would be written, "
+            f"{layout.folder}: about {format_bytes(size.n_bytes)} would be written"
+            f"{f' if responses have {longest} tokens (--max-new-tokens)' if longest else ''}, "
             f"{format_bytes(free)} are free on its device (--dry-run shows the sum)"
         )

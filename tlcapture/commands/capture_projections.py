@@ -19,6 +19,7 @@ from tlcapture.commands.projections import (
     ProjectionTask,
     project_capture,
     report_choice,
+    scores_among,
     without_projection,
 )
 from tlcapture.errors import InputError
@@ -26,7 +27,6 @@ from tlcapture.models.loading import Model
 from tlcapture.runs.processes import Processes
 from tlcapture.runs.run import Run
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, Subject, VectorChooser
-from tlcapture.traits.projection import scores_of
 from tlcapture.views.kept_tokens import Positions
 
 NOTHING_KEPT = "--projections-only: no trait has a vector that fits, so nothing would be kept"
@@ -80,13 +80,12 @@ class CaptureProjections:
         if not self.options.project:
             return
         for component in capture.prompt.residual.components:
-            vectors = self._vectors(run, capture, component)
+            chosen = vectors = self._vectors(run, capture, component)
             if files is not None:
-                vectors = without_projection(files, vectors, self.options.existing)
+                vectors = without_projection(files, chosen, self.options.existing)
             if not vectors:
                 continue
-            prompt, response = capture.prompt.residual, capture.response.residual
-            scores = scores_of(prompt, response, [each.vector for each in vectors], device)
+            scores = scores_among(capture, chosen, vectors, device)
             has_whole_file = kept is None or kept.is_all  # which another process reads
             if device is not None and has_whole_file and not with_metadata:
                 self._project_elsewhere(run, capture, vectors, scores)

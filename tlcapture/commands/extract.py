@@ -199,8 +199,7 @@ def _extract(
         files = VectorFiles(layout, examples.trait)
         with run_lock(run, f"vectors of {examples.trait}"):
             run.wrote(kept.write(layout.example_activations(examples.trait, component)))
-            _write(files, component, vectors, metadata, run)
-            run.wrote(write_means(files, component, trained.mean(dim=1)))
+            _write(files, component, vectors, trained.mean(dim=1), metadata, run)
 
 
 def _layers(model: Model, options: ExtractOptions) -> dict[str, tuple[int, ...]]:
@@ -246,10 +245,11 @@ def _write(
     folder: VectorFiles,
     component: str,
     vectors: dict[str, LayerVectors],
+    means: LayerVectors,
     metadata: dict[str, Any],
     run: Run,
 ) -> None:
-    """Write vectors and their metadata.
+    """Write vectors, the training examples' mean activations, and last their metadata, which says that all is there.
 
     Vectors that the earlier metadata lists are kept if they were extracted in the same way, and removed otherwise;
     vectors that it does not list belong to another tool and are kept.
@@ -262,13 +262,15 @@ def _write(
         metadata["layers"] = sorted({*layers, *metadata["layers"]})
         metadata["methods"] = [*(m for m in METHODS if m in both), *sorted(both - {*METHODS})]
         for name in (CALIBRATION, HELD_OUT):
-            metadata[name] = merged_calibrations(before.get(name), metadata.get(name))
+            if merged := merged_calibrations(before.get(name), metadata.get(name)):
+                metadata[name] = merged
     else:
         # Before any is written: if the run is killed, vectors are of unknown origin rather than of a wrong one.
         removed = folder.remove_all(component, methods, layers)
     for method, by_layer in vectors.items():
         for layer, vector in zip(made_at, by_layer, strict=True):
             run.wrote(write_vector(folder, component, method, layer, vector))
+    run.wrote(write_means(folder, component, means))
     folder.write_metadata(component, metadata)
     run.removed(removed)
 

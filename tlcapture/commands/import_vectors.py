@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def _other_architecture(found: ToolVectors, model_type: str | None) -> list[str]
 
 def _check_free(files: VectorFiles, component: str, overwrite: bool) -> None:
     existing = files.available(component).get(IMPORTED)
-    if existing and not overwrite:
+    is_whole = lexists(files.metadata_file(component, IMPORTED))  # written last
+    if existing and is_whole and not overwrite:
         raise InputError(
             f"{files.trait} has imported {component} vectors already, at {layers_named(existing)}: pass "
             "--overwrite to replace them, or import as another trait"

@@ -27,6 +27,7 @@ from tlcapture.storage.compact_files import PER_WEIGHT, is_written_compact
 from tlcapture.storage.layout import Layout
 from tlcapture.text import format_bytes
 from tlcapture.views.hooks import HOOKS, hook
+from tlcapture.views.kept_tokens import Positions, kept_of
 
 _JSON_COPIES = 3  # of a JSON file while it is made: rounded weights, and a buffer that grows
 
@@ -84,15 +85,16 @@ def memory_need(
     above = weights_in_memory(wanted.parts.form)
     each = [batch_bytes(model, n_tokens, names, n_prompt, spooled_above=above) for names in in_passes]
     largest = max(each, key=lambda found: found.on_device(1))
-    return MemoryNeed(largest.on_device(1), _in_main_memory(model.measures, each, wanted, n_tokens))
+    kept = kept_of(None if replay else wanted.tokens, n_prompt, n_tokens)
+    return MemoryNeed(largest.on_device(1), _in_main_memory(model.measures, each, wanted, kept))
 
 
-def _in_main_memory(measures: Measures, each: Sequence[BatchBytes], wanted: Outputs, n_tokens: int) -> int:
+def _in_main_memory(measures: Measures, each: Sequence[BatchBytes], wanted: Outputs, tokens: Positions) -> int:
     recorded = sum(found.recorded + found.patterns for found in each)
     if not wanted.attention:
         return recorded
     n_layers = len(wanted.parts.attention_layers) or measures.n_attention_layers or measures.n_layers
-    json = n_layers * measures.n_heads * n_tokens * (n_tokens + 1) // 2 * PER_WEIGHT
+    json = n_layers * measures.n_heads * sum(token + 1 for token in tokens.kept) * PER_WEIGHT
     return recorded + (0 if is_written_compact(wanted.parts.form, json) else int(_JSON_COPIES * json))
 
 

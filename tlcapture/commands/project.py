@@ -18,6 +18,7 @@ from tlcapture.commands.projections import (
     ExistingProjections,
     massive_line,
     project_capture,
+    scores_among,
     vector_chooser,
     without_projection,
 )
@@ -171,8 +172,10 @@ class ProjectionWorker:
     def _project(self, files: PromptFiles) -> None:
         raw, existing = files.raw, ExistingProjections(overwrite=self._options.overwrite)
         vectors: Sequence[ChosenVector] | None = None
+        chosen: Sequence[ChosenVector] = ()
         if self._options.skip_existing and (known := files.capture(advice="")) is not None:
-            vectors = without_projection(files, self._chooser.vectors(known, self._options.component), existing)
+            chosen = self._chooser.vectors(known, self._options.component)
+            vectors = without_projection(files, chosen, existing)
             if not vectors:
                 self._run.report.n_skipped += 1
                 return
@@ -188,6 +191,7 @@ class ProjectionWorker:
                 self._levels,
                 centred=self._options.centered,
                 overwrite=self._options.overwrite,
+                scores=scores_among(capture, chosen, vectors) if len(vectors) < len(chosen) else None,
                 form=self._options.form,
             )
         except NumericalError as error:

@@ -32,7 +32,7 @@ from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChoice, VectorChooser
 from tlcapture.traits.mean_activations import mean_activation
 from tlcapture.traits.packaged_vectors import vectors_layout
-from tlcapture.traits.projection import Projection, project, projections_to_json
+from tlcapture.traits.projection import Projection, project, projections_to_json, scores_of
 from tlcapture.traits.reference import Reference, read_reference
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.span_dynamics import by_span
@@ -68,6 +68,19 @@ def without_projection(
     Raises `StorageError` for a projection file that cannot be read and is not to be overwritten.
     """
     return [each for each in chosen if not _is_projected(files, each.vector, existing)]
+
+
+def scores_among(
+    capture: Capture, chosen: Sequence[ChosenVector], wanted: Sequence[ChosenVector], device: torch.device | None = None
+) -> list[Tensor]:
+    """The result of `scores_of` for the wanted ones of the chosen vectors.
+
+    A product rounds differently with fewer vectors: of a run that is resumed, scores are those of all vectors together.
+    """
+    vectors = [each.vector for each in chosen]
+    scores = scores_of(capture.prompt.residual, capture.response.residual, vectors, device)
+    rows = [row for row, each in enumerate(chosen) if any(each is other for other in wanted)]
+    return scores if len(rows) == len(chosen) else [part[rows] for part in scores]
 
 
 def _is_projected(files: PromptFiles, vector: TraitVector, existing: ExistingProjections) -> bool:

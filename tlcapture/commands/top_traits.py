@@ -15,6 +15,7 @@ from tlcapture.commands.listed_projections import ListedProjections
 from tlcapture.commands.summarised import Summarised, as_written
 from tlcapture.errors import StorageError
 from tlcapture.names import PromptId
+from tlcapture.storage.json_text import kept_json
 from tlcapture.storage.layout import Layout
 from tlcapture.text import REPLACEMENT
 from tlcapture.traits.critical_values import critical_score, critical_score_within, critical_value, widening
@@ -151,9 +152,7 @@ def essentials(content: Mapping[str, Any]) -> bytes:
     scores = {part: _of_layer(values, layer) for part, values in content["projections"].items()}
     dynamics = {name: value for name, value in content["dynamics"].items() if name not in ("velocity", "acceleration")}
     slim = {**metadata, "layers": [layer], "sublayers": metadata["sublayers"][-1:]}
-    return orjson.dumps(
-        {**content, "projections": scores, "dynamics": dynamics, "metadata": slim}, option=orjson.OPT_SERIALIZE_NUMPY
-    )
+    return kept_json({**content, "projections": scores, "dynamics": dynamics, "metadata": slim})
 
 
 def _of_layer(scores: Any, layer: int) -> Any:

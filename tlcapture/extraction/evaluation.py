@@ -42,9 +42,9 @@ def auroc(scores: Scores, labels: Labels) -> PerDirection:
 
     Source: Hanley and McNeil, "The meaning and use of the area under a ROC curve" (1982).
     """
-    positive, negative = scores[..., labels].unsqueeze(-1), scores[..., ~labels].unsqueeze(-2)
-    wins = (positive > negative).float() + 0.5 * (positive == negative).float()
-    return wins.mean(dim=(-2, -1))
+    positive, negative = scores[..., labels].contiguous(), scores[..., ~labels].sort(dim=-1).values
+    below, up_to = (torch.searchsorted(negative, positive, right=right) for right in (False, True))
+    return ((below + up_to).double().mean(dim=-1) / (2 * negative.shape[-1])).float()
 
 
 def hedges_g(

@@ -100,6 +100,30 @@ class Prompt(BaseModel):
             _unicode(message["content"], f"message {number}: content")
         return value
 
+    @model_validator(mode="after")
+    def _fields_are_plain(self) -> Prompt:
+        for name, value in self.fields.items():
+            try:
+                self.model_extra[name] = _plain(value, name)  # type: ignore[index]
+            except RecursionError:
+                raise ValueError(f"{name}: nested too deeply") from None
+        return self
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A value as metadata can hold it, numbers and arrays of NumPy as Python's own; raises `ValueError` for others."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, int | float | str):  # of a class of its own
+        return str.__str__(value) if isinstance(value, str) else int(value) if isinstance(value, int) else float(value)
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {str(key): _plain(each, name) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each, name) for each in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist(), name)
+    raise ValueError(f"{name}: expected a JSON value, which metadata can hold, got {type(value).__name__}")
+
 
 def _without_nulls(value: dict[Any, Any], known: set[str]) -> dict[Any, Any]:
     return {key: each for key, each in value.items() if each is not None or key not in known}

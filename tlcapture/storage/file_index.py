@@ -28,6 +28,7 @@ import orjson
 from tlcapture.errors import StorageError
 from tlcapture.storage.files import FileState, write_bytes
 from tlcapture.storage.folders import names_in
+from tlcapture.storage.json_text import kept_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import locked
 from tlcapture.storage.remote_roots import local
@@ -55,7 +56,7 @@ def as_facts(*parts: Any) -> Facts | None:
     found = []
     for part in parts:
         try:
-            data = orjson.dumps(part, option=orjson.OPT_SERIALIZE_NUMPY)
+            data = kept_json(part)
         except (TypeError, ValueError):  # also `orjson.JSONEncodeError`
             return None
         if orjson.loads(data) != part:
@@ -161,7 +162,7 @@ def _table(value: Any) -> dict[str, Any]:
 def _extended(folder: Path, table: Mapping[str, Any], learned: Mapping[str, Mapping[str, Learned]]) -> bytes:
     """The content of an index with more files, by folder and name, and without those that are gone."""
     numbers: dict[bytes, int] = {}
-    parts = [orjson.dumps(part) for part in table["parts"]]
+    parts = [kept_json(part) for part in table["parts"]]
     folders: dict[str, dict[str, list[int]]] = {}
 
     def entry(state: Iterable[int], facts: Iterable[bytes]) -> list[int]:

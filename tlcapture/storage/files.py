@@ -29,7 +29,7 @@ from tlcapture.storage.json_text import parsed
 from tlcapture.storage.object_stores import is_url
 from tlcapture.storage.regular_files import check_regular, in_place_of_folder
 from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
-from tlcapture.storage.temporary_files import sweep_temporaries, temporary_path
+from tlcapture.storage.temporary_files import sweep_once, sweep_temporaries, temporary_path
 from tlcapture.storage.working_copies import is_copy
 from tlcapture.text import first_line, format_bytes
 
@@ -267,7 +267,11 @@ def write_folder(path: Path, fill: Callable[[Path], None], *, replaces: bool = F
         if replaces and path.exists():
             earlier = temporary_path(path)
             path.rename(earlier)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                earlier.rename(path)
+                raise
             earlier.unlink() if earlier.is_symlink() else shutil.rmtree(earlier)
             return
         with suppress(OSError):
@@ -323,6 +327,7 @@ def _write(
 ) -> Written:
     """Write a file by a function that gets a temporary path; `needed` are its bytes, for messages."""
     _check_is_file(path)  # the rename would replace a device or a pipe
+    sweep_once(path.parent)  # which may also free the space that it needs
     temporary = temporary_path(path)
     try:
         try:

@@ -1,4 +1,4 @@
-"""Reading JSON that other programs and people write, and finding what reading would lose."""
+"""Reading JSON that others write, finding what reading would lose, and JSON that is kept in memory."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ def parsed(data: bytes, path: Path, *, exact: bool = False) -> Any:
         raise StorageError(f"{path}: {_reason(data, error)}") from None
     except RecursionError:
         raise StorageError(f"{path}: not valid JSON: nested too deeply") from None
+
+
+def kept_json(value: Any) -> bytes:
+    """A value as JSON to keep in memory among many others: what orjson returns occupies 4 KB or more, however short.
+
+    Raises `orjson.JSONEncodeError`, a `TypeError`, for a value that JSON does not hold.
+    """
+    return bytes(memoryview(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)))
 
 
 def lost(text: bytes | str) -> str | None:

@@ -79,6 +79,9 @@ class _Block:
         return 4 * self.n_rows * row + len(self.record)
 
 
+_Part = tuple[Path, _Block]  # a shard of one prompt, to be written
+
+
 def write_prompt(folder: Path, prompt_id: str, contents: Mapping[str, Content], now: int | None = None) -> Written:
     """Write a prompt's projections, given as file contents by trait; projections onto other traits stay.
 
@@ -115,10 +118,12 @@ def take_out(folder: Path, prompt_id: str, traits: Iterable[str] | None = None) 
     """
     dropped = None if traits is None else set(traits)
     for path in merged_shards(folder):
+        parts: list[_Part] = []
         with suppress(StorageError):
             entry = Shard.open(path).entries.get(prompt_id)
             if entry is not None and (dropped is None or not dropped.isdisjoint(entry.written)):
-                _divide(folder, path)
+                parts = _parts(folder, path)
+        _divide(path, parts)
     own, held = shard_of_prompt(folder, prompt_id), dict[str, Sharded]()
     with suppress(StorageError):
         held = {each.trait: each for each in Shard.open(own).sharded(prompt_id)}
@@ -138,9 +143,12 @@ def merge_shards(folder: Path) -> list[Written]:
     the new one is complete, so that nothing is lost when the process ends in between.
     """
     small = [path for path in merged_shards(folder) if path.is_file() and path.stat().st_size < MOST_BYTES // 2]
+    _remove_merged(folder)
     for path in small if len(small) > _MOST_SMALL and single_shards(folder) else ():
+        parts: list[_Part] = []
         with suppress(StorageError):
-            _divide(folder, path)
+            parts = _parts(folder, path)
+        _divide(path, parts)
     made: list[Written] = []
     together: list[_Block] = []
     n_bytes = 0
@@ -161,20 +169,38 @@ def merge_shards(folder: Path) -> list[Written]:
     return made
 
 
+def _remove_merged(folder: Path) -> None:
+    """Remove shards of single prompts that were merged by a run that was killed before it removed them."""
+    singles = _readable(single_shards(folder))
+    newest = _newest(_readable(merged_shards(folder))) if singles else {}
+    remove(each.file.path for each in singles if all(newest.get(of, -1) >= when for of, when in _written(each)))
+
+
 def _remove_superseded(folder: Path) -> None:
     """Remove merged shards whose projections all exist in other shards in a newer version."""
+    shards = _readable(merged_shards(folder))
+    newest = _newest(shards)
+    remove(each.file.path for each in shards if all(newest[of] > when for of, when in _written(each)))
+
+
+def _readable(paths: Iterable[Path]) -> list[Shard]:
     shards = []
-    for path in merged_shards(folder):
+    for path in paths:
         with suppress(StorageError):
             shards.append(Shard.open(path))
+    return shards
+
+
+def _written(shard: Shard) -> Iterator[tuple[tuple[str, str], int]]:
+    """When each projection in a shard was written, by prompt and trait."""
+    return (((entry.id, trait), when) for entry in shard.index.prompts for trait, when in entry.written.items())
+
+
+def _newest(shards: Iterable[Shard]) -> dict[tuple[str, str], int]:
     newest: dict[tuple[str, str], int] = {}
-    for entry in (entry for shard in shards for entry in shard.index.prompts):
-        for trait, written in entry.written.items():
-            newest[entry.id, trait] = max(written, newest.get((entry.id, trait), 0))
-    for shard in shards:
-        pairs = ((entry.id, *pair) for entry in shard.index.prompts for pair in entry.written.items())
-        if all(newest[prompt_id, trait] > written for prompt_id, trait, written in pairs):
-            remove([shard.file.path])
+    for of, when in (each for shard in shards for each in _written(shard)):
+        newest[of] = max(when, newest.get(of, 0))
+    return newest
 
 
 def _merged(folder: Path, blocks: Sequence[_Block]) -> list[Written]:
@@ -187,17 +213,26 @@ def _merged(folder: Path, blocks: Sequence[_Block]) -> list[Written]:
     return [written]
 
 
-def _divide(folder: Path, path: Path) -> None:
-    """Divide a merged shard into one per prompt; newer projections in a prompt's own shard stay."""
-    shard = Shard.open(path)
+def _parts(folder: Path, path: Path) -> list[_Part]:
+    """The shards to divide a merged one into, one per prompt; newer projections in a prompt's own shard stay."""
+    shard, parts = Shard.open(path), list[_Part]()
     for entry in shard.index.prompts:
         own = shard_of_prompt(folder, entry.id)
         if not own.is_file():
-            _write(own, [_stored_block(shard, entry)])
+            parts.append((own, _stored_block(shard, entry)))
         elif newest := sharded_of(folder, entry.id):
             contents = {trait: each.content() for trait, each in newest.items()}
-            _write(own, [_block(entry.id, contents, {trait: each.written_ns for trait, each in newest.items()})])
-    remove([path])
+            written = {trait: each.written_ns for trait, each in newest.items()}
+            parts.append((own, _block(entry.id, contents, written)))
+    return parts
+
+
+def _divide(path: Path, parts: Sequence[_Part]) -> None:
+    """Write the parts of a merged shard, if there are any, and remove it."""
+    for own, block in parts:
+        _write(own, [block])
+    if parts:
+        remove([path])
 
 
 def _shared(content: Content) -> dict[str, Any]:

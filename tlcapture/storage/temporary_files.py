@@ -8,8 +8,10 @@ import secrets
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
+from tlcapture.errors import StorageError
 from tlcapture.storage.folders import stems_in
 from tlcapture.storage.working_copies import HOST, is_running
 
@@ -35,6 +37,13 @@ def sweep_temporaries(folder: Path) -> None:
         match = _TEMPORARY.fullmatch(path.name)
         if match and not is_running(int(match[1])):
             _remove_temporary(path)
+
+
+@lru_cache(maxsize=2**14)
+def sweep_once(folder: Path) -> None:
+    """Sweep a folder in which this process has not done so yet, if it may be listed."""
+    with suppress(StorageError):
+        sweep_temporaries(folder)
 
 
 def remove_temporaries(folder: Path, writers: Iterable[str]) -> None:

@@ -302,7 +302,8 @@ class _Layer:
         units = torch.nn.functional.normalize(torch.stack([each.vector for each in vectors]).double(), dim=1)
         products = moved @ self.basis.double().T  # of each prompt's move and each response
         random = torch.einsum("pb,vrb->pvr", products.fill_diagonal_(0), directions.double())
-        found = torch.cat([(moved @ units.T).unsqueeze(2), random], dim=2)
+        own = torch.stack([moved @ unit for unit in units], dim=1)  # one by one: beside others, they round differently
+        found = torch.cat([own.unsqueeze(2), random], dim=2)
         return found.mean(dim=0).numpy(), found.std(dim=0).clamp(min=1e-30).numpy()
 
 

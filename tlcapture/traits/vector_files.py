@@ -118,7 +118,9 @@ class VectorFiles:
         return dict(value)
 
     def remove_all(self, component: str, methods: Iterable[str], layers: Iterable[int]) -> list[Path]:
-        """Remove existing vectors of some methods and layers, and the records of their origin.
+        """Remove existing vectors of some methods and layers, and last the records of their origin.
+
+        If the process is killed in between, the records still name what is left to remove.
 
         Returns the vectors' files that were removed.
         """
@@ -126,7 +128,7 @@ class VectorFiles:
         files = [self.file(component, method, layer) for method in of for layer in wanted]
         existing = [path for path in files if lexists(path)]
         means = [self.mean_file(component)] if {*of} - {IMPORTED} else []
-        remove([*(self.metadata_file(component, method) for method in of), *means, *existing])
+        remove([*existing, *means, *(self.metadata_file(component, method) for method in of)])
         return existing
 
     def write_metadata(self, component: str, metadata: Mapping[str, Any], method: str | None = None) -> None:
