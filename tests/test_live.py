@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tlcapture import Prompt, PromptSet, capture
+from tlcapture import Experiment, Prompt, PromptSet, capture
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
 from tlcapture.generation.checkpoint_sampling import CheckpointSampling
@@ -18,7 +18,15 @@ from tlcapture.views.kept_points import KeptPoints
 
 INVALID: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no prompt": ([], {}, "no prompts: give at least one text"),
-    "a number": ([3], {}, "expected texts, lists of messages, Prompts or a PromptSet: "),
+    "a number": ([1.5], {}, "expected texts, lists of messages, Prompts or a PromptSet: "),
+    "a single number": (3, {}, "expected texts, lists of messages, Prompts or a PromptSet: got int"),
+    "ids and texts": ([[1, 2], "hi"], {}, "expected token ids or texts, but not both at once"),
+    "ids that are no integers": (torch.rand(3), {}, r"expected a list of ids, .* got torch.float32 of shape \[3\]"),
+    "ids of three axes": (np.ones((1, 2, 3), int), {}, r"expected a list of ids, .* got int64 of shape \[1, 2, 3\]"),
+    "no ids": (torch.zeros(0, dtype=torch.long), {}, "prompt 1: it has no token ids: expected at least one"),
+    "a negative id": ([[1, 2], [1, -2]], {}, "prompt 2: token id -2: expected ids from 0 to "),
+    "an id that no row has": ([1, 10**9], {}, "token .* has the id 1000000000, but the model's embedding has"),
+    "ids with a system prompt": ([1], {"system_prompt": "x"}, "token ids are read as they are: leave out "),
     "an empty text": ("", {}, "text is empty"),
     "a negative length": ("hi", {"max_new_tokens": -2}, "max_new_tokens is -2: expected a whole number, at least 0"),
     "a length as text": ("hi", {"max_new_tokens": "2"}, "max_new_tokens is '2': expected a whole number"),
@@ -87,3 +95,26 @@ def test_a_direction_of_ones_own_is_projected_onto_the_tokens_that_are_kept() ->
     assert projection.trajectory.isnan().tolist() == [True] * (len(found.tokens) - 2) + [False] * 2
     torch.testing.assert_close(projection.trajectory[-2:], found.residual(1) @ direction / direction.norm())
     assert (projection.selection.layer, projection.selection.method) == (1, "own")
+
+
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_token_ids_are_read_as_they_are_and_saved_captures_of_them_run_again(engine: str, tmp_path: Path) -> None:
+    model = tiny.model("llama", engine)
+    drawn = torch.randint(1, model.d_vocab, (2, 6), generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([drawn, drawn], dim=1)
+    found = sorted(
+        capture(model, ids, max_new_tokens=2, temperature=0, save_dtype="float32"), key=lambda cap: cap.prompt_id
+    )
+    assert [list(cap.token_ids[:12]) for cap in found] == ids.tolist()
+    with torch.no_grad():
+        expected = tiny.hf_model("llama")(ids, output_hidden_states=True).hidden_states
+    for row, cap in enumerate(found):
+        for layer in range(model.n_layers - 1):  # the last one is normed there
+            torch.testing.assert_close(cap.residual(layer)[:12], expected[layer + 1][row], atol=1e-5, rtol=1e-4)
+    found[0].save(tmp_path / "experiments" / "exp")
+    saved = Experiment("exp", root=tmp_path).captures["adhoc"].at(0)
+    (again,) = capture(model, saved, save_dtype="float32")
+    torch.testing.assert_close(again.residual(1), saved.residual(1), atol=1e-5, rtol=1e-4)
+    for given in (ids[0].tolist(), tuple(ids[0].tolist()), ids[0].numpy(), [ids[0]], [ids[0].tolist()], ids[:1]):
+        (one,) = capture(model, given, max_new_tokens=0)
+        assert list(one.token_ids) == ids[0].tolist()

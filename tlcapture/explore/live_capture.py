@@ -17,7 +17,6 @@ from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from pydantic import ValidationError
 from torch import Tensor
 
 from tlcapture.captures.capture import Capture
@@ -30,6 +29,7 @@ from tlcapture.errors import InputError
 from tlcapture.explore.applied_interventions import NO_INTERVENTIONS, AppliedInterventions
 from tlcapture.explore.experiment import Experiment
 from tlcapture.explore.explorable_capture import ExplorableCapture
+from tlcapture.explore.given_prompts import as_prompt_set, given_token_ids, prompt_of_ids
 from tlcapture.explore.live_interventions import (
     Hook,
     given_captures,
@@ -60,7 +60,6 @@ from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize_prompt
 from tlcapture.storage.files import Hook as BeforeReplacing
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.remote_roots import check_local
-from tlcapture.storage.validation import first_problem
 from tlcapture.traits.choice import VectorChoice
 from tlcapture.traits.interventions import TraitIntervention
 from tlcapture.traits.missing_vectors import is_in_package
@@ -177,7 +176,7 @@ class LiveCapture(Capture, ExplorableCapture):
 
 def capture(
     model: Any,
-    prompts: PromptSet | Iterable[str | Prompt | Message | Sequence[Message]] | Prompt | Message | str,
+    prompts: PromptSet | Iterable[str | int | Prompt | Message | Sequence[Message | int]] | Prompt | Message | str,
     *,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
@@ -219,8 +218,9 @@ def capture(
         model: a model that `load_model` returns, a name that it accepts, or an unprocessed HookedTransformer or
             TransformerBridge.
         prompts: a text, a conversation (a list of messages `{"role": ..., "content": ...}`), several of them, or a
-            prompt set. They become prompts 1, 2, ... of the set `adhoc`. Or captures, live or saved: their tokens run
-            again, as one pass, and nothing is generated.
+            prompt set; or token ids, a list or a tensor `[n_tokens]` or `[n_prompts, n_tokens]`, which are read as they
+            are. They become prompts 1, 2, ... of the set `adhoc`. Or captures, live or saved: their tokens run again,
+            as one pass, and nothing is generated.
         max_new_tokens: the maximum length of a response, in tokens; by default 50, or 1,024 where the chat template
             makes the model think.
         temperature: 0 is greedy; by default 0.7, or the checkpoint's own with `sampling="checkpoint"`.
@@ -269,10 +269,14 @@ def capture(
     runner = as_model(model)
     sources = given_captures(prompts)
     values = all_template_args(runner.tokenizer, thinking, template_args, chat_template=chat_template)
-    if sources is None:
-        tokenized = _tokenized(runner, _as_prompt_set(prompts), system_prompt, chat_template, values)
-    else:
+    if sources is not None:
         tokenized = [prompt_of_capture(runner, each) for each in sources]
+    elif (ids := given_token_ids(prompts)) is not None:
+        if system_prompt is not None or chat_template or values:
+            raise InputError("token ids are read as they are: leave out system_prompt, chat_template and thinking")
+        tokenized = [prompt_of_ids(runner, number, each) for number, each in enumerate(ids, start=1)]
+    else:
+        tokenized = _tokenized(runner, as_prompt_set(prompts), system_prompt, chat_template, values)
     chosen = sampling_for(asked, runner)
     for note in filter(None, (unfollowed(chosen, runner), without_effect(chosen, samples))):
         _log.warning(note)
@@ -369,25 +373,3 @@ def _most_tokens(asked: int | None, prompts: Sequence[TokenizedPrompt], n_ctx: i
 
 def _several(layers: Iterable[SupportsIndex] | SupportsIndex) -> tuple[int, ...]:
     return (index(layers),) if isinstance(layers, SupportsIndex) else tuple(map(index, layers))
-
-
-def _as_prompt_set(prompts: PromptSet | Iterable[Any] | Prompt | str) -> PromptSet:
-    if isinstance(prompts, PromptSet):
-        return prompts
-    given = [prompts] if isinstance(prompts, str | Mapping | Prompt) else list(prompts)
-    if given and all(isinstance(each, Mapping) for each in given):
-        given = [given]  # the messages of one conversation
-    if not given:
-        raise InputError("no prompts: give at least one text")
-    try:
-        return PromptSet(name=ADHOC, prompts=[_as_prompt(number, each) for number, each in enumerate(given, start=1)])
-    except ValidationError as error:
-        raise InputError(f"expected texts, lists of messages, Prompts or a PromptSet: {first_problem(error)}") from None
-
-
-def _as_prompt(number: int, given: Any) -> Any:
-    if isinstance(given, str):
-        return Prompt(id=str(number), text=given)
-    if isinstance(given, list | tuple):
-        return Prompt.model_validate({"id": str(number), "messages": given})
-    return given
