@@ -348,7 +348,10 @@ def test_a_refusal_is_no_score_and_another_eval_prompt_is_another_scorer(
         ),
         ({"questions": ["why?"], "eval_prompt": "Score it."}, "steering.json: eval_prompt: expected {answer} in it"),
         ([{"question": "a?", "positive": "x"}], 'expected both "positive" and "negative", or neither'),
-        ({"questions": ["why?"], "eval_promt": "{answer}"}, "steering.json: unknown key 'eval_promt': expected questions, eval_prompt"),
+        (
+            {"questions": ["why?"], "eval_promt": "{answer}"},
+            "unknown key 'eval_promt': expected questions, eval_prompt",
+        ),
         ([], "steering.json: questions"),
         ([""], "steering.json: questions[0]"),
         ([3], "steering.json: questions[0]"),
