@@ -13,7 +13,7 @@ from torch import Tensor
 from tlcapture.errors import InputError
 from tlcapture.models.loading import Model
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
-from tlcapture.prompts.tokenization import TokenizedPrompt, unknown_token
+from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.storage.validation import first_problem
 
 _FORMS = "a list of ids, several of them, or a tensor [n_tokens] or [n_prompts, n_tokens] of integers"
@@ -59,11 +59,9 @@ def prompt_of_ids(model: Model, number: int, token_ids: tuple[int, ...]) -> Toke
     """A prompt of these tokens, without a chat template; raises `InputError` for ids that the model does not have."""
     if not token_ids:
         raise InputError(f"prompt {number}: it has no token ids: expected at least one")
-    if min(token_ids) < 0:
-        raise InputError(f"prompt {number}: token id {min(token_ids)}: expected ids from 0 to {model.d_vocab - 1}")
-    unknown = unknown_token(model.tokenizer, token_ids, model.d_vocab)
-    if unknown is not None:
-        raise InputError(f"prompt {number}: {unknown}")
+    wrong = next((each for each in token_ids if not 0 <= each < model.d_vocab), None)
+    if wrong is not None:
+        raise InputError(f"prompt {number}: token id {wrong}: expected ids from 0 to {model.d_vocab - 1}")
     text = str(model.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
     return TokenizedPrompt(ADHOC, str(number), text, text, token_ids, None, chat_template=False)
 
