@@ -519,7 +519,7 @@ def test_prompts_in_python_may_be_texts_and_conversations() -> None:
         ([[{"role": "user", "content": " "}]], "message 1: content is empty"),
         ([[{"role": "user", "content": ["x"]}]], "message 1: content: part 1 is 'str': expected"),
         ([[USER, {"role": "assistant", "content": ""}]], "the last assistant message is empty: leave it out"),
-        ([[3]], "message 1: expected"),
+        ([[3.5]], "message 1: expected"),
     ):
         with pytest.raises(InputError, match=reason):
             list(capture(model, wrong))
