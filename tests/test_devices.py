@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from threading import Barrier, Thread
 from typing import Any
@@ -25,7 +26,6 @@ two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs tw
 @tiny.needs_hooked
 def test_every_module_is_on_the_device_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """`meta` stands in for a second device."""
-    import copy
 
     from transformer_lens.utilities import multi_gpu
 
@@ -88,7 +88,8 @@ def test_the_option_is_passed_to_the_loader(tlcapture: Any, root: Any, tiny_fold
 
 
 def test_a_model_in_memory_stays_on_one_device_by_default() -> None:
-    assert from_hugging_face(tiny.hf_model("gpt2"), tiny.tokenizer(), name="x").last_device.type == "cpu"
+    model = from_hugging_face(copy.deepcopy(tiny.hf_model("gpt2")), tiny.tokenizer(), name="x")
+    assert model.last_device.type == "cpu"
 
 
 def test_threads_take_the_streams_of_those_that_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -730,6 +730,7 @@ class NoProcess:
         pass
 
 
+@tiny.needs_hooked
 def test_a_small_model_leaves_a_processor_to_the_process_beside_it(
     capture: Run, extract: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

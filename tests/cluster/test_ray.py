@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests import tiny
 from tests.cli.conftest import make_prompt_set
 from tests.cluster.conftest import SimulatedCluster, words_of
 from tests.evidence import Evidence
@@ -95,7 +96,7 @@ def test_a_cluster_writes_the_files_of_a_local_run(
     assert summary["new_tokens"] == n_response_tokens(by_one_process)
     assert summary["files"]["folders"]["inference/raw/residual/busy"]["files"] == 12
     assert (summary["cluster"]["workers"], summary["cluster"]["pieces"]) == (2, 6)
-    assert summary["model"]["engine"] == "hooked"
+    assert summary["model"]["engine"] == tiny.ENGINES[0]
     assert done.stderr.count(" of 6 batches") == 6
 
 

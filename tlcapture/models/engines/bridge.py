@@ -102,9 +102,13 @@ class BridgeModel(Model):
 
     @cached_property
     def _cache_name(self) -> str:
-        """The argument for the cache, which models without attention (Mamba) name `cache_params`."""
+        """The argument for the cache, which models without attention (Mamba) name `cache_params`.
+
+        transformers 5.24 has one name for all models, `cache`; `support_newer_transformers` translates both into it.
+        """
         arguments = signature(self.tl.original_model.forward).parameters
-        return "cache_params" if "cache_params" in arguments else "past_key_values"
+        is_recurrent = "cache" in arguments and not self.attention_layers
+        return "cache_params" if is_recurrent or "cache_params" in arguments else "past_key_values"
 
     @cached_property
     def hook_names(self) -> Set[str]:
