@@ -156,7 +156,8 @@ def _notes(summary: ComparisonSummary) -> Iterator[str]:
             f"the mean and random directions{corrected}"
         )
         if smallest_p(summary.n_prompts) > LEVEL:
-            yield f"{summary.n_prompts} prompts are too few for a change to stand out from chance: expected at least 6"
+            n_prompts = counted(summary.n_prompts, "prompt")
+            yield f"no change can stand out from chance with {n_prompts}: expected at least 6"
     n_apart = summary.n_apart
     over = "the responses" if n_apart < summary.n_files else "the tokens of the prompts that captures share"
     if summary.kl is not None:

@@ -116,7 +116,8 @@ def _capture(
         )
         if wanted.raw:
             write_capture(layout, capture)
-        project_capture(run, capture, chosen, levels)
+        if chosen:
+            project_capture(run, capture, chosen, levels)
         asked = AddOns(wanted, outcome.cache, options.save_dtype, fresh=True)
         for write in computed_add_ons(layout, capture, model, asked):
             write()
