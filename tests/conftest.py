@@ -23,6 +23,10 @@ gc.set_threshold(1_000_000)  # imports make objects that stay
 # imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Where there is no GPU, Triton interprets its kernels; it must be known before anything imports Triton.
+if not os.environ.get("TLCAPTURE_TEST_DEVICE", "cpu").startswith("cuda"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network, nor waits for it
 
 # Machines are noisy, and time is not what properties are about; CI tries the same examples every time.

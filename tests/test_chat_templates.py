@@ -273,6 +273,8 @@ def test_a_text_that_the_template_writes_again_after_it_is_found_where_it_stands
         "{{ turns }}(Answer {{ messages[-1].content }} and {{ messages[-1].content }})",
         "{{ turns_with_echo }}",
         "Topic: {{ messages[0].content }}\n{{ turns_with_echo }}Reminder: {{ messages[-1].content }}\n",
+        "{{ messages | length }} messages\n{{ turns_with_echo }}Reminder: {{ messages[0].content }}\n",
+        "Topic: {{ messages[-1].content[:9] }}\n{{ turns }}",
     ],
 )
 @pytest.mark.parametrize("n_messages", [1, 2, 3])
@@ -285,6 +287,39 @@ def test_a_text_that_a_title_or_a_reminder_repeats_is_found_in_its_turn(template
         assert span is not None
         assert chat.text[: span.start].endswith(f"<turn>{message['role']}\n")
         assert chat.text[slice(*span)] == message["content"]
+
+
+def test_a_reminder_is_not_taken_for_the_turn_where_turns_have_no_header() -> None:
+    turns = "{% for m in messages %}{{ m.content }}{{ '\\n' }}{% endfor %}"
+    chat = rendered(turns + "Reminder: {{ messages[-1].content }}\n", USER)
+    assert chat.spans == ((0, len(USER["content"])),)
+
+
+def test_a_text_is_not_taken_from_a_title_where_its_turn_encodes_it() -> None:
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content | tojson }}{% endfor %}"
+    with pytest.raises(InputError, match="leaves out or alters the text of the user message"):
+        rendered("Topic: {{ messages[-1].content }}\n" + turns, {"role": "user", "content": 'a "six"'})
+
+
+def test_a_text_in_several_places_of_which_none_is_clearly_its_turn_is_refused() -> None:
+    """The thinking of the last message alone is rendered: no longer conversation shows where it is in its turn."""
+    thinking = "{{ m.content if loop.last else m.content.split('</think>') | last }}"
+    template = f"{{% for m in messages %}}<turn>{thinking}</turn>{{% endfor %}}{{{{ messages[-1].content }}}}"
+    answer = {"role": "assistant", "content": "<think>so</think>yes"}
+    with pytest.raises(
+        InputError, match="text of the assistant message in several places, any of which may be its turn"
+    ):
+        rendered(template, USER, answer)
+
+
+def test_a_system_message_in_several_places_has_no_span() -> None:
+    template = "{{ messages[0].content }}\n{% for m in messages %}<turn>{{ m.content }}</turn>{% endfor %}"
+    messages = [{"role": "system", "content": "Be brief."}, USER]
+    prompt = tokenize(tokenizer_with(template), "", prompt_set="s", prompt_id="1", messages=messages)
+    assert [(span.role, span.reason) for span in prompt.spans if span.kind == "turn"] == [
+        ("user", None),
+        ("system", "the chat template writes its text in several places"),
+    ]
 
 
 @pytest.mark.parametrize("beginning", ["<think>\n", "<think>\n\n</think>\n\n"])

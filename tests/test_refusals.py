@@ -149,7 +149,7 @@ def test_auto_uses_the_bridge_for_models_that_hooked_refuses(architecture: str) 
     assert from_hugging_face(model, tiny.tokenizer(), name="tiny", engine="auto").engine == "bridge"
 
 
-_CACHE = "TransformerBridge computes different attention for it token by token in a padded batch than in one pass"
+_CACHE = "TransformerBridge computes other activations for it token by token in a padded batch than in one pass"
 NOT_ON_BRIDGE: dict[str, tuple[Any, str]] = {
     "rwkv": (
         lambda: transformers.RwkvConfig(**_SMALL, num_hidden_layers=2),
@@ -185,6 +185,11 @@ def test_an_assertion_of_transformerlens_is_a_refusal_too() -> None:
         vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=1, n_head=4, multi_query=False
     )
     assert reason(build(several), "bridge").startswith("tiny: TransformerBridge does not run GPTBigCodeForCausalLM: ")
+
+
+def test_an_assertion_without_a_message_is_quoted() -> None:
+    unbiased = transformers.GPTNeoXConfig(**tiny._COMMON, attention_bias=False)
+    assert "GPTNeoXForCausalLM: TransformerLens fails at 'assert " in reason(build(unbiased), "bridge")
 
 
 def test_logits_that_involve_more_than_the_lens_computes_are_refused(evidence: Evidence) -> None:

@@ -436,6 +436,8 @@ def test_channels_other_than_analysis_are_the_answer() -> None:
         ("<turn>assistant\n", "◁think▷so◁/think▷yes", ("so", "yes")),
         ("<turn>assistant\n<thought>\n", "so\n</thought>\n\nyes", ("so", "yes")),  # EXAONE Deep
         ("<turn>assistant\n", "<|inner_prefix|>so<|inner_suffix|>yes", ("so", "yes")),  # Apertus
+        ("<turn>assistant\n", "Here is my thought process: so\nHere's my response:\nyes", ("so", "yes")),  # Granite 3.2
+        ("<turn>assistant\n", "yes. Here is my response: b", (None, "yes. Here is my response: b")),
         ("<turn>assistant\n", "<think>so</think>\n<response>yes</response>", ("so", "yes")),  # Granite 3.3
         ("<turn>assistant\n", "<think>so</think><response>ye", ("so", "ye")),
         ("<turn>assistant\n", "<think>so</think>a <response> is a tag", ("so", "a <response> is a tag")),

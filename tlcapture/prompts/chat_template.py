@@ -35,7 +35,8 @@ class RenderedChat:
 
     Attributes:
         text: the rendering.
-        spans: where the text of each message is; `None` for a message without text.
+        spans: where the text of each message is; `None` for a message without text, and for a system message that is in
+            several places.
         merged: roles of messages that only white space separates from the next one, such as a system message that the
             template can only put at the start of the user message.
         dropped: what the template leaves out by design: the thinking of earlier assistant messages, and further keys of
@@ -185,6 +186,12 @@ def _checked(render: Callable[[Sequence[Message]], str], messages: Sequence[Mess
     found = find_messages(text, messages, render_marked)
     if found.missing is not None:
         raise _RenderingError(f"leaves out or alters the text of the {messages[found.missing]['role']} message")
+    if found.unclear is not None:
+        role = messages[found.unclear]["role"]
+        raise InputError(
+            f"the model's chat template writes the text of the {role} message in several places, any of which may "
+            f"be its turn: {ADVICE}"
+        )
     in_order = sorted((span, index) for index, span in enumerate(found.spans) if span is not None)
     merged = [
         messages[index]["role"]

@@ -1,19 +1,22 @@
 """Where the text of each message is in a rendered conversation.
 
 A text such as `user` may also occur in what the template itself writes. The conversation is therefore rendered once
-more with a mark, a private-use character, in every text: where the two renderings are otherwise equal, the marks show
-where the texts are. A template that depends on more than the first and last characters of a text may render it
-differently with a mark; its texts are then searched for, and only count as found where they go when other letters
-take the place of theirs. A tool's result may be encoded: its span is what changes with it.
+more with a mark in every text: where the two renderings are otherwise equal, the marks show where the texts are. A mark
+is a private-use character within the text, or another letter in place of its own, for templates that read a text's
+length. A tool's result may be encoded: its span is what changes with it.
+
+A template may write a text in a title or a reminder, too. The conversation is then rendered with further turns after
+or before it: what is in a turn keeps all that is before or after it. If that leaves several places, none is taken. The
+system message has no further turns of its own: in several places, it counts as not found.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 from typing import Any, NamedTuple
 
 from tlcapture.text import n_shared
@@ -35,8 +38,7 @@ THINKING_TAGS = (
     ("<|thought_start|>", "<|thought_end|>"),
 )
 _THINKING_TAG = re.compile("|".join(re.escape(tag) for tags in THINKING_TAGS for tag in tags))
-_MARKED_AT = (1 / 2, 1 / 4, 3 / 4)  # of a text's length
-_AROUND = 12  # characters before a text by which a turn is known again
+_MARKED_AT = (1 / 2, 1 / 4, 3 / 4, 1)  # of a text's length
 _BY_CHANCE = 4  # characters that a turn and a title may have in common, such as `er: `
 _PRIVATE_USE = range(0xF0000, 0x10FFFE)
 _LETTERS = range(0x20000, 0x2A6E0)  # of CJK Extension B, which no template writes and `repr` leaves as they are
@@ -55,14 +57,16 @@ class FoundMessages:
 
     Attributes:
         spans: the span of each message, with the white space at its ends where the rendering keeps that; `None` for a
-            message without text.
+            message without text, and for a system message that is in several places.
         dropped: indices of earlier assistant messages whose thinking is left out.
         missing: the index of a message whose text is altered or left out, the last one if there are several.
+        unclear: the index of another message whose text is in several places, any of which may be its turn.
     """
 
     spans: tuple[Span | None, ...]
     dropped: tuple[int, ...] = ()
     missing: int | None = None
+    unclear: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,41 +79,45 @@ class _Piece:
     can_be_dropped: bool
 
 
-def find_messages(
-    text: str, messages: Sequence[Message], render: Callable[[Sequence[Message]], str | None]
-) -> FoundMessages:
+_Render = Callable[[Sequence[Message]], str | None]
+
+
+class _Unmarked(NamedTuple):
+    """A rendering without its marks, and where each piece may start in it; it may be altered there."""
+
+    text: str
+    places: list[list[int]]
+
+
+def find_messages(text: str, messages: Sequence[Message], render: _Render) -> FoundMessages:
     """Find the messages that `text` is the rendering of; `render` renders others, and returns `None` if it fails.
 
     User and assistant messages have to be in order. A system message may be anywhere: some templates put it in front
     of the last user message.
     """
     pieces = [piece for index in range(len(messages)) for piece in _pieces(messages, index)]
-    by_mark = (_marked_starts(text, messages, pieces, share, render) for share in _MARKED_AT)
-    starts = next((each for each in by_mark if each is not None), None)
-    if starts is None:
-        starts = _searched_starts(text, messages, pieces, render)
-    elif any(len(each) > 1 for each in starts):
-        starts = _in_turns(text, messages, pieces, starts, render)
+    starts = _starts(text, messages, pieces, render)
     placed: dict[_Piece, int] = {}
     encoded: dict[int, Span] = {}
     dropped: set[int] = set()
     limit = len(text)
     for piece, options in reversed(list(zip(pieces, starts, strict=True))):
-        options = [start for start in options if not any(_overlap(piece, start, *each) for each in placed.items())]
-        before = [start for start in options if start + len(piece.text) <= limit]
         is_system = messages[piece.message]["role"] == "system"
-        if not before and not (is_system and options):
-            if not piece.can_be_dropped:
-                span = _encoded(text, messages, piece.message, render)
-                if span is None or span.stop > limit:
-                    return FoundMessages((), missing=piece.message)
-                encoded[piece.message], limit = span, span.start
+        if len(options) > 1:
+            if is_system:
                 continue
+            return FoundMessages((), unclear=piece.message)
+        is_free = not any(_overlap(piece, start, *each) for start in options for each in placed.items())
+        if options and is_free and (is_system or options[0] + len(piece.text) <= limit):
+            placed[piece] = options[0]
+            limit = limit if is_system else options[0]
+        elif piece.can_be_dropped:
             dropped.add(piece.message)
-            continue
-        placed[piece] = (before or options)[-1]
-        if not is_system:
-            limit = placed[piece]
+        else:
+            span = _encoded(text, messages, piece.message, render)
+            if span is None or span.stop > limit:
+                return FoundMessages((), missing=piece.message)
+            encoded[piece.message], limit = span, span.start
     kept = {piece: at for piece, at in placed.items() if not (piece.can_be_dropped and piece.message in dropped)}
     spans = tuple(encoded.get(index) or _span(text, index, message, kept) for index, message in enumerate(messages))
     return FoundMessages(spans, tuple(sorted(dropped)))
@@ -132,34 +140,50 @@ def _pieces(messages: Sequence[Message], index: int) -> list[_Piece]:
     return found
 
 
-def _marked_starts(
-    text: str,
-    messages: Sequence[Message],
-    pieces: Sequence[_Piece],
-    share: float,
-    render: Callable[[Sequence[Message]], str | None],
-) -> list[list[int]] | None:
-    """Where each piece starts in `text`; `None` if a mark at this share of its length changes the rendering."""
-    marks = _unused_characters(text, len(pieces))
-    cuts = [_cut(piece, share) for piece in pieces]
+def _starts(text: str, messages: Sequence[Message], pieces: Sequence[_Piece], render: _Render) -> list[list[int]]:
+    """Where each piece starts in its turn: one place, none, or several of which any may be it."""
+
+    def is_system(piece: _Piece) -> bool:
+        return messages[piece.message]["role"] == "system"
+
+    for share in (*_MARKED_AT, None):
+        among = _LETTERS if share is None else _PRIVATE_USE
+        marks = _unused_characters(text + "".join(piece.text for piece in pieces), len(pieces), among)
+        marked = _with_marks(messages, pieces, marks, share)
+        found = _without_marks(render(marked) or "", pieces, marks, share)
+        if found.text == text:
+            starts = [
+                [at for at in places if len(places) > 1 or text.startswith(piece.text, at)]
+                for piece, places in zip(pieces, found.places, strict=True)
+            ]
+            unclear = [n for n, piece in enumerate(pieces) if len(starts[n]) > 1 and not is_system(piece)]
+            if unclear:
+                longer = (render(each) or "" for each in _longer(messages, marked))
+                after, before = (_without_marks(each, pieces, marks, share) for each in longer)
+                for number in unclear:
+                    starts[number] = _in_turn(number, pieces, found, after, before)
+            return starts
+    return [[] for _ in pieces]
+
+
+def _with_marks(
+    messages: Sequence[Message], pieces: Sequence[_Piece], marks: Sequence[str], share: float | None
+) -> list[Message]:
+    """The messages with a mark at this share of each piece's length, or with the mark as all of its letters."""
     contents = [message["content"] for message in messages]
-    for piece, cut, mark in reversed(list(zip(pieces, cuts, marks, strict=True))):
-        content, at = contents[piece.message], piece.start + cut
-        contents[piece.message] = content[:at] + mark + content[at:]
-    marked = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
-    found: dict[str, list[int]] = {mark: [] for mark in marks}
-    unmarked: list[str] = []
-    for character in render(marked) or "":
-        if character in found:
-            found[character].append(len(unmarked))
-        else:
-            unmarked.append(character)
-    if "".join(unmarked) != text:
-        return None
-    return [
-        [at - cut for at in found[mark] if at >= cut and text.startswith(piece.text, at - cut)]
-        for piece, cut, mark in zip(pieces, cuts, marks, strict=True)
-    ]
+    for piece, mark in reversed(list(zip(pieces, marks, strict=True))):
+        content, stop = contents[piece.message], piece.start + len(piece.text)
+        contents[piece.message] = content[: piece.start] + _marked(piece, mark, share) + content[stop:]
+    return [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
+
+
+def _marked(piece: _Piece, mark: str, share: float | None) -> str:
+    if share is not None:
+        cut = _cut(piece, share)
+        return piece.text[:cut] + mark + piece.text[cut:]
+    # A template may read the punctuation; a text of nothing else is replaced as well.
+    is_letter = str.isalnum if any(map(str.isalnum, piece.text)) else str.strip
+    return "".join(mark if is_letter(each) else each for each in piece.text)
 
 
 def _cut(piece: _Piece, share: float) -> int:
@@ -167,92 +191,86 @@ def _cut(piece: _Piece, share: float) -> int:
     return len(piece.text) if _THINKING_TAG.search(piece.text) else int(share * len(piece.text))
 
 
-def _searched_starts(
-    text: str,
-    messages: Sequence[Message],
-    pieces: Sequence[_Piece],
-    render: Callable[[Sequence[Message]], str | None],
-) -> list[list[int]]:
-    """Where each piece occurs in `text`; nowhere, if that is what the template itself writes.
+def _without_marks(rendering: str, pieces: Sequence[_Piece], marks: Sequence[str], share: float | None) -> _Unmarked:
+    if share is None:
+        text, places = rendering, []
+        for piece, mark in zip(pieces, marks, strict=True):
+            marked = _marked(piece, mark, share)
+            places.append([match.start() for match in re.finditer(re.escape(marked), text)])
+            text = text.replace(marked, piece.text)
+        return _Unmarked(text, places)
+    found: dict[str, list[int]] = {mark: [] for mark in marks}
+    unmarked: list[str] = []
+    for character in rendering:
+        if character in found:
+            found[character].append(len(unmarked))
+        else:
+            unmarked.append(character)
+    cuts = [_cut(piece, share) for piece in pieces]
+    places = [[max(0, at - cut) for at in found[mark]] for cut, mark in zip(cuts, marks, strict=True)]
+    return _Unmarked("".join(unmarked), places)
 
-    With other letters in all messages, as many occurrences of a text have to be gone as there are pieces of it.
+
+def _longer(messages: Sequence[Message], marked: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+    """The marked messages with the last turns, unmarked, once more after them, and with the first ones before them."""
+    users = [number for number, each in enumerate(messages) if each["role"] == "user"]
+    first = next((number for number, each in enumerate(messages) if each["role"] != "system"), len(messages))
+    last = users[-1] if users else first
+    second = next((number for number in users if number > first), len(messages))
+
+    def answered(turns: Sequence[Message]) -> list[Message]:
+        answer = [] if turns and turns[-1]["role"] == "assistant" else [{"role": "assistant", "content": "-"}]
+        return [*turns, *answer]
+
+    after = [*answered(marked), *messages[last:]]
+    before = [*marked[:first], *answered(messages[first:second]), *marked[first:]]
+    return after, before
+
+
+def _in_turn(number: int, pieces: Sequence[_Piece], found: _Unmarked, after: _Unmarked, before: _Unmarked) -> list[int]:
+    """Of the places of a piece, the one that keeps most of the text around it in longer conversations.
+
+    `after` and `before` are the renderings with further turns there. The first place is taken of several within a turn.
     """
-    letter = _unused_characters(text + "".join(piece.text for piece in pieces), 1, _LETTERS)[0]
-    contents = [message["content"] for message in messages]
-    for piece in pieces:
-        start, stop = piece.start, piece.start + len(piece.text)
-        changed = "".join(letter if each.isalnum() else each for each in piece.text)
-        contents[piece.message] = contents[piece.message][:start] + changed + contents[piece.message][stop:]
-    others = render([{**message, "content": content} for message, content in zip(messages, contents, strict=True)])
-    needed = Counter(piece.text for piece in pieces if not piece.can_be_dropped)
-    found = []
-    for piece in pieces:
-        starts = [match.start() for match in re.finditer(re.escape(piece.text), text)]
-        has_letters = any(map(str.isalnum, piece.text))
-        n_gone = len(starts) if others is None or not has_letters else len(starts) - others.count(piece.text)
-        found.append(starts if n_gone >= needed[piece.text] else [])
-    return found
+    text, places, piece = found.text, found.places[number], pieces[number]
+    backwards, in_after = text[::-1], after.text[::-1]
+
+    def kept(at: int) -> tuple[float, float]:
+        """How far the text on the left and on the right is the same."""
+        left = (_kept(backwards[len(text) - at :], in_after[len(in_after) - to :]) for to in after.places[number])
+        right = (_kept(text[at:], before.text[to:]) for to in before.places[number])
+        return max((n - at for n in left), default=-inf), max((n + at for n in right), default=-inf)
+
+    def is_echo(at: int, later: int) -> bool:
+        """Whether a place is in the same turn as another one: they stay together in both conversations."""
+        between = text[at:later]
+        return all(
+            any(
+                to + len(between) in each.places[number] and each.text.startswith(between, to)
+                for to in each.places[number]
+            )
+            for each in (after, before)
+        )
+
+    most = tuple(map(max, zip(*map(kept, places), strict=True)))
+    best = [at for at in places if min(most) > -inf and kept(at) == most]
+    if not best or not all(is_echo(best[0], at) for at in best[1:]):
+        return places
+    turn = [at for at in places if at in best or (at < best[0] and is_echo(at, best[0]))]
+    return [at for at in turn if text.startswith(piece.text, at)][:1]
 
 
-def _in_turns(
-    text: str,
-    messages: Sequence[Message],
-    pieces: Sequence[_Piece],
-    starts: list[list[int]],
-    render: Callable[[Sequence[Message]], str | None],
-) -> list[list[int]]:
-    """Of several places of a piece, the one in its turn: a template may write a text in a title or a reminder, too.
-
-    With further turns after or before the conversation, a title or a reminder holds the text of another message, and
-    what is in the turn is still behind the same text. Of several places in a turn it is the first one.
-    """
-    marks = _unused_characters(text, len(pieces))
-    contents = [message["content"] for message in messages]
-    for piece, mark in reversed(list(zip(pieces, marks, strict=True))):
-        at = piece.start + _cut(piece, _MARKED_AT[0])
-        contents[piece.message] = contents[piece.message][:at] + mark + contents[piece.message][at:]
-    marked = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
-    turns: list[Message] = [{"role": role, "content": "-"} for role in ("user", "assistant")]
-    first = next((n for n, each in enumerate(messages) if each["role"] != "system"), len(messages))
-    after = turns if messages[-1]["role"] == "assistant" else turns[::-1]
-    longer = [render(each) for each in ([*marked, *after], [*marked[:first], *turns, *marked[first:]])]
-    renderings = [each for each in longer if each is not None]
-    found = []
-    for piece, mark, options in zip(pieces, marks, starts, strict=True):
-        is_unclear = len(options) > 1 and renderings and messages[piece.message]["role"] != "system"
-        found.append([_in_turn(text, piece, mark, options, renderings, marks)] if is_unclear else options)
-    return found
-
-
-def _in_turn(
-    text: str, piece: _Piece, mark: str, options: Sequence[int], renderings: Sequence[str], marks: Sequence[str]
-) -> int:
-    """The place in its turn of a piece with a mark in renderings of longer conversations."""
-    removed = str.maketrans(dict.fromkeys(marks))
-    cut = _cut(piece, _MARKED_AT[0])
-
-    def stays(at: int) -> tuple[int, ...]:
-        """How many characters before a place are those before the piece in each rendering."""
-        before = text[:at][: -_AROUND - 1 : -1]
-        numbers = []
-        for rendering in renderings:
-            others = [rendering[: match.start()].translate(removed) for match in re.finditer(mark, rendering)]
-            shared = [n_shared(before, other[: len(other) - cut][: -_AROUND - 1 : -1]) for other in others]
-            numbers.append(max([number for number in shared if number > _BY_CHANCE], default=0))
-        return (*numbers, at)
-
-    best = max(options, key=stays)
-    unmarked = [rendering.translate(removed) for rendering in renderings]
-    return next(at for at in options if at == best or (at < best and all(text[at:best] in each for each in unmarked)))
+def _kept(one: str, other: str) -> float:
+    """How many characters at the beginning two texts share; minus infinity for a few, unless the texts are equal."""
+    n = n_shared(one, other)
+    return n if n > _BY_CHANCE or one == other else -inf
 
 
 def _overlap(one: _Piece, start: int, other: _Piece, placed_at: int) -> bool:
     return start < placed_at + len(other.text) and placed_at < start + len(one.text)
 
 
-def _encoded(
-    text: str, messages: Sequence[Message], index: int, render: Callable[[Sequence[Message]], str | None]
-) -> Span | None:
+def _encoded(text: str, messages: Sequence[Message], index: int, render: _Render) -> Span | None:
     """Where the result of a tool is that the template encodes, such as JSON with escapes: what changes with it."""
     if messages[index]["role"] != "tool":
         return None

@@ -25,6 +25,7 @@ Offsets = Sequence[tuple[int, int]]  # the characters of each token, from the fi
 
 NO_OFFSETS = "the tokenizer does not say which characters its tokens have"
 NO_TEXT = "it has no text"
+SEVERAL_PLACES = "the chat template writes its text in several places"
 NO_TOKEN = "no token has most of its characters here"
 
 

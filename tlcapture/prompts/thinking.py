@@ -179,8 +179,12 @@ _RESPONSES = (
     # Granite 3.3's system prompt asks for these tags; an answer may have them elsewhere, as part of its text.
     _Field("answer", re.compile(r"(?<=</think>)\s*<response>"), re.compile(r"</response>")),
 )
+_IN_WORDS = _Field(  # Granite 3.2, whose system prompt asks for these words
+    "thinking", re.compile(r"Here(?:'s| is) my thought process:"), re.compile(r"Here(?:'s| is) my response:")
+)
 _TABLE = (
     _channels(TABLE),
+    ThinkingMarkers(TABLE, (_IN_WORDS,)),
     *(ThinkingMarkers(TABLE, (_literal("thinking", *tags), *_RESPONSES)) for tags in THINKING_TAGS),
 )
 

@@ -18,6 +18,7 @@ from tlcapture.prompts.prompt_sets import Prompt
 from tlcapture.prompts.spans import (
     NO_OFFSETS,
     NO_TEXT,
+    SEVERAL_PLACES,
     Offsets,
     Piece,
     TokenSpan,
@@ -327,7 +328,7 @@ def _opening(turns: Sequence[Message], chat: RenderedChat) -> str:
 
 
 def _spans(turns: Sequence[Message], chat: RenderedChat, offsets: Offsets | None, n_added: int) -> list[TokenSpan]:
-    """The spans of a prompt, with `n_added` tokens of the tokenizer before its text; turns without text come last."""
+    """The spans of a prompt, with `n_added` tokens of the tokenizer before its text; turns without one come last."""
     roles = [turn["role"] for turn in turns]
     if offsets is None:
         return [unfound(role, NO_OFFSETS) for role in roles]
@@ -335,7 +336,8 @@ def _spans(turns: Sequence[Message], chat: RenderedChat, offsets: Offsets | None
     pieces = [Piece(*span, "turn", role) for role, span in placed if span is not None]
     added = [TokenSpan(kind="template", role=None, start=0, stop=n_added)] if n_added else []
     found = added + spans_of_text(pieces, len(chat.text), offsets, n_added)
-    return found + [unfound(role, NO_TEXT) for role, span in zip(roles, chat.spans, strict=True) if span is None]
+    missing = (turn for turn, span in zip(turns, chat.spans, strict=True) if span is None)
+    return found + [unfound(each["role"], SEVERAL_PLACES if each["content"].strip() else NO_TEXT) for each in missing]
 
 
 def _with_offsets(tokenizer: Any, text: str) -> tuple[list[int], Offsets | None]:

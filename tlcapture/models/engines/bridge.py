@@ -7,6 +7,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
+from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -242,7 +243,7 @@ class BridgeModel(Model):
             )
         if not _is_close(self._padded_and_in_two_steps(tokens, probed), whole.cache[probed][0]):
             raise self._refusal(
-                "TransformerBridge computes different attention for it token by token in a padded batch than in one "
+                "TransformerBridge computes other activations for it token by token in a padded batch than in one "
                 f"pass; {version_advice()}"
             )
 
@@ -336,6 +337,8 @@ def _why(error: Exception) -> str:
     """The reason of a failed boot, without TransformerLens's list of all architectures that it has."""
     if "Could not determine supported architecture" in str(error):
         return f"TransformerLens {installed('transformer_lens')} has no adapter for it"
+    if isinstance(error, AssertionError) and not str(error):
+        return f"TransformerLens fails at {extract_tb(error.__traceback__)[-1].line!r}"
     return first_line(error)
 
 
