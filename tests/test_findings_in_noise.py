@@ -19,7 +19,7 @@ from tlcapture.comparison.paired import LEVEL, paired_differences
 from tlcapture.extraction.cross_validation import farthest_of_given, largest_of_given
 from tlcapture.extraction.evaluation import auroc, effect_size_interval
 from tlcapture.extraction.monitoring import RANDOM_VECTORS, monitoring
-from tlcapture.extraction.steering import random_directions
+from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.change_points import change_points
 from tlcapture.traits.critical_values import critical_score, critical_score_within, critical_value
 from tlcapture.traits.rises import rises
@@ -110,7 +110,7 @@ def separation_of_another_trait(draw: Draw, n: int) -> Values:
 
 def monitored(draw: Draw, n: int) -> Values:
     """A random vector that is said to follow the coefficient, in responses to three questions."""
-    random, own = random_directions(32, RANDOM_VECTORS), random_directions(32, RANDOM_VECTORS + n)[RANDOM_VECTORS:]
+    random, own = RandomDirections(None, 1, 32).vectors(RANDOM_VECTORS + n, 0).split([RANDOM_VECTORS, n])
     responses = torch.from_numpy(draw((n, 3, 32, 4))).permute(0, 3, 1, 2)
     found = [
         monitoring([0.0, 0.1, 0.2, 0.3], each, vector, random).p for each, vector in zip(responses, own, strict=True)
