@@ -98,6 +98,17 @@ def separation(draw: Draw, n: int) -> Values:
     return np.array(found)
 
 
+def separation_by_few(draw: Draw, n: int) -> Values:
+    """One of three given vectors on eight examples against 32 of a third of their deviation, beside shuffled labels."""
+    labels, groups, found = torch.arange(44) < 8, [str(number) for number in range(44)], []
+    held_out = torch.arange(44) < 40
+    for scores in torch.from_numpy(draw((n, 3, 44))):
+        scores[:, ~labels] /= 3
+        null = largest_of_given(scores, labels, groups, held_out)
+        found.append(bool(auroc(scores[:, held_out], labels[held_out]).max() > critical_value(null)))
+    return np.array(found)
+
+
 def separation_of_another_trait(draw: Draw, n: int) -> Values:
     """Any of three other traits' vectors on eight pairs, in either direction, beside shuffled labels."""
     labels, groups = torch.arange(16) < 8, [str(number % 8) for number in range(16)]
@@ -152,6 +163,7 @@ FINDINGS = {
     "a trait of three changes between models": (change_of_a_trait, "sign flips, t without skewness", 0.12, False),
     "the interval of an effect size leaves out 0": (effect_size, "noncentral t of pairs", 0.08, False),
     "the best of three vectors separates": (separation, "labels exchanged within pairs", 0.06, False),
+    "the best of three separates 8 from 32": (separation_by_few, "shuffled labels, spread", 0.08, False),
     "a vector separates another trait": (separation_of_another_trait, "labels exchanged within pairs", 0.06, False),
     "a projection follows steering": (monitored, "random vectors", 0.06, True),
     "a gain of steering selects a vector": (gain_of_steering, "random vectors", 0.12, True),

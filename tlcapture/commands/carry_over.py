@@ -13,7 +13,7 @@ import torch
 from tlcapture.commands.evaluation_entries import add_entry, entries_put_in
 from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.baselines import bag_of_words
-from tlcapture.extraction.cross_validation import relabelled
+from tlcapture.extraction.cross_validation import null_aurocs, relabelled
 from tlcapture.extraction.evaluation import auroc, effect_size_interval, hedges_g
 from tlcapture.extraction.examples import Examples, content, examples_in, read_examples
 from tlcapture.extraction.prepared_examples import prepare_examples
@@ -224,7 +224,7 @@ def _row(
     """The measures of one vector; its null are labels shuffled within pairs, or over unpaired examples."""
     labels = torch.tensor([item.positive for item in examples.items])
     drawn = relabelled(labels, examples.groups, LABELLINGS)
-    null = torch.stack([auroc(scores, each) for each in drawn])
+    null = null_aurocs(scores[None], labels, drawn)[:, 0]
     found = auroc(scores, labels)
     positive, negative, paired = _sides(examples, scores)
     interval = effect_size_interval(positive[None], negative[None], paired=paired)[0]

@@ -42,9 +42,30 @@ def auroc(scores: Scores, labels: Labels) -> PerDirection:
 
     Source: Hanley and McNeil, "The meaning and use of the area under a ROC curve" (1982).
     """
+    return (_twice_below(scores, labels).mean(dim=-1) / (2 * int((~labels).sum()))).float()
+
+
+def auroc_error(scores: Scores, labels: Labels) -> PerDirection:
+    """The standard error of the AUROC, whatever the distributions of the sides; NaN for a side of one example.
+
+    Source: DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver operating
+    characteristic curves" (1988).
+    """
+    n_positive, n_negative = int(labels.sum()), int((~labels).sum())
+    if min(n_positive, n_negative) < 2:
+        return torch.full(scores.shape[:-1], torch.nan)
+    positive, negative = (
+        _twice_below(scores, labels) / (2 * n_negative),
+        _twice_below(scores, ~labels) / (2 * n_positive),
+    )
+    return (positive.var(dim=-1) / n_positive + negative.var(dim=-1) / n_negative).sqrt().float()
+
+
+def _twice_below(scores: Scores, labels: Labels) -> Float[Tensor, "*directions n_positive"]:
+    """Twice the number of negative examples that project lower than each positive one, ties counting half."""
     positive, negative = scores[..., labels].contiguous(), scores[..., ~labels].sort(dim=-1).values
     below, up_to = (torch.searchsorted(negative, positive, right=right) for right in (False, True))
-    return ((below + up_to).double().mean(dim=-1) / (2 * negative.shape[-1])).float()
+    return (below + up_to).double()
 
 
 def hedges_g(
