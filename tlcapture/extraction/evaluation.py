@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcapture.extraction.examples import Sides
 from tlcapture.extraction.methods import Labels, LayerVectors
 from tlcapture.extraction.readout import Activations
 
@@ -140,24 +141,27 @@ def projected(vectors: LayerVectors, activations: Activations) -> Float[Tensor, 
 
 
 def separation(
-    vectors: LayerVectors, activations: Activations, labels: Labels, held_out: Labels, *, paired: bool = False
+    vectors: LayerVectors, activations: Activations, labels: Labels, held_out: Labels, sides: Sides | None = None
 ) -> Separation:
     """Separation of the held-out examples by one direction per layer.
 
     The threshold of the accuracy is halfway between the class means of the training examples.
 
     Args:
-        paired: whether positive and negative held-out examples are pairs, in the same order.
+        sides: the held-out examples of which the effect size is; by default all, without pairs.
     """
     scores = projected(vectors, activations)
     train, train_labels = scores[:, ~held_out], labels[~held_out]
     middle = (train[:, train_labels].mean(dim=1) + train[:, ~train_labels].mean(dim=1)) / 2
     held, held_labels = scores[:, held_out], labels[held_out]
-    positive, negative = held[:, held_labels], held[:, ~held_labels]
+    if sides is None:
+        positive, negative, are_pairs = held[:, held_labels], held[:, ~held_labels], False
+    else:
+        positive, negative, are_pairs = scores[:, sides.positive], scores[:, sides.negative], sides.are_pairs
     return Separation(
         auroc=auroc(held, held_labels),
         effect_size=hedges_g(positive, negative),
-        interval=effect_size_interval(positive, negative, paired=paired),
+        interval=effect_size_interval(positive, negative, paired=are_pairs),
         accuracy=((held > middle[:, None]) == held_labels).float().mean(dim=1),
     )
 
