@@ -141,6 +141,24 @@ def _carry_over(
         if row.is_reversed:
             console.line(f"{trait}: {name} is reversed there: it projects negative examples higher, beyond chance")
     console.line()
+    console.next = _steering(layout, [(Trait.parse(trait), row) for trait, row, _ in rows]) or console.next
+
+
+def _steering(layout: Layout, scored: Sequence[tuple[Trait, CarryOverRow]]) -> str | None:
+    """The command that steers with the first vector of a trait that was not steered with, and others like it."""
+    from tlcapture.commands.steer import is_steerable
+    from tlcapture.storage.command_lines import command_line
+
+    left = [
+        (row.method, row.layer, str(trait))
+        for trait, row in scored
+        if row.component == "residual" and is_steerable(layout, trait) and not lexists(layout.steering(trait))
+    ]
+    if not left:
+        return None
+    method, layer, _ = left[0]
+    traits = ",".join(dict.fromkeys(trait for *vector, trait in left if vector == [method, layer]))
+    return command_line(layout, "steer", "--traits", traits, "--methods", method, "--layers", str(layer))
 
 
 def _interval(bounds: Sequence[float | None] | None) -> str:

@@ -152,6 +152,14 @@ def _check_completions(task: SteeringTask) -> None:
         )
 
 
+def is_steerable(layout: Layout, trait: Trait) -> bool:
+    """Whether a trait has questions that need no judge."""
+    try:
+        return all(each.completions for each in read_questions(Datasets(layout.root), trait).questions)
+    except InputError:
+        return False
+
+
 _QUESTIONS = '[{"question": "How was your day?", "positive": "Awful.", "negative": "Lovely."}]'
 
 
