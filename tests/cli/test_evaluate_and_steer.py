@@ -14,7 +14,7 @@ import pytest
 from click.testing import Result
 
 from tests import tiny
-from tests.cli.conftest import heatmaps_in_words
+from tests.cli.conftest import heatmaps_in_words, make_trait
 from tlcapture.errors import NumericalError
 from tlcapture.names import Trait
 from tlcapture.storage.datasets import Datasets
@@ -538,3 +538,13 @@ def test_vectors_that_no_trait_has_are_not_evaluated(
         result = tlcapture(*command, "--experiment", "exp", *words)
         assert (result.exit_code, path.read_bytes()) == (2, before)
         assert result.stderr.startswith(f"error: {says}")
+
+
+def test_traits_without_an_evaluated_vector_are_named_below_the_table(tlcapture: Run, data: Path, extract: Run) -> None:
+    assert extract("--component", "residual").exit_code == 0
+    make_trait(data, "tone/new", "old", "new")
+    assert extract("--component", "residual", "--traits", "tone/new").exit_code == 0
+    result = tlcapture("evaluate", "--experiment", "exp", "--component", "residual", "--traits", "tone/loud,tone/warm")
+    assert result.exit_code == 0, result.output
+    assert "3 tone/warm" in result.stdout
+    assert "without an evaluated vector: 2 tone/new" in result.stdout

@@ -217,12 +217,14 @@ def _print_cross_traits(
     columns = [Column("vector"), *(Column(str(number), right=True) for number in range(1, len(names) + 1))]
     rows = [
         (
-            f"{names.index(trait) + 1 if trait in names else '-'} {trait}",
+            f"{names.index(trait) + 1} {trait}",
             *(_number(row.get(name), ".2f") for name in names),
         )
         for trait, row in sorted(matrix.items())
     ]
     console.table(columns, rows)
+    if without := [f"{number} {name}" for number, name in enumerate(names, start=1) if name not in matrix]:
+        console.line(f"without an evaluated vector: {', '.join(without)}")
     if by_chance is not None:
         low, high = by_chance
         console.line(
