@@ -13,10 +13,10 @@ from pathlib import Path
 import click
 import torch
 
-from tlcapture.commands.projections import random_directions as as_in_reference
+from tlcapture.commands.projections import random_directions
 from tlcapture.commands.steer import read_questions
 from tlcapture.extraction.monitoring import RANDOM_VECTORS, monitoring
-from tlcapture.extraction.steering import Addition, SteeringScorer, random_directions
+from tlcapture.extraction.steering import Addition, SteeringScorer
 from tlcapture.models.loading import Model, load_model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import tokenize
@@ -39,7 +39,7 @@ def main(experiment: str, root: Path, vectors: int) -> None:
     """Print how many random vectors follow with a p of at most 0.05."""
     model = load_model("smollm2", device="cpu")
     layout = Layout(root.resolve(), experiment)
-    random = as_in_reference(layout, "residual", model.n_layers, model.d_model, click.echo)
+    random = random_directions(layout, "residual", model.n_layers, model.d_model, click.echo)
     if random.reference is None:
         raise click.ClickException(f"{experiment} has no reference: run 'tlcapture evaluate'")
     generator = torch.Generator().manual_seed(1)
@@ -53,17 +53,16 @@ def main(experiment: str, root: Path, vectors: int) -> None:
         scorer = SteeringScorer(model, prompts, [each.completions for each in questions])
         unsteered = scorer.baseline().responses
         for layer in LAYERS:
-            null = random.vectors(RANDOM_VECTORS, layer)
-            assert null is not None
+            nulls = {
+                "the reference's": random.vectors(RANDOM_VECTORS, layer),
+                "isotropic": RandomDirections(None, model.n_layers, model.d_model).vectors(RANDOM_VECTORS, layer),
+            }
             for kind, drawn in _drawn(random, model, layer, vectors, generator):
                 for vector in drawn:
                     scores = scorer.scores([Addition(layer, vector, each) for each in COEFFICIENTS])
                     texts = [unsteered, *(score.responses for score in scores)]
                     read = torch.stack([scorer.read(layer, each) for each in texts])
-                    for name, directions in (
-                        ("the reference's", null),
-                        ("isotropic", random_directions(model.d_model, RANDOM_VECTORS)),
-                    ):
+                    for name, directions in nulls.items():
                         p = monitoring([0.0, *COEFFICIENTS], read, vector, directions).p
                         found.setdefault((kind, name), []).append(p is not None and p <= LEVEL)
             click.echo(f"{trait} layer {layer}", err=True)
@@ -76,7 +75,6 @@ def _drawn(
 ) -> Iterator[tuple[str, Vectors]]:
     """Vectors that steer, none of which is among those that `monitoring` compares with."""
     combined = random.vectors(RANDOM_VECTORS + n * len(TRAITS), layer)
-    assert combined is not None
     choice = RANDOM_VECTORS + torch.randperm(n * len(TRAITS), generator=generator)[:n]
     yield "combinations of responses", combined[choice]
     yield "isotropic vectors", torch.nn.functional.normalize(torch.randn(n, model.d_model, generator=generator), dim=1)

@@ -19,7 +19,7 @@ from tlcapture.comparison.paired import LEVEL, paired_differences
 from tlcapture.extraction.cross_validation import farthest_of_given, largest_of_given
 from tlcapture.extraction.evaluation import auroc, effect_size_interval
 from tlcapture.extraction.monitoring import RANDOM_VECTORS, monitoring
-from tlcapture.extraction.steering import random_directions
+from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.change_points import change_points
 from tlcapture.traits.critical_values import critical_score, critical_score_within, critical_value
 from tlcapture.traits.rises import rises
@@ -98,6 +98,17 @@ def separation(draw: Draw, n: int) -> Values:
     return np.array(found)
 
 
+def separation_by_few(draw: Draw, n: int) -> Values:
+    """One of three given vectors on eight examples against 32 of a third of their deviation, beside shuffled labels."""
+    labels, groups, found = torch.arange(44) < 8, [str(number) for number in range(44)], []
+    held_out = torch.arange(44) < 40
+    for scores in torch.from_numpy(draw((n, 3, 44))):
+        scores[:, ~labels] /= 3
+        null = largest_of_given(scores, labels, groups, held_out)
+        found.append(bool(auroc(scores[:, held_out], labels[held_out]).max() > critical_value(null)))
+    return np.array(found)
+
+
 def separation_of_another_trait(draw: Draw, n: int) -> Values:
     """Any of three other traits' vectors on eight pairs, in either direction, beside shuffled labels."""
     labels, groups = torch.arange(16) < 8, [str(number % 8) for number in range(16)]
@@ -110,7 +121,7 @@ def separation_of_another_trait(draw: Draw, n: int) -> Values:
 
 def monitored(draw: Draw, n: int) -> Values:
     """A random vector that is said to follow the coefficient, in responses to three questions."""
-    random, own = random_directions(32, RANDOM_VECTORS), random_directions(32, RANDOM_VECTORS + n)[RANDOM_VECTORS:]
+    random, own = RandomDirections(None, 1, 32).vectors(RANDOM_VECTORS + n, 0).split([RANDOM_VECTORS, n])
     responses = torch.from_numpy(draw((n, 3, 32, 4))).permute(0, 3, 1, 2)
     found = [
         monitoring([0.0, 0.1, 0.2, 0.3], each, vector, random).p for each, vector in zip(responses, own, strict=True)
@@ -152,6 +163,7 @@ FINDINGS = {
     "a trait of three changes between models": (change_of_a_trait, "sign flips, t without skewness", 0.12, False),
     "the interval of an effect size leaves out 0": (effect_size, "noncentral t of pairs", 0.08, False),
     "the best of three vectors separates": (separation, "labels exchanged within pairs", 0.06, False),
+    "the best of three separates 8 from 32": (separation_by_few, "shuffled labels, spread", 0.08, False),
     "a vector separates another trait": (separation_of_another_trait, "labels exchanged within pairs", 0.06, False),
     "a projection follows steering": (monitored, "random vectors", 0.06, True),
     "a gain of steering selects a vector": (gain_of_steering, "random vectors", 0.12, True),

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tlcapture.commands.listed_projections import ListedProjections
 from tlcapture.errors import StorageError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.storage.prompts_with_files import PromptsWithFiles
-from tlcapture.traits.saved_projections import projections_saved
+from tlcapture.traits.saved_projections import ListedProjections, projections_saved
 
 LOUD, WARM = Trait("tone", "loud"), Trait("tone", "warm")
 PLACES: dict[str, Callable[[Layout], Path]] = {

@@ -46,7 +46,9 @@ def stored(data: Path) -> dict[str, dict[str, list[dict[str, object]]]]:
 
 
 def test_the_selected_vector_is_scored_on_folders_of_traits(tlcapture: Run, data: Path, evaluated: Result) -> None:
-    elsewhere = make_elsewhere(data)
+    """Whether it steers is the next question."""
+    elsewhere, question = make_elsewhere(data), {"question": "how?", "positive": "so", "negative": "no"}
+    (data / "datasets" / "traits" / "tone" / "loud" / "steering.json").write_text(json.dumps([question]))
     result = tlcapture("evaluate", "--experiment", "exp", "--examples", elsewhere)
     assert result.exit_code == 0, result.output
     assert set(stored(data)) == {"traits"}
@@ -55,6 +57,8 @@ def test_the_selected_vector_is_scored_on_folders_of_traits(tlcapture: Run, data
     best = read_json(data / "experiments" / "exp" / "extraction" / "extraction_evaluation.json")["best_vectors"][trait]
     assert (row["method"], row["layer"]) == (best["method"], best["layer"])
     assert f"{row['auroc']:.3f}" in result.output
+    after = f"--experiment exp --traits {trait} --methods {row['method']} --layers {row['layer']}"
+    assert result.stdout.splitlines()[-1] == f"next: tlcapture steer {after}"
     assert tlcapture("evaluate", "--experiment", "exp", "--component", "residual").exit_code == 0
     assert stored(data)["traits"] == {trait: [row]}  # evaluating again keeps it
 

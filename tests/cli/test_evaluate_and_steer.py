@@ -14,7 +14,7 @@ import pytest
 from click.testing import Result
 
 from tests import tiny
-from tests.cli.conftest import heatmaps_in_words
+from tests.cli.conftest import heatmaps_in_words, make_trait
 from tlcapture.errors import NumericalError
 from tlcapture.names import Trait
 from tlcapture.storage.datasets import Datasets
@@ -212,12 +212,14 @@ def test_random_vectors_are_added_to_earlier_results_and_runs_of_other_questions
     earlier = json.loads(json.dumps(made))
     for name in ("gain", "standard_error", "null"):
         earlier["runs"][0]["result"].pop(name)
-    del earlier["monitoring"], earlier["metadata"]["questions"]
+    del earlier["runs"][0]["config"]["component"], earlier["metadata"]["questions"]
+    for name in ("component", "vector_digest"):
+        del earlier["monitoring"][0][name]
     earlier["runs"][0]["responses"][0] = "as it was"
     path.write_text(json.dumps(earlier))
     assert tlcapture(*words).exit_code == 0
     again = read_json(path)
-    assert again["runs"][0]["responses"][0] == "as it was"  # not repeated
+    assert [run["responses"][0] for run in again["runs"]] == ["as it was"]  # not repeated
     assert again["runs"][0]["result"]["null"] == made["runs"][0]["result"]["null"]
     assert len(again["monitoring"]) == 1
     steering_file(data, {"questions": [{**each, "positive": "quite another"} for each in QUESTIONS]})
@@ -536,3 +538,13 @@ def test_vectors_that_no_trait_has_are_not_evaluated(
         result = tlcapture(*command, "--experiment", "exp", *words)
         assert (result.exit_code, path.read_bytes()) == (2, before)
         assert result.stderr.startswith(f"error: {says}")
+
+
+def test_traits_without_an_evaluated_vector_are_named_below_the_table(tlcapture: Run, data: Path, extract: Run) -> None:
+    assert extract("--component", "residual").exit_code == 0
+    make_trait(data, "tone/new", "old", "new")
+    assert extract("--component", "residual", "--traits", "tone/new").exit_code == 0
+    result = tlcapture("evaluate", "--experiment", "exp", "--component", "residual", "--traits", "tone/loud,tone/warm")
+    assert result.exit_code == 0, result.output
+    assert "3 tone/warm" in result.stdout
+    assert "without an evaluated vector: 2 tone/new" in result.stdout

@@ -107,6 +107,15 @@ def test_projections_carry_calibration_definitions_and_chance(evaluated: Layout,
         assert chance["reference_rises"]["sd"] > 0
 
 
+def test_a_reference_that_is_made_or_removed_counts_in_the_next_capture(evaluated: Layout, capture: Run) -> None:
+    reference = evaluated.reference("residual")
+    kept = reference.read_bytes()
+    for content, covariance in ((None, "isotropic"), (kept, "reference")):
+        reference.unlink(missing_ok=True) if content is None else reference.write_bytes(content)
+        assert capture("--overwrite", "--limit", "1").exit_code == 0
+        assert {each["metadata"]["chance"]["covariance"] for each in files(evaluated).values()} == {covariance}
+
+
 def test_capture_projects_at_the_selected_layer(evaluated: Layout, capture: Run) -> None:
     result = capture()
     assert "by default" not in result.stderr

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from tests.extraction.test_extraction import planted
-from tlcapture.extraction.evaluation import auroc, effect_size_interval, hedges_g, separation
+from tlcapture.extraction.evaluation import auroc, auroc_error, effect_size_interval, hedges_g, separation
 
 numbers = st.lists(st.integers(-5, 5), min_size=4, max_size=30)
 
@@ -81,3 +81,11 @@ def test_reversing_a_direction_reverses_its_measures() -> None:
     there, back = (separation(d, activations, labels, held_out) for d in (direction, -direction))
     assert torch.allclose(there.auroc, 1 - back.auroc, atol=1e-5)
     assert torch.allclose(there.effect_size, -back.effect_size, atol=1e-4)
+
+
+def test_the_error_of_an_auroc_is_its_deviation_over_samples_of_unequal_sides() -> None:
+    scores = torch.randn(4000, 30, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(30) < 8
+    scores[:, labels] = 2.5 * scores[:, labels] + 0.5
+    assert float(auroc_error(scores, labels).mean()) == pytest.approx(float(auroc(scores, labels).std()), rel=0.05)
+    assert auroc_error(scores, torch.arange(30) < 1).isnan().all()

@@ -129,6 +129,11 @@ def test_a_small_difference_in_every_pair_is_found_although_pairs_differ_more() 
     assert cue.leaks
 
 
+def test_words_of_pairs_that_repeat_others_are_not_learned_from_these() -> None:
+    found = checked(made(lambda n: f"x{n % 20}", lambda n: f"y{n % 20}", prompt=lambda n: topic(n % 20)))
+    assert (found.duplicates, found.cues[BY_RESPONSE].auroc) == (2 * 20, 0.5)
+
+
 def test_two_traits_whose_words_tell_each_other_apart_are_confounded() -> None:
     warm = made(lambda n: f"dear {topic(n)} friend", lambda n: f"cold {topic(n)} stone", "tone/warm")
     kind = made(lambda n: f"{topic(n)} my friend", lambda n: f"{topic(n)} my stone", "tone/kind")

@@ -13,7 +13,7 @@ import torch
 from tests import tiny
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.extraction.changed_examples import digest_of
-from tlcapture.extraction.examples import Example, Examples, LabelledExample, content, read_examples
+from tlcapture.extraction.examples import Example, Examples, LabelledExample, Sides, content, read_examples
 from tlcapture.extraction.methods import FITS
 from tlcapture.extraction.prepared_examples import prepare_examples
 from tlcapture.extraction.readout import read_out, shared_prefix, tokenize_example
@@ -77,6 +77,22 @@ def test_examples_that_repeat_one_another_are_on_the_same_side_of_every_split(tm
     held_out = [item.held_out for item in items]
     assert held_out[:10] == held_out[20:30]
     assert (sum(held_out[:20]), held_out[30::2], sum(held_out[30::2])) == (4, held_out[31::2], 2)
+
+
+def test_of_examples_that_repeat_one_another_one_counts_for_the_error_of_an_effect_size(tmp_path: Path) -> None:
+    def sides(positive: list[dict[str, str]], negative: list[dict[str, str]]) -> Sides:
+        write_side(tmp_path, "positive.jsonl", positive)
+        write_side(tmp_path, "negative.jsonl", negative)
+        examples = read_examples(Datasets(tmp_path), TRAIT)
+        return examples.sides(range(len(examples.items)))
+
+    own, other = ([{"pair": f"{n}", "text": f"{side} {n}"} for n in range(5)] for side in "ab")
+    assert sides(own, other[::-1]) == ([0, 1, 2, 3, 4], [9, 8, 7, 6, 5], True)
+    again = [{**each, "pair": f"again {each['pair']}"} for each in own]
+    assert sides(own + again, other + [{**each, "text": f"c{n}"} for n, each in enumerate(again)]) == (
+        [0, 1, 2, 3, 4], [10, 11, 12, 13, 14], True,
+    )  # fmt: skip
+    assert sides([*own, {"text": "A  0"}, {"text": "a 7"}], other) == ([0, 1, 2, 3, 4, 6], [7, 8, 9, 10, 11], False)
 
 
 def test_plain_text_files_are_read_as_one_example_per_line(tmp_path: Path) -> None:

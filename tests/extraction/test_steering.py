@@ -11,13 +11,19 @@ import torch
 from tests import tiny
 from tlcapture.errors import NumericalError
 from tlcapture.extraction.monitoring import RANDOM_VECTORS, monitoring
-from tlcapture.extraction.steering import Addition, SteeringScorer, random_directions
+from tlcapture.extraction.steering import RANDOM_VECTORS as STEERED_VECTORS
+from tlcapture.extraction.steering import Addition, SteeringScorer
 from tlcapture.generation.interventions import Add, applied
 from tlcapture.generation.loop import generate
 from tlcapture.prompts.tokenization import tokenize
+from tlcapture.traits.chance import RandomDirections
 
 QUESTIONS = ["how are you?", "what is it", "why should anybody care about that?"]
 COMPLETIONS = [("fine", "bad day"), ("a thing of beauty", "junk"), ("yes", "no")]
+
+
+def isotropic(d_model: int, n: int = STEERED_VECTORS) -> torch.Tensor:
+    return RandomDirections(None, 1, d_model).vectors(n, 0)
 
 
 def scorer_of(model: Any, **options: Any) -> tuple[SteeringScorer, list[Any]]:
@@ -67,7 +73,7 @@ def test_steering_adds_the_vector_to_residual_out_and_leaves_no_hook(engine: str
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_additions_that_share_a_batch_score_as_they_do_alone(name: str, engine: str) -> None:
     scorer, _ = scorer_of(tiny.model(name, engine), new_tokens=6)
-    drawn = random_directions(tiny.D_MODEL, 3)
+    drawn = isotropic(tiny.D_MODEL, 3)
     additions = [Addition(0, drawn[0], 0.3), Addition(2, drawn[1], 2.0), Addition(0, drawn[2], -0.5)]
     together = scorer.scores(additions)
     assert len({tuple(each.responses) for each in together}) > 1
@@ -111,9 +117,9 @@ def test_a_projection_that_grows_with_the_coefficient_follows_it_and_random_ones
     along = torch.einsum("cqd,d->cq", activations, vector)
     wanted = torch.arange(4.0)[:, None] + 10 * torch.randn(16, generator=generator)  # questions differ by far more
     activations += (wanted - along)[..., None] * vector
-    found = monitoring(coefficients, activations, vector, random_directions(64))
+    found = monitoring(coefficients, activations, vector, isotropic(64))
     assert found.rank_correlation == pytest.approx(1.0)
-    assert monitoring(coefficients, activations, -vector, random_directions(64)).rank_correlation == pytest.approx(-1)
+    assert monitoring(coefficients, activations, -vector, isotropic(64)).rank_correlation == pytest.approx(-1)
     assert found.projections == pytest.approx((wanted.mean(dim=1)).tolist(), abs=1e-4)
     assert len(found.null) == 20
     assert max(map(abs, found.null)) < 0.9
@@ -123,7 +129,7 @@ def test_a_projection_that_grows_with_the_coefficient_follows_it_and_random_ones
 
 def test_a_random_vector_is_said_to_follow_in_a_twentieth_of_cases() -> None:
     """Also where one dimension has most of the variance, and questions share a drift."""
-    generator, random = torch.Generator().manual_seed(5), random_directions(32, RANDOM_VECTORS)
+    generator, random = torch.Generator().manual_seed(5), isotropic(32, RANDOM_VECTORS)
     scale, coefficients = torch.tensor([1.0] + 31 * [0.05]), [0.0, 0.1, 0.2, 0.3]
     found = []
     for _ in range(200):
@@ -144,11 +150,11 @@ def test_vectors_that_follow_equally_well_are_counted_in_whichever_order_the_que
 
 def test_few_or_empty_responses_have_no_correlation_and_equal_ones_have_none_either() -> None:
     drawn = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
-    few = monitoring([0.0, 0.1], drawn, drawn[0, 0], random_directions(8))
+    few = monitoring([0.0, 0.1], drawn, drawn[0, 0], isotropic(8))
     assert (few.rank_correlation, few.p, few.n) == (None, None, 6)
-    same = monitoring([0.0, 0.1], torch.ones(2, 4, 8), torch.ones(8), random_directions(8))
+    same = monitoring([0.0, 0.1], torch.ones(2, 4, 8), torch.ones(8), isotropic(8))
     assert (same.rank_correlation, same.p) == (0.0, 1.0)
-    empty = monitoring([0.0, 0.1], torch.full((2, 4, 8), torch.nan), torch.ones(8), random_directions(8))
+    empty = monitoring([0.0, 0.1], torch.full((2, 4, 8), torch.nan), torch.ones(8), isotropic(8))
     assert (empty.projections, empty.rank_correlation, empty.n) == ([None, None], None, 0)
 
 

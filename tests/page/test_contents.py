@@ -132,11 +132,11 @@ def test_gains_come_with_their_null_and_vectors_with_their_verdict(contents: Con
     evaluation |= {"cross_trait_chance": 0.25}
     write(folder / "extraction" / "extraction_evaluation.json", evaluation)
     found = contents.vectors("exp", "style", "odd")
-    assert found["steering"]["runs"][0]["null"] == [0.0, 19.0]
+    assert found["steering"]["runs"][0]["null"] == [0.0, 20.0]
     assert found["steering"]["runs"][0]["standard_error"] == 2.0
     assert found["steering"]["chance"] == 20.0
     assert found["steering"]["monitoring"] == [
-        {"layer": 1, "method": "probe", "rank_correlation": 0.9, "p": 0.05, "null": 19.0}
+        {"layer": 1, "method": "probe", "rank_correlation": 0.9, "p": 0.05, "null": 20.0}
     ]
     assert found["components"]["residual"]["selected"]["selected_by"] == "effect_size"  # 10 is less than 20
     assert found["evaluation"]["trait"]["verdict"] == "adds nothing"

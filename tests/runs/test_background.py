@@ -19,7 +19,8 @@ from tlcapture.runs.background_writer import BackgroundWriter, Job
 from tlcapture.runs.display import Display
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
-from tlcapture.storage.files import Written
+from tlcapture.storage.file_index import Learned
+from tlcapture.storage.files import FileState, Written
 from tlcapture.storage.layout import Layout
 
 LAYOUT = Layout(Path("x"), "exp")
@@ -273,3 +274,14 @@ def test_threads_take_short_turns_while_files_are_written(n_writers: int) -> Non
         fail()
     assert (inside < 1e-3) == (n_writers > 0)
     assert sys.getswitchinterval() == before
+
+
+def test_a_full_report_still_knows_the_last_state_of_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Otherwise the summary of an earlier run would be taken for that of files that were written again."""
+    monkeypatch.setattr("tlcapture.runs.report._MOST_REMEMBERED", 1)
+    report, (first, second) = RunReport(tmp_path), (tmp_path / "1.json", tmp_path / "2.json")
+    for path, size in ((first, 1), (second, 1), (first, 2)):
+        report.learn(path, Learned(FileState(size, 0, 0), ()))
+        report.remember({path.name: b"%d" % size})
+    assert report.seen == {first: FileState(2, 0, 0)}
+    assert report.projected == {"1.json": b"2"}

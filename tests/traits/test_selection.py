@@ -16,8 +16,8 @@ from tlcapture.errors import InputError, StorageError, VectorError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.critical_values import critical_score
-from tlcapture.traits.selection import fallback_layer, select
-from tlcapture.traits.steering_files import SteeringRun, largest_by_chance, percentile_95
+from tlcapture.traits.selection import fallback_layer, select, steering_results
+from tlcapture.traits.steering_files import SteeringRun, largest_by_chance
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import read_vector, write_vector
 
@@ -169,6 +169,26 @@ def test_the_best_of_several_coefficients_is_seldom_beyond_chance_and_each_layer
     assert chance < (as_if_apart or 0.0)
 
 
+def test_steering_with_a_vector_that_was_replaced_or_removed_is_left_out(files: VectorFiles) -> None:
+    steering(files, (4, 60.0, 90.0), (6, 50.0, 90.0), nulls={4: [30.0] * 20})
+    path = files.layout.steering(TRAIT)
+    content = json.loads(path.read_text())
+    monitored = {"method": "mean_diff", "coefficients": [0.0, 1.0], "rank_correlation": 0.5}
+    content["monitoring"] = [{**monitored, "layer": layer} for layer in (4, 6)]
+    for layer, *records in zip((4, 6), content["runs"], content["monitoring"], strict=True):
+        write_vector(files, "residual", "mean_diff", layer, torch.ones(4))
+        for record in records:
+            record["vector_digest"] = files.digest("residual", "mean_diff", layer)
+    path.write_text(json.dumps(content))
+    assert [run.layer for run in steering_results(files).single_layer_runs] == [4, 6]
+    write_vector(files, "residual", "mean_diff", 4, torch.arange(1.0, 5.0))
+    found = steering_results(files)
+    assert [each.layer for each in (*found.single_layer_runs, *found.monitoring)] == [6, 6]
+    assert select(files, "residual", 30).layer == 6  # earlier vectors' nulls are no level for this one
+    files.file("residual", "mean_diff", 6).unlink()
+    assert not steering_results(files).runs
+
+
 def test_effect_size_comes_second(files: VectorFiles) -> None:
     evaluation(
         files,
@@ -298,11 +318,14 @@ def test_a_layer_may_be_a_numpy_integer_but_not_another_word(files: VectorFiles)
         select(files, "residual", 30, layer="best")
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 20, 21])
-def test_the_95th_percentile_is_that_of_numpy(n: int) -> None:
-    values = np.random.default_rng(n).normal(size=n)
-    assert percentile_95(list(values)) == pytest.approx(np.percentile(values, 95))
-    assert np.isnan(percentile_95([]))
+@pytest.mark.parametrize(("n", "exceeded"), [(20, 1 / 21), (99, 5 / 100), (100, 5 / 101)])
+def test_one_more_random_vector_exceeds_the_level_of_a_gain_in_at_most_a_twentieth_of_cases(
+    n: int, exceeded: float
+) -> None:
+    draws = np.random.default_rng(n).normal(size=(4000, n + 1))
+    levels = [run.null_p95 for run in (gains(rest)[0] for rest in draws[:, 1:].tolist())]
+    assert np.mean(draws[:, 0] > np.array(levels)) == pytest.approx(exceeded, abs=0.012)
+    assert gains([])[0].null_p95 is None
 
 
 def gains(null: Sequence[float]) -> list[SteeringRun]:

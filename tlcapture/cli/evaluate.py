@@ -141,6 +141,24 @@ def _carry_over(
         if row.is_reversed:
             console.line(f"{trait}: {name} is reversed there: it projects negative examples higher, beyond chance")
     console.line()
+    console.next = _steering(layout, [(Trait.parse(trait), row) for trait, row, _ in rows]) or console.next
+
+
+def _steering(layout: Layout, scored: Sequence[tuple[Trait, CarryOverRow]]) -> str | None:
+    """The command that steers with the first vector of a trait that was not steered with, and others like it."""
+    from tlcapture.commands.steer import is_steerable
+    from tlcapture.storage.command_lines import command_line
+
+    left = [
+        (row.method, row.layer, str(trait))
+        for trait, row in scored
+        if row.component == "residual" and is_steerable(layout, trait) and not lexists(layout.steering(trait))
+    ]
+    if not left:
+        return None
+    method, layer, _ = left[0]
+    traits = ",".join(dict.fromkeys(trait for *vector, trait in left if vector == [method, layer]))
+    return command_line(layout, "steer", "--traits", traits, "--methods", method, "--layers", str(layer))
 
 
 def _interval(bounds: Sequence[float | None] | None) -> str:
@@ -199,12 +217,14 @@ def _print_cross_traits(
     columns = [Column("vector"), *(Column(str(number), right=True) for number in range(1, len(names) + 1))]
     rows = [
         (
-            f"{names.index(trait) + 1 if trait in names else '-'} {trait}",
+            f"{names.index(trait) + 1} {trait}",
             *(_number(row.get(name), ".2f") for name in names),
         )
         for trait, row in sorted(matrix.items())
     ]
     console.table(columns, rows)
+    if without := [f"{number} {name}" for number, name in enumerate(names, start=1) if name not in matrix]:
+        console.line(f"without an evaluated vector: {', '.join(without)}")
     if by_chance is not None:
         low, high = by_chance
         console.line(

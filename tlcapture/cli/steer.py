@@ -109,10 +109,11 @@ def steer(
 
 def _print(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> None:
     """Print the largest gains beside those of random vectors, and whether projections follow."""
-    from tlcapture.traits.selection import COHERENT
-    from tlcapture.traits.steering_files import SteeringResults, largest_by_chance
+    from tlcapture.traits.selection import COHERENT, steering_results
+    from tlcapture.traits.steering_files import largest_by_chance
+    from tlcapture.traits.vector_files import VectorFiles
 
-    found = {trait: SteeringResults.read(layout.steering(trait)) for trait in traits if _has_results(layout, trait)}
+    found = {trait: steering_results(VectorFiles(layout, trait)) for trait in traits if _has_results(layout, trait)}
     names = ("gain", "se", "random p95", "coherence", "follows", "random p95", "p")
     rows, notes = [], []
     for trait, results in found.items():
@@ -145,8 +146,6 @@ def _has_results(layout: Layout, trait: Trait) -> bool:
 
 
 def _cells(trait: Trait, results: SteeringResults, run: SteeringRun) -> tuple[str, ...]:
-    from tlcapture.traits.steering_files import percentile_95
-
     monitored = next((each for each in results.monitoring if _is_of(each, run)), None)
     rho = None if monitored is None else monitored.rank_correlation
     return (
@@ -155,10 +154,10 @@ def _cells(trait: Trait, results: SteeringResults, run: SteeringRun) -> tuple[st
         f"{run.coefficient:g}",
         f"{run.delta:+.1f}",
         "-" if run.standard_error is None else f"{run.standard_error:.1f}",
-        f"{percentile_95(run.null or ()):+.1f}",
+        "-" if run.null_p95 is None else f"{run.null_p95:+.1f}",
         f"{run.coherence_mean:.0f}",
         "-" if rho is None else f"{rho:+.2f}",
-        "-" if monitored is None or rho is None else f"{percentile_95(monitored.null):+.2f}",
+        "-" if monitored is None or monitored.null_p95 is None else f"{monitored.null_p95:+.2f}",
         "-" if monitored is None or monitored.p is None else f"{monitored.p:.2f}",
     )
 

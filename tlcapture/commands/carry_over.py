@@ -13,7 +13,7 @@ import torch
 from tlcapture.commands.evaluation_entries import add_entry, entries_put_in
 from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.baselines import bag_of_words
-from tlcapture.extraction.cross_validation import relabelled
+from tlcapture.extraction.cross_validation import null_aurocs, relabelled
 from tlcapture.extraction.evaluation import auroc, effect_size_interval, hedges_g
 from tlcapture.extraction.examples import Examples, content, examples_in, read_examples
 from tlcapture.extraction.prepared_examples import prepare_examples
@@ -224,10 +224,11 @@ def _row(
     """The measures of one vector; its null are labels shuffled within pairs, or over unpaired examples."""
     labels = torch.tensor([item.positive for item in examples.items])
     drawn = relabelled(labels, examples.groups, LABELLINGS)
-    null = torch.stack([auroc(scores, each) for each in drawn])
+    null = null_aurocs(scores[None], labels, drawn)[:, 0]
     found = auroc(scores, labels)
-    positive, negative, paired = _sides(examples, scores)
-    interval = effect_size_interval(positive[None], negative[None], paired=paired)[0]
+    sides = examples.sides(range(len(examples.items)))
+    positive, negative = scores[sides.positive], scores[sides.negative]
+    interval = effect_size_interval(positive[None], negative[None], paired=sides.are_pairs)[0]
     return {
         "method": vector.method,
         "layer": vector.layer,
@@ -237,20 +238,8 @@ def _row(
         "effect_size_interval": [rounded_or_none(bound) for bound in interval],
         "null_auroc_p95": rounded_or_none(critical_value(null)),
         "p": rounded_or_none((1 + (null >= found).sum()) / (1 + LABELLINGS)),
-        "n_positive": len(positive),
-        "n_negative": len(negative),
+        "n_positive": int(labels.sum()),
+        "n_negative": int((~labels).sum()),
         "examples": digest,
         "vector_digest": files.digest(vector.component, vector.method, vector.layer),
     }
-
-
-def _sides(examples: Examples, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Positive and negative scores, and whether they are pairs; pairs come in the same order."""
-    positive, negative = (
-        {i.example.pair: float(score) for i, score in zip(examples.items, scores, strict=True) if i.positive == side}
-        for side in (True, False)
-    )
-    if None not in positive and positive.keys() == negative.keys() and 2 * len(positive) == len(scores):
-        return torch.tensor(list(positive.values())), torch.tensor([negative[pair] for pair in positive]), True
-    labels = torch.tensor([item.positive for item in examples.items])
-    return scores[labels], scores[~labels], False

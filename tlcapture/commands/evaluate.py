@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+import torch
+
 from tlcapture.commands.cross_traits import cross_traits
 from tlcapture.commands.evaluation_entries import add_entry, entries_put_in, present_rows
 from tlcapture.commands.evaluation_rows import EvaluatedComponent, doubts, rows_of
 from tlcapture.commands.extract import kept_activations
-from tlcapture.commands.held_out_calibrations import held_out_calibrations, keep_held_out_calibrations
 from tlcapture.commands.reference import has_reference, keep_reference
 from tlcapture.errors import InputError, VectorError
+from tlcapture.extraction.calibrating import calibrations
 from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
 from tlcapture.extraction.kept_activations import KeptActivations, source_digest
 from tlcapture.extraction.prepared_examples import prepare_examples
@@ -29,10 +31,11 @@ from tlcapture.storage.config import read_config
 from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import write_bytes, write_json
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.calibration import HELD_OUT, merged_calibrations
 from tlcapture.traits.evaluation_files import Evaluation, EvaluationRow, read_evaluation
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles, check_available, traits_with_vectors
-from tlcapture.traits.vectors import read_vector
+from tlcapture.traits.vectors import TraitVector, read_vector
 from tlcapture.views.hooks import COMPONENTS
 
 _CHANGED = "examples or model have changed since the vectors were extracted: extract them again"
@@ -184,7 +187,7 @@ def _evaluate(
         for vector in (vector for of_method in vectors.values() for vector in of_method):
             check_fits(vector, *kept.activations.shape[::2])
         made = rows_of(layout, reading.examples, kept, vectors, options.seed)
-        keep_held_out_calibrations(run, files, component, held_out_calibrations(reading.examples, kept, vectors))
+        _keep_calibrations(run, files, component, reading.examples, kept, vectors)
         for note in doubts(made.rows):
             run.warn(f"{trait}: {note}")
         found[component] = made
@@ -266,6 +269,28 @@ def _activations(
     if reading.made_from is not None:
         run.wrote(kept.write(path))
     return kept
+
+
+def _keep_calibrations(
+    run: Run,
+    files: VectorFiles,
+    component: str,
+    examples: Examples,
+    kept: KeptActivations,
+    vectors: Mapping[str, Sequence[TraitVector]],
+) -> None:
+    """Add the vectors' calibrations on the held-out examples to their metadata."""
+    labels = torch.tensor([item.positive for item in examples.items])
+    held_out = torch.tensor([item.held_out for item in examples.items])
+    with run_lock(run, f"vectors of {files.trait}"):
+        for method, of_method in vectors.items():
+            if not of_method:
+                continue
+            layers, stacked = [each.layer for each in of_method], torch.stack([each.vector for each in of_method])
+            found = calibrations(stacked, kept.activations[layers][:, held_out], labels[held_out], layers)
+            metadata = files.metadata(component, method)
+            merged = merged_calibrations(metadata.get(HELD_OUT), {method: found})
+            files.write_metadata(component, {**metadata, HELD_OUT: merged}, method)
 
 
 def _write_cross_traits(run: Run) -> None:

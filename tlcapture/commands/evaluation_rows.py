@@ -85,11 +85,11 @@ def rows_of(
         validated = None
     common = _Common(validated, baselines, int(held_out.sum()), layout.traits())
     rows: list[Row] = []
-    best, paired = 0.0, _is_paired(examples)
+    best, sides = 0.0, examples.sides(held_out.nonzero().flatten().tolist())
     for method, found in ((method, found) for method, found in vectors.items() if found):
         stacked = torch.stack([vector.vector for vector in found])
         read = kept.activations[[vector.layer for vector in found]]
-        separated = separation(stacked, read, labels, held_out, paired=paired)
+        separated = separation(stacked, read, labels, held_out, sides)
         if method in grid:
             null, best = largest, max(best, float(separated.auroc.max()))
         else:
@@ -163,12 +163,6 @@ def doubts(rows: Sequence[Row]) -> list[str]:
         f"the interval of the effect size of {name} includes zero at {layers_named(at)}"
         for name, at in with_zero.items()
     ]
-
-
-def _is_paired(examples: Examples) -> bool:
-    """Whether the held-out examples of both sides are pairs, in the same order."""
-    sides = [[i.example.pair for i in examples.items if i.held_out and i.positive == side] for side in (True, False)]
-    return sides[0] == sides[1] and None not in sides[0] and len(set(sides[0])) == len(sides[0])
 
 
 def _row(

@@ -25,7 +25,7 @@ from tlcapture.runs.display import Display
 from tlcapture.runs.existing_files import check_replaceable
 from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
-from tlcapture.storage.files import as_json
+from tlcapture.storage.files import FileState, as_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.centring import Centred
 from tlcapture.traits.chance import RandomDirections
@@ -239,7 +239,8 @@ class ProjectionTask:
         try:
             capture = Capture.open(self.raw)
             scores = [torch.from_numpy(each) for each in self.scores]
-            chosen, levels = _unpickled(self.chosen), _levels_of(self.layout).reporting_to(run)
+            chosen = _unpickled(self.chosen)
+            levels = _levels_of(self.layout, _reference_state(self.layout, chosen[0].vector)).reporting_to(run)
             project_capture(run, capture, chosen, levels, overwrite=self.overwrite, scores=scores, form=self.form)
         except TlcaptureError as caught:
             error = caught
@@ -252,9 +253,14 @@ def _unpickled(chosen: bytes) -> Sequence[ChosenVector]:
     return vectors
 
 
-@lru_cache(maxsize=1)
-def _levels_of(layout: Layout) -> ChanceLevels:
+@lru_cache(maxsize=4)
+def _levels_of(layout: Layout, _reference: FileState | None) -> ChanceLevels:
     return ChanceLevels(Run.silent(layout))
+
+
+def _reference_state(layout: Layout, vector: TraitVector) -> FileState | None:
+    path = vectors_layout(layout.root, vector.experiment).reference(vector.component)
+    return FileState.of(path.stat()) if path.is_file() else None
 
 
 def massive_line(centred: Sequence[tuple[Trait, Centred]]) -> str:

@@ -10,7 +10,7 @@ from os.path import lexists
 import torch
 from pydantic import ValidationError
 
-from tlcapture.commands.projections import random_directions as as_in_reference
+from tlcapture.commands.projections import random_directions
 from tlcapture.commands.steering_results import Results, scored_by
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.extraction.judge import Judge
@@ -24,7 +24,6 @@ from tlcapture.extraction.steering import (
     SteeringQuestions,
     SteeringScore,
     SteeringScorer,
-    random_directions,
 )
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
@@ -36,7 +35,6 @@ from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.shapes import Vectors
 from tlcapture.storage.config import read_config
 from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.files import read_bytes, read_json, write_bytes
@@ -154,6 +152,14 @@ def _check_completions(task: SteeringTask) -> None:
         )
 
 
+def is_steerable(layout: Layout, trait: Trait) -> bool:
+    """Whether a trait has questions that need no judge."""
+    try:
+        return all(each.completions for each in read_questions(Datasets(layout.root), trait).questions)
+    except InputError:
+        return False
+
+
 _QUESTIONS = '[{"question": "How was your day?", "positive": "Awful.", "negative": "Lovely."}]'
 
 
@@ -200,7 +206,7 @@ class _Trials:
         results = Results(run, task.trait, model, scored_by(judge, task.asked.eval_prompt), task.asked)
         definition = _definition(Datasets(run.layout.root), task.trait)
         scorer = SteeringScorer(model, prompts, [question.completions for question in task.questions])
-        random = as_in_reference(run.layout, "residual", model.n_layers, model.d_model, run.warn)
+        random = random_directions(run.layout, "residual", model.n_layers, model.d_model, run.warn)
         trials = cls(task, scorer, judge, definition, results, scorer.baseline(), random, progress)
         results.set_baseline(trials._judged(trials.baseline))
         return trials
@@ -227,14 +233,14 @@ class _Trials:
     def add_nulls(self) -> None:
         """Steer with random vectors of the same norm at the cells with the largest gains, unless that was done."""
         for run in self.results.largest_gains(N_NULLS):
-            if run.null is None or self._covariance == "reference" != run.null_covariance:
-                self.results.set_null(run, self._random_gains(run), self._covariance)
+            if run.null is None or self.random.covariance == "reference" != run.null_covariance:
+                self.results.set_null(run, self._random_gains(run), self.random.covariance)
             cell = f"{self.task.trait} layer {run.layer} x {run.coefficient:g}"
             self.progress.advance(1, done=f"{cell}: random vectors added")
 
     def _random_gains(self, run: SteeringRun) -> list[float]:
-        directions = self._random_directions(RANDOM_VECTORS, run.layer)
-        additions = [Addition(run.layer, direction, run.coefficient) for direction in directions]
+        drawn = self.random.vectors(RANDOM_VECTORS, run.layer)
+        additions = [Addition(run.layer, vector, run.coefficient) for vector in drawn]
         if self.judge is None:
             means = [float(100 * score.nanmean()) for score in self.scorer.trait_scores(additions)]
         else:
@@ -248,21 +254,12 @@ class _Trials:
             0.0: self.baseline.responses
         }
         coefficients = sorted(by_coefficient)
-        if len(coefficients) < 2 or self.results.has_monitoring(vector, coefficients, self._covariance):
+        if len(coefficients) < 2 or self.results.has_monitoring(vector, coefficients, self.random.covariance):
             return
         read = torch.stack([self.scorer.read(vector.layer, by_coefficient[each]) for each in coefficients])
-        random = self._random_directions(MONITORING_VECTORS, vector.layer)
+        random = self.random.vectors(MONITORING_VECTORS, vector.layer)
         found = monitoring(coefficients, read, vector.vector, random)
-        self.results.set_monitoring(vector, found, self._covariance)
-
-    @property
-    def _covariance(self) -> str:
-        """That of the random vectors: the reference prompts' responses', or `isotropic` without a reference."""
-        return "isotropic" if self.random.reference is None else "reference"
-
-    def _random_directions(self, n: int, layer: int) -> Vectors:
-        drawn = self.random.vectors(n, layer)
-        return random_directions(self.scorer.d_model, n) if drawn is None else drawn
+        self.results.set_monitoring(vector, found, self.random.covariance)
 
     def _judged(self, score: SteeringScore) -> SteeringScore:
         """The score with the judge's verdicts in place of likelihoods, if there is a judge."""

@@ -73,19 +73,22 @@ class Results:
 
     def coefficients(self, vector: TraitVector) -> list[float]:
         """The coefficients with which a vector was recorded, in ascending order."""
-        runs = SteeringResults.parse(self._content, self._path).single_layer_runs
-        key = (vector.component, vector.method, vector.layer)
-        used = {run.coefficient for run in runs if (run.component, run.method, run.layer) == key}
+        cells = filter(None, map(_cell, self._content["runs"]))
+        used = {coefficient for *key, coefficient in cells if tuple(key) == _key_of(vector)}
         return sorted(each for each in used if self._record(vector, each) is not None)
 
     def add(self, vector: TraitVector, coefficient: float, score: SteeringScore) -> SteeringRun:
         """Record a run."""
         assert self._baseline is not None
-        config = _config(vector, coefficient)
         error = score.standard_error(self._baseline)
         means = _means(score)
         run = {
-            "config": config,
+            "config": {
+                "layers": [vector.layer],
+                "methods": [vector.method],
+                "coefficients": [coefficient],
+                "component": vector.component,
+            },
             "result": {
                 **means,
                 "gain": rounded_or_none(means["trait_mean"] - self.baseline_mean, _DIGITS),
@@ -96,7 +99,7 @@ class Results:
             "vector_digest": self._files.digest(vector.component, vector.method, vector.layer),
             "responses": score.responses,
         }
-        self._content["runs"] = [*(each for each in self._content["runs"] if each["config"] != config), run]
+        self._content["runs"] = [*(each for each in self._content["runs"] if _cell(each) != _cell(run)), run]
         self._write()
         return self._parsed(run)
 
@@ -109,7 +112,7 @@ class Results:
     def set_null(self, run: SteeringRun, gains: Sequence[float], covariance: str) -> None:
         """Record the gains of random vectors of a covariance in place of a run's vector."""
         for record in self._content["runs"]:
-            if self._parsed_config(record) == (run.component, run.method, run.layer, run.coefficient):
+            if _cell(record) == (run.component, run.method, run.layer, run.coefficient):
                 record["result"]["null"] = [rounded_or_none(gain, _DIGITS) for gain in gains]
                 record["result"]["null_covariance"] = covariance
         self._write()
@@ -121,17 +124,16 @@ class Results:
         """
         digest = self._files.digest(vector.component, vector.method, vector.layer)
         return any(
-            each["vector_digest"] == digest
+            each.get("vector_digest") == digest
             and each["coefficients"] == list(coefficients)
             and each.get("null_covariance") in (covariance, "reference")
             for each in self._content.get("monitoring", ())
-            if _key(each) == (vector.component, vector.method, vector.layer)
+            if _key(each) == _key_of(vector)
         )
 
     def set_monitoring(self, vector: TraitVector, found: Monitoring, covariance: str) -> None:
         """Record how projections of a vector's steered responses follow the coefficient, beside random vectors."""
-        key = (vector.component, vector.method, vector.layer)
-        values = {name: _rounded(value) for name, value in asdict(found).items()}
+        key, values = _key_of(vector), {name: _rounded(value) for name, value in asdict(found).items()}
         made = {"layer": vector.layer, "method": vector.method, "component": vector.component, **values}
         made["null_covariance"] = covariance
         others = [each for each in self._content.get("monitoring", ()) if _key(each) != key]
@@ -139,9 +141,9 @@ class Results:
         self._write()
 
     def _record(self, vector: TraitVector, coefficient: float) -> dict[str, Any] | None:
-        config, made = _config(vector, coefficient), vector.metadata.get("timestamp")
+        cell, made = (*_key_of(vector), coefficient), vector.metadata.get("timestamp")
         for run in self._content["runs"]:
-            if run["config"] == config and run.get("vector_timestamp") == made and self._is_current(run):
+            if _cell(run) == cell and run.get("vector_timestamp") == made and self._is_current(run):
                 return dict(run)
         return None
 
@@ -152,12 +154,6 @@ class Results:
             return True
         has_file = self._files.file(component, method, layer).is_file()
         return has_file and digest == self._files.digest(component, method, layer)
-
-    def _parsed_config(self, record: dict[str, Any]) -> tuple[str, str, int, float] | None:
-        if len(record["config"]["layers"]) > 1:
-            return None
-        run = self._parsed(record)
-        return (run.component, run.method, run.layer, run.coefficient)
 
     def _parsed(self, run: dict[str, Any]) -> SteeringRun:
         return SteeringResults.parse({**self._content, "runs": [run]}, self._path).single_layer_runs[0]
@@ -178,17 +174,21 @@ def _digest(text: str, size: int = 8) -> str:
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).hexdigest()
 
 
+def _key_of(vector: TraitVector) -> tuple[str, str, int]:
+    return (vector.component, vector.method, vector.layer)
+
+
 def _key(monitored: dict[str, Any]) -> tuple[str, str, int]:
-    return (monitored["component"], monitored["method"], monitored["layer"])
+    return (monitored.get("component", "residual"), monitored["method"], monitored["layer"])
 
 
-def _config(vector: TraitVector, coefficient: float) -> dict[str, Any]:
-    return {
-        "layers": [vector.layer],
-        "methods": [vector.method],
-        "coefficients": [coefficient],
-        "component": vector.component,
-    }
+def _cell(run: dict[str, Any]) -> tuple[str, str, int, float] | None:
+    """Component, method, layer and coefficient of a recorded run; `None` for one of several layers."""
+    config = run["config"]
+    if len(config["layers"]) > 1:
+        return None
+    component, coefficients = config.get("component", "residual"), config.get("coefficients") or [0.0]
+    return (component, config["methods"][0], config["layers"][0], coefficients[0])
 
 
 def _means(score: SteeringScore) -> dict[str, float]:

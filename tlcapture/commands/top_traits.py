@@ -11,7 +11,6 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tlcapture.commands.listed_projections import ListedProjections
 from tlcapture.commands.summarised import Summarised, as_written
 from tlcapture.errors import StorageError
 from tlcapture.names import PromptId
@@ -20,7 +19,7 @@ from tlcapture.storage.layout import Layout
 from tlcapture.text import REPLACEMENT
 from tlcapture.traits.critical_values import critical_score, critical_score_within, critical_value, widening
 from tlcapture.traits.projection_files import ProjectionFile
-from tlcapture.traits.saved_projections import SavedProjection, projections_saved
+from tlcapture.traits.saved_projections import ListedProjections, SavedProjection, projections_saved
 from tlcapture.traits.verdicts import UsedVector
 
 FEWEST_TO_COMPARE = 5  # among three, the largest of ten random directions is always as far out as can be

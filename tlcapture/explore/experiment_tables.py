@@ -13,7 +13,6 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import Evaluation, read_evaluation
 from tlcapture.traits.saved_projections import no_projections
 from tlcapture.traits.selection import steering_runs
-from tlcapture.traits.steering_files import percentile_95
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.verdicts import Doubts, layers_of
 from tlcapture.views.hooks import check_component
@@ -82,7 +81,8 @@ def carry_over_frame(layout: Layout) -> DataFrame:
 def steering_frame(layout: Layout) -> DataFrame:
     """A row for each single-layer steering run with a trait's present vectors.
 
-    `null_p95` is the 95th percentile of the gains of random vectors of the same norm, NaN where they were not measured.
+    `null_p95` is the gain that one more random vector of the same norm exceeds in at most 5 % of cases, NaN where they
+    were not measured.
 
     Raises `StorageError` for a damaged file.
     """
@@ -91,7 +91,7 @@ def steering_frame(layout: Layout) -> DataFrame:
     rows = []
     for trait in layout.traits():
         for run in steering_runs(VectorFiles(layout, trait)):
-            null = percentile_95(run.null) if run.null else float("nan")
+            null = float("nan") if run.null_p95 is None else run.null_p95
             found = {"trait": str(trait), "gain": run.delta, "null_p95": null}
             rows.append({**found, **{name: getattr(run, name) for name in _STEERING if hasattr(run, name)}})
     return DataFrame(rows, columns=[*_STEERING, "null_p95"])

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tlcapture.extraction.examples import Sides
 from tlcapture.extraction.methods import Labels, LayerVectors
 from tlcapture.extraction.readout import Activations
 
@@ -42,9 +43,30 @@ def auroc(scores: Scores, labels: Labels) -> PerDirection:
 
     Source: Hanley and McNeil, "The meaning and use of the area under a ROC curve" (1982).
     """
+    return (_twice_below(scores, labels).mean(dim=-1) / (2 * int((~labels).sum()))).float()
+
+
+def auroc_error(scores: Scores, labels: Labels) -> PerDirection:
+    """The standard error of the AUROC, whatever the distributions of the sides; NaN for a side of one example.
+
+    Source: DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver operating
+    characteristic curves" (1988).
+    """
+    n_positive, n_negative = int(labels.sum()), int((~labels).sum())
+    if min(n_positive, n_negative) < 2:
+        return torch.full(scores.shape[:-1], torch.nan)
+    positive, negative = (
+        _twice_below(scores, labels) / (2 * n_negative),
+        _twice_below(scores, ~labels) / (2 * n_positive),
+    )
+    return (positive.var(dim=-1) / n_positive + negative.var(dim=-1) / n_negative).sqrt().float()
+
+
+def _twice_below(scores: Scores, labels: Labels) -> Float[Tensor, "*directions n_positive"]:
+    """Twice the number of negative examples that project lower than each positive one, ties counting half."""
     positive, negative = scores[..., labels].contiguous(), scores[..., ~labels].sort(dim=-1).values
     below, up_to = (torch.searchsorted(negative, positive, right=right) for right in (False, True))
-    return ((below + up_to).double().mean(dim=-1) / (2 * negative.shape[-1])).float()
+    return (below + up_to).double()
 
 
 def hedges_g(
@@ -119,24 +141,27 @@ def projected(vectors: LayerVectors, activations: Activations) -> Float[Tensor, 
 
 
 def separation(
-    vectors: LayerVectors, activations: Activations, labels: Labels, held_out: Labels, *, paired: bool = False
+    vectors: LayerVectors, activations: Activations, labels: Labels, held_out: Labels, sides: Sides | None = None
 ) -> Separation:
     """Separation of the held-out examples by one direction per layer.
 
     The threshold of the accuracy is halfway between the class means of the training examples.
 
     Args:
-        paired: whether positive and negative held-out examples are pairs, in the same order.
+        sides: the held-out examples of which the effect size is; by default all, without pairs.
     """
     scores = projected(vectors, activations)
     train, train_labels = scores[:, ~held_out], labels[~held_out]
     middle = (train[:, train_labels].mean(dim=1) + train[:, ~train_labels].mean(dim=1)) / 2
     held, held_labels = scores[:, held_out], labels[held_out]
-    positive, negative = held[:, held_labels], held[:, ~held_labels]
+    if sides is None:
+        positive, negative, are_pairs = held[:, held_labels], held[:, ~held_labels], False
+    else:
+        positive, negative, are_pairs = scores[:, sides.positive], scores[:, sides.negative], sides.are_pairs
     return Separation(
         auroc=auroc(held, held_labels),
         effect_size=hedges_g(positive, negative),
-        interval=effect_size_interval(positive, negative, paired=paired),
+        interval=effect_size_interval(positive, negative, paired=are_pairs),
         accuracy=((held > middle[:, None]) == held_labels).float().mean(dim=1),
     )
 

@@ -144,7 +144,7 @@ def _check(own: _Vocabulary, others: Sequence[_Vocabulary]) -> ExampleCheck:
         n_pairs=len(pairs[True] & pairs[False]),
         duplicates=_duplicates(items),
         have_responses=any(item.example.response for item in items),
-        cues={cue.name: cue for cue in (*_lengths(examples), *_words(items, labels), _worst(own, others))},
+        cues={cue.name: cue for cue in (*_lengths(examples), *_words(examples, labels), _worst(own, others))},
     )
 
 
@@ -163,8 +163,8 @@ def _lengths(examples: Examples) -> Iterable[Cue]:
         yield Cue("prompt's characters", area_under_curve(values, labels), share_in_pairs(values, labels, pairs))
 
 
-def _words(items: Sequence[LabelledExample], labels: Labels) -> Iterable[Cue]:
-    groups = [item.example.pair or f"{item.positive} {number}" for number, item in enumerate(items)]
+def _words(examples: Examples, labels: Labels) -> Iterable[Cue]:
+    items, groups = examples.items, examples.groups
     prompts = _prompts(items)
     yield Cue(BY_PROMPT, held_out_words_auroc(prompts, labels, groups) if any(prompts) else None)
     yield Cue(BY_RESPONSE, held_out_words_auroc(_texts(items), labels, groups), bounds=None)

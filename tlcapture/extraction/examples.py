@@ -15,7 +15,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -77,6 +77,14 @@ class LabelledExample:
     held_out: bool
 
 
+class Sides(NamedTuple):
+    """The numbers of positive and of negative examples; `are_pairs` if those at the same position are pairs."""
+
+    positive: Sequence[int]
+    negative: Sequence[int]
+    are_pairs: bool = False
+
+
 @dataclass(frozen=True)
 class Examples:
     """All examples of a trait, positive ones first, each side in the order of its file.
@@ -99,6 +107,18 @@ class Examples:
         """The group of each example: its pair, or itself, with all that repeat one of them. Groups are never split."""
         keys = [_key("positive" if i.positive else "negative", n, i.example) for n, i in enumerate(self.items)]
         return _grouped(keys, [item.example for item in self.items])
+
+    def sides(self, numbers: Sequence[int]) -> Sides:
+        """The sides of some examples without those that repeat others: of pairs that do, only the first one counts."""
+        items, groups = self.items, self.groups
+        positive, negative = ([n for n in numbers if items[n].positive == side] for side in (True, False))
+        partners = {items[n].example.pair: n for n in negative}
+        pairs = [items[n].example.pair for n in positive]
+        if None not in pairs and len({*pairs}) == len(pairs) == len(negative) and {*pairs} == {*partners}:
+            first = sorted({groups[n]: n for n in reversed(positive)}.values())
+            return Sides(first, [partners[items[n].example.pair] for n in first], are_pairs=True)
+        once = {*{(items[n].positive, content(items[n].example)): n for n in reversed(numbers)}.values()}
+        return Sides([n for n in positive if n in once], [n for n in negative if n in once])
 
     def split_record(self, seed: int) -> dict[str, Any]:
         """The split as it is recorded in metadata: counts, the seed, and the pairs that are held out."""

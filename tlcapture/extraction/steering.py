@@ -39,7 +39,7 @@ from tlcapture.models.finite_weights import remedy
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import bytes_per_prompt, free_memory
 from tlcapture.prompts.tokenization import TokenizedPrompt, decode, place_response, unknown_token
-from tlcapture.shapes import Mask, Tokens, Vector, Vectors
+from tlcapture.shapes import Mask, Tokens, Vector
 from tlcapture.views.hooks import hook
 
 NEW_TOKENS = 24
@@ -164,12 +164,6 @@ class Addition:
     coefficient: float
 
 
-def random_directions(d_model: int, n: int = RANDOM_VECTORS) -> Vectors:
-    """Directions without a meaning, the same ones at every layer and in every run: `[n, d_model]`, of length 1."""
-    drawn = torch.randn(n, d_model, generator=torch.Generator().manual_seed(0))
-    return torch.nn.functional.normalize(drawn, dim=-1)
-
-
 @dataclass(frozen=True)
 class _Answers:
     """An answer per question: a state of each prompt up to its last token, which is not in it; that token and the
@@ -209,11 +203,6 @@ class SteeringScorer:
         )
         self._is_scored = torch.tensor([pair is not None for pair in completions])
         self._norms: dict[int, float] = {}
-
-    @property
-    def d_model(self) -> int:
-        """The width of the residual stream."""
-        return self._model.d_model
 
     def typical_norm(self, layer: int) -> float:
         """The median norm of `residual_out` at a layer, unsteered, over the tokens at which steering acts.

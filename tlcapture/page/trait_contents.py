@@ -14,8 +14,8 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.missing_vectors import PACKAGED, has_packaged
 from tlcapture.traits.packaged_vectors import vectors_layout
-from tlcapture.traits.selection import Selection, n_layers_of_origin, runner_up, select
-from tlcapture.traits.steering_files import SteeringResults, largest_by_chance, percentile_95
+from tlcapture.traits.selection import Selection, n_layers_of_origin, runner_up, select, steering_results
+from tlcapture.traits.steering_files import largest_by_chance
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.views.hooks import COMPONENTS
 
@@ -114,20 +114,20 @@ def _steering(layout: Layout, trait: Trait, tell: _Tell) -> dict[str, Any]:
     if not lexists(path):
         return {"missing": missing.steering(layout, trait).to_json()}
     try:
-        results = SteeringResults.read(path)
+        results = steering_results(VectorFiles(layout, trait))
     except StorageError as error:
         return {"problem": tell(error)}
     names = ("layer", "method", "component", "coefficient", "trait_mean", "coherence_mean", "standard_error")
     found = results.single_layer_runs
     runs = [
         {name: getattr(run, name) for name in names}
-        | {"gain": run.delta, "null": [min(run.null), percentile_95(run.null)] if run.null else None}
+        | {"gain": run.delta, "null": [min(run.null), run.null_p95] if run.null else None}
         for run in found
     ]
     baseline = {name: getattr(results.baseline, name) for name in ("trait_mean", "coherence_mean")}
     monitoring = [
         {"layer": each.layer, "method": each.method, "rank_correlation": each.rank_correlation, "p": each.p}
-        | {"null": percentile_95(each.null)}
+        | {"null": each.null_p95}
         for each in results.monitoring
         if each.rank_correlation is not None and each.null
     ]

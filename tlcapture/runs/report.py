@@ -145,7 +145,7 @@ class RunReport:
         if learned.facts:
             parts = (self._parts.setdefault(part, part) for part in learned.facts)
             self.learned[path] = learned._replace(facts=tuple(parts))
-        if len(self.seen) < _MOST_REMEMBERED:
+        if path in self.seen or len(self.seen) < _MOST_REMEMBERED:
             self.seen[path] = learned.state
 
     @property
@@ -156,7 +156,7 @@ class RunReport:
     def remember(self, projected: Mapping[str, bytes]) -> None:
         """Keep the summary's part of some projections, as far as there is room for it."""
         for name, content in projected.items():
-            if self.remembers:
+            if self.remembers or name in self.projected:
                 self.projected[name] = content
 
     def failed(self, what: str, reason: object) -> None:

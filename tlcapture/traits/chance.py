@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tlcapture.products import linear_each
+from tlcapture.shapes import Vectors
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
 from tlcapture.traits.change_points import ChangePoints, Values
 from tlcapture.traits.critical_values import critical_score, critical_value, widening
@@ -117,6 +118,11 @@ class RandomDirections:
     _layers: dict[int, _Layer] = field(default_factory=dict)
     _drawn: dict[Hashable, _Drawn] = field(default_factory=dict)
 
+    @property
+    def covariance(self) -> str:
+        """`reference`, that of the reference prompts' responses, or `isotropic` without a reference."""
+        return "isotropic" if self.reference is None else "reference"
+
     def levels(
         self, activations: dict[int, Tensor], vectors: Sequence[TraitVector], held: Positions, own: Motion
     ) -> Sequence[ChanceLevel | None]:
@@ -140,7 +146,7 @@ class RandomDirections:
         standardised = None if rises is None or over is None else _rounded((rises - over.means) / over.deviations)
         return [
             ChanceLevel(
-                covariance="isotropic" if self.reference is None else "reference",
+                covariance=self.covariance,
                 directions=self.digest(drawn.layers[layer_row]),
                 commit=int(commit[layer_row]),
                 persist=None if rises is None else int(persist[layer_row]),
@@ -162,13 +168,17 @@ class RandomDirections:
         drawn = self._layer(layer)
         return drawn.directions(trait).double() @ (drawn.basis.double() @ activation.double())
 
-    def vectors(self, n: int, layer: int) -> Float[Tensor, "n d_model"] | None:
-        """Random vectors of length 1, the same combinations of responses at every layer; `None` without a reference."""
+    def vectors(self, n: int, layer: int) -> Vectors:
+        """Random vectors `[n, d_model]` of length 1, the same in every run.
+
+        They are the same combinations of responses at every layer; without a reference the same vectors.
+        """
         if self.reference is None:
-            return None
-        basis = self._layer(layer).basis
-        drawn = torch.randn(n, len(basis), generator=_generator("vectors", 0))
-        return torch.nn.functional.normalize(drawn @ basis, dim=1)
+            drawn = torch.randn(n, self.d_model, generator=torch.Generator().manual_seed(0))
+        else:
+            basis = self._layer(layer).basis
+            drawn = torch.randn(n, len(basis), generator=_generator("vectors", 0)) @ basis
+        return torch.nn.functional.normalize(drawn, dim=1)
 
     def digest(self, layer: int) -> str:
         """A digest of a layer's directions: equal ones have an equal digest."""

@@ -20,7 +20,7 @@ from tlcapture.storage.command_lines import command_line
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import Evaluation, EvaluationRow
 from tlcapture.traits.missing_vectors import no_vector, no_vectors_by_method
-from tlcapture.traits.steering_files import SteeringResults, SteeringRun, largest_by_chance
+from tlcapture.traits.steering_files import SteeringMonitoring, SteeringResults, SteeringRun, largest_by_chance
 from tlcapture.traits.vector_files import METHODS, VectorFiles
 
 COHERENT = 70
@@ -89,7 +89,18 @@ def steering_runs(files: VectorFiles) -> list[SteeringRun]:
 
     Raises `StorageError` for a damaged file.
     """
-    return [run for run in _all_steering_runs(files) if is_current(files, run, run.component)]
+    return steering_results(files).single_layer_runs if lexists(files.layout.steering(files.trait)) else []
+
+
+def steering_results(files: VectorFiles) -> SteeringResults:
+    """A trait's steering results without what was measured on vectors that were removed or replaced since.
+
+    Raises `StorageError` for a missing or damaged file.
+    """
+    found = SteeringResults.read(files.layout.steering(files.trait))
+    runs = [each for each in found.runs if all(is_present(files, run) for run in found.single_layers([each]))]
+    monitoring = [each for each in found.monitoring if is_present(files, each)]
+    return found.model_copy(update={"runs": runs, "monitoring": monitoring})
 
 
 def effect_sizes(files: VectorFiles, component: str) -> dict[tuple[str, int], float]:
@@ -112,7 +123,7 @@ def _ranked(files: VectorFiles, component: str, available: Mapping[str, list[int
     Whether a score belongs to the present vector is checked one candidate at a time, since it reads the vector.
     """
     runs = [run for run in _all_steering_runs(files) if run.component == component]
-    chance = largest_by_chance(runs)
+    chance = largest_by_chance(run for run in runs if not run.null or is_current(files, run, component))
     note = _no_null(files.layout) if chance is None else None
     steered = [
         (Selection(run.layer, run.method, "steering", run.delta, note), run)
@@ -180,14 +191,14 @@ def _all_rows(files: VectorFiles, component: str) -> list[EvaluationRow]:
     return [row for row in rows if row.component == component]
 
 
-def is_current(files: VectorFiles, score: SteeringRun | EvaluationRow, component: str) -> bool:
+def is_current(files: VectorFiles, score: EvaluationRow | SteeringRun | SteeringMonitoring, component: str) -> bool:
     """Whether a score belongs to the present vector. Scores of other tools do not record a vector, and are trusted."""
     if score.vector_digest is None or not files.file(component, score.method, score.layer).is_file():
         return True
     return score.vector_digest == files.digest(component, score.method, score.layer)
 
 
-def is_present(files: VectorFiles, score: EvaluationRow) -> bool:
+def is_present(files: VectorFiles, score: EvaluationRow | SteeringRun | SteeringMonitoring) -> bool:
     """Whether the vector that was scored is still there; scores of other tools, which record no vector, are trusted."""
     if score.vector_digest is None:
         return True

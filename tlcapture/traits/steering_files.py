@@ -87,16 +87,6 @@ def _skewness(nulls: Sequence[tuple[float, ...]]) -> float:
     return max(0.0, float(np.mean(np.concatenate(scores) ** 3))) if scores else 0.0
 
 
-def percentile_95(values: Sequence[float]) -> float:
-    """The 95th percentile, interpolated linearly between values; NaN without values."""
-    if not values:
-        return float("nan")
-    ordered = sorted(values)
-    position = 0.95 * (len(ordered) - 1)
-    low = int(position)
-    return ordered[low] + (position - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
-
-
 @dataclass(frozen=True)
 class SteeringRun:
     """One single-layer steering run: its settings, its scores, and `delta`, the gain over the baseline.
@@ -117,6 +107,11 @@ class SteeringRun:
     null: tuple[float, ...] | None = None
     null_covariance: str | None = None
 
+    @property
+    def null_p95(self) -> float | None:
+        """The gain that one more random vector exceeds by chance in at most 5 % of cases; `None` without any."""
+        return float(critical_value(self.null)) if self.null else None
+
 
 class SteeringMonitoring(FileContent):
     """How the projections of responses steered with one vector follow the coefficient, compared with random vectors."""
@@ -132,6 +127,11 @@ class SteeringMonitoring(FileContent):
     p: Share | None = None
     n: Count | None = None
     vector_digest: str | None = None
+
+    @property
+    def null_p95(self) -> float | None:
+        """The correlation that one more random vector exceeds by chance in at most 5 % of cases."""
+        return float(critical_value(self.null)) if self.null else None
 
 
 class SteeringResults(FileContent):
@@ -155,7 +155,11 @@ class SteeringResults(FileContent):
     @property
     def single_layer_runs(self) -> list[SteeringRun]:
         """The runs that steered at one layer."""
-        return [self._run(each) for each in self.runs if len(each.config.layers) == 1]
+        return self.single_layers(self.runs)
+
+    def single_layers(self, records: Iterable[SteeringRecord]) -> list[SteeringRun]:
+        """Those of some recorded runs that steered at one layer."""
+        return [self._run(each) for each in records if len(each.config.layers) == 1]
 
     def _run(self, record: SteeringRecord) -> SteeringRun:
         config, result = record.config, record.result
