@@ -158,6 +158,18 @@ def test_a_replay_that_goes_on_makes_the_bits_of_one_that_was_not_stopped(
     assert {path: path.read_bytes() for path in whole} == whole
 
 
+def test_a_replay_in_another_dtype_is_reported_and_recorded(capture: Run, data: Path) -> None:
+    assert capture("--dtype", "bfloat16", "--limit", 1).exit_code == 0
+    same = capture("--replay", "--layer-internals", 1, "--dtype", "bfloat16", "--limit", 1)
+    assert "rounding" not in same.stderr
+    other = capture("--replay", "--layer-internals", 1, "--dtype", "float32", "--limit", 1)
+    engine = tiny.ENGINES[0]
+    words = f"short: captured on {engine} in bfloat16, read again on {engine} in float32: they differ by rounding"
+    assert words in other.stderr
+    path = Layout(data, "exp").internals("short", "1", 1)
+    assert torch.load(path, weights_only=True)["metadata"]["dtype"] == "float32"
+
+
 def test_a_capture_of_another_model_fails_alone(capture: Run, folder: Path, data: Path) -> None:
     prompts = ("--prompt-set", "eight")
     capture("--temperature", 0, prompts=prompts)

@@ -39,7 +39,7 @@ from tlcapture.commands.given_responses import generate_or_force, longest_forced
 from tlcapture.commands.known_files import KnownFiles
 from tlcapture.commands.known_views import with_facts
 from tlcapture.commands.memory_need import PromptSize, check_sizes
-from tlcapture.commands.replay import InterventionsAgain, Pass, as_prompt, check_replayable, replayed
+from tlcapture.commands.replay import InterventionsAgain, Pass, as_prompt, check_replayable, other_rounding, replayed
 from tlcapture.commands.view_files import WENT_COMPACT, weights_in_memory, went_compact
 from tlcapture.errors import TlcaptureError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed, without_effect
@@ -332,6 +332,8 @@ class CaptureWorker:
             with _attempt(self.run, name) if prompt_id in wanted else suppress(TlcaptureError):
                 capture = Capture.open(files.of(prompt_id).raw)
                 check_replayable(capture, lacking if prompt_id in wanted else asked, model)
+                if prompt_id in wanted and (doubt := other_rounding(capture, model)) is not None:
+                    self.run.warn(doubt)
                 key = Pass(tuple(asked.pass_hooks(model)), self._again.of(capture))
                 sequences.setdefault(key, []).append(as_prompt(capture, prompt_id))
         yield from replayed(model, sequences, self.options.batch_size, self._spooling, wanted)

@@ -20,7 +20,7 @@ from tlcapture.models.loading import Model
 from tlcapture.models.memory import batch_bytes, free_memory
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import TokenizedPrompt
-from tlcapture.text import REPLACEMENT, layers_named
+from tlcapture.text import REPLACEMENT, dtype_name, layers_named
 from tlcapture.traits.resolved_interventions import ResolvedIntervention, of_records
 from tlcapture.views.hooks import is_pattern
 
@@ -69,6 +69,16 @@ def check_replayable(capture: Capture, wanted: Outputs, model: Model) -> None:
             f"the logit lens needs residual_out of the tokens to keep, but {only}{capture.positions.described()}: "
             "leave out --tokens, or capture it again with --logit-lens"
         )
+
+
+def other_rounding(capture: Capture, model: Model) -> str | None:
+    """The warning for a capture that was made on another engine or in another dtype; `None` if it was not."""
+    made = (capture.metadata.get("engine"), capture.metadata.get("dtype"))
+    runs = (model.engine, dtype_name(model.dtype))
+    if None in made or made == runs:
+        return None
+    captured, read = (f"on {engine} in {dtype}" for engine, dtype in (made, runs))
+    return f"{capture.capture_set}: captured {captured}, read again {read}: they differ by rounding"
 
 
 def as_prompt(capture: Capture, name: PromptId) -> TokenizedPrompt:
