@@ -146,7 +146,7 @@ def test_without_the_embedded_package_the_error_names_the_install_command(monkey
 
 
 def test_the_conversion_of_the_embedded_model_is_whole_or_absent(tmp_path: Path) -> None:
-    from tlcapture.storage.files import write_folder
+    from tlcapture.storage.whole_folders import write_folder
 
     def fill_half(folder: Path) -> None:
         (folder / "half").touch()

@@ -20,8 +20,9 @@ import torch
 from tlcapture.captures.capture import common_dtype
 from tlcapture.errors import NumericalError, StorageError
 from tlcapture.storage import archives, files
-from tlcapture.storage.files import read_json, read_tensors, write_bytes, write_folder, write_json, write_tensors
+from tlcapture.storage.files import read_json, read_tensors, write_bytes, write_json, write_tensors
 from tlcapture.storage.temporary_files import remove_temporaries, sweep_temporaries, temporary_path, writer
+from tlcapture.storage.whole_folders import write_folder
 
 
 class Harmful:
@@ -177,6 +178,16 @@ def test_a_killed_writer_leaves_complete_files_and_its_temporaries_are_removed(t
             assert data == data[:1] * len(data)
         sweep_temporaries(tmp_path)
         assert not list(tmp_path.glob(".*"))
+
+
+def test_the_temporary_name_of_a_long_name_is_as_long_as_a_name_may_be(tmp_path: Path) -> None:
+    path = tmp_path / ("é" * 120 + "x" * 10)
+    assert 253 <= len(os.fsencode(temporary_path(path).name)) <= 255
+    assert write_bytes(path, b"x").size == 1
+    gone = temporary_path(path).name.replace(f".{os.getpid()}.", ".99999999.")
+    (tmp_path / gone.replace("é", "", 10)).touch()
+    sweep_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_temporaries_of_running_processes_and_other_machines_are_kept(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,32 @@ def test_traits_and_sets_can_be_chosen_and_existing_files_kept(
     missing = tlcapture("compare", "exp", "tuned", "--prompt-set", "other")
     assert missing.exit_code == 2
     assert "no prompt set in common among other" in missing.stderr
+
+
+def test_a_comparison_with_vectors_of_another_experiment_is_made_again(
+    both: Callable[..., None], extract: Run, tlcapture: Run, data: Path
+) -> None:
+    both("--max-new-tokens", 0)
+    assert extract(experiment="tuned").exit_code == 0
+    for side, experiment in (("b", "tuned"), ("a", "exp")):
+        assert tlcapture("compare", "exp", "tuned", "--vectors", side).exit_code == 0
+        assert compared(data)["traits"]["tone/loud"]["experiment"] == experiment
+    again = tlcapture("compare", "exp", "tuned", "--vectors", "b", "--skip-existing")
+    assert "wrote 3 files" in again.stdout
+    assert compared(data)["traits"]["tone/loud"]["experiment"] == "tuned"
+    assert "3 prompts skipped" in tlcapture("compare", "exp", "tuned", "--vectors", "b", "--skip-existing").stdout
+
+
+def test_names_that_are_too_long_together_are_refused_at_once(capture: Run, tlcapture: Run, data: Path) -> None:
+    assert capture("--limit", 1).exit_code == 0
+    captured, long = data / "experiments" / "exp", "long" * 32
+    shutil.copytree(captured, data / "experiments" / long)
+    raws = data / "experiments" / long / "inference" / "raw" / "residual"
+    (raws / "short").rename(raws / f"{long}@short")
+    refused = tlcapture("compare", "exp/short", f"{long}/{long}@short")
+    assert refused.exit_code == 2
+    assert "a folder whose name has 263 characters" in refused.stderr
+    assert refused.stderr.count("error") == 1
 
 
 def test_without_vectors_and_models_residuals_are_compared(

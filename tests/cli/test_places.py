@@ -15,7 +15,7 @@ from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.names import Trait
 from tlcapture.page.contents import Contents
 from tlcapture.prompts.prompt_sets import read_prompt_set
-from tlcapture.storage import files, folders
+from tlcapture.storage import files, folders, whole_folders
 from tlcapture.storage.datasets import Datasets
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.locks import locked
@@ -184,7 +184,7 @@ def test_a_cache_that_cannot_be_made_is_told_with_what_moves_it(
     (tmp_path / "file").touch()
     monkeypatch.setenv("TLCAPTURE_CACHE", str(tmp_path / "file"))
     with pytest.raises(StorageError, match="cannot be created: Not a directory: set TLCAPTURE_CACHE to another folder"):
-        files.write_folder(tmp_path / "file" / "made", lambda folder: None)
+        whole_folders.write_folder(tmp_path / "file" / "made", lambda folder: None)
 
 
 def put(what: str, place: Path) -> None:
@@ -281,7 +281,7 @@ def test_a_folder_for_which_there_is_no_space_is_named(
         raise error
 
     with pytest.raises(kind, match=f"^{tmp_path}/out: {reason}"):
-        files.write_folder(tmp_path / "out", fill)
+        whole_folders.write_folder(tmp_path / "out", fill)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -291,7 +291,7 @@ def test_a_file_in_a_folder_that_is_not_complete_is_named_by_its_place(tmp_path:
         files.write_bytes(folder / "a", b"")
 
     with pytest.raises(StorageError, match=f"^{tmp_path}/out/a: cannot be written: it is a folder"):
-        files.write_folder(tmp_path / "out", fill)
+        whole_folders.write_folder(tmp_path / "out", fill)
     assert list(tmp_path.iterdir()) == []
 
 

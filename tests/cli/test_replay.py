@@ -137,10 +137,37 @@ def test_prompts_that_lack_different_files_get_only_those(
     assert done.exit_code == 0, done.output
     assert all(path.is_file() for path in missing)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    assert [shape[0] for shape in shapes] == [2, 1]  # attention of two, internals of one; the lens needs none
+    assert [shape[0] for shape in shapes] == [len(TEXTS)]  # in the batch of an uninterrupted run; the lens needs none
     assert_close(files(folder), before)
     again = capture("--skip-existing", "--temperature", 0, *ALL, prompts=prompts)
     assert "8 prompts skipped" in again.output
+
+
+def test_a_replay_that_goes_on_makes_the_bits_of_one_that_was_not_stopped(
+    capture: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, replay = ("--prompt-set", "eight"), ("--replay", *ALL, "--batch-size", 3)
+    capture(prompts=prompts)
+    assert capture(*replay, prompts=prompts).exit_code == 0
+    whole = {path: path.read_bytes() for path in folder.rglob("*_*.*") if "runs" not in path.parts}
+    for path in [path for number, path in enumerate(sorted(whole)) if number % 3]:
+        path.unlink()
+    shapes = count_steps(monkeypatch)
+    assert capture(*replay, "--skip-existing", prompts=prompts).exit_code == 0
+    assert [shape[0] for shape in shapes] == [3, 3, 2]
+    assert {path: path.read_bytes() for path in whole} == whole
+
+
+def test_a_replay_in_another_dtype_is_reported_and_recorded(capture: Run, data: Path) -> None:
+    assert capture("--dtype", "bfloat16", "--limit", 1).exit_code == 0
+    same = capture("--replay", "--layer-internals", 1, "--dtype", "bfloat16", "--limit", 1)
+    assert "rounding" not in same.stderr
+    other = capture("--replay", "--layer-internals", 1, "--dtype", "float32", "--limit", 1)
+    engine = tiny.ENGINES[0]
+    words = f"short: captured on {engine} in bfloat16, read again on {engine} in float32: they differ by rounding"
+    assert words in other.stderr
+    path = Layout(data, "exp").internals("short", "1", 1)
+    assert torch.load(path, weights_only=True)["metadata"]["dtype"] == "float32"
 
 
 def test_a_capture_of_another_model_fails_alone(capture: Run, folder: Path, data: Path) -> None:

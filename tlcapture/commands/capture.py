@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from os.path import lexists
+from pathlib import Path
 
 from tlcapture.commands.affected_files import AffectedFiles
 from tlcapture.commands.capture_interventions import with_vectors
@@ -39,8 +41,9 @@ from tlcapture.runs.report import Failed, RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.file_index import remember
-from tlcapture.storage.files import free_bytes
+from tlcapture.storage.files import free_bytes, remove, write_bytes
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.prompts_with_files import PromptsWithFiles
 from tlcapture.storage.regular_files import is_folder
 from tlcapture.storage.temporary_files import sweep_temporaries
 from tlcapture.text import format_bytes
@@ -126,10 +129,30 @@ def _captured(
         sizes = prompt_sizes(tasks, layout, options, known.n_layers) if isinstance(known, ModelOutline) else ()
         planned = {task.capture_set: {"new": len(task.fresh), "kept": len(task.saved)} for task in tasks}
         run.display.uses(planned=planned)
-        executor.run(_work(layout, options, load, tasks, busy, sizes), run)
+        with _marked(run, tasks, options):
+            executor.run(_work(layout, options, load, tasks, busy, sizes), run)
         if options.projects:
             merge_projections(run, sorted(busy), options.shard)
     return run.report
+
+
+@contextmanager
+def _marked(run: Run, tasks: Sequence[CaptureTask], options: CaptureOptions) -> Iterator[None]:
+    """Mark prompts whose files will be replaced as unfinished, so that `--skip-existing` goes on where a run stopped.
+
+    Those that failed keep their files and their mark.
+    """
+    layout, markers = run.layout, dict[str, Path]()
+    for task in tasks if not options.skip_existing else ():
+        before = PromptsWithFiles(layout, task.capture_set)
+        for name in task.fresh:
+            if lexists(layout.residual(task.capture_set, name)) or before.may_have_any(name):
+                markers[f"{task.capture_set}/{name}"] = layout.unfinished(task.capture_set, name)
+    for marker in markers.values():
+        write_bytes(marker, b"")
+    yield
+    failed = {each.what for each in run.report.failures}
+    remove(marker for name, marker in markers.items() if name not in failed)
 
 
 def _n_projected(prompt_sets: Sequence[PromptSet], options: CaptureOptions) -> int:

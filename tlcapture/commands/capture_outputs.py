@@ -28,6 +28,7 @@ from tlcapture.runs.existing_files import remove_derived, saved_capture
 from tlcapture.shapes import Residual
 from tlcapture.storage.files import Written, remove, write_tensors
 from tlcapture.storage.layout import Layout
+from tlcapture.text import dtype_name
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
@@ -254,7 +255,7 @@ def computed_add_ons(layout: Layout, capture: Capture, model: Model, asked: AddO
         texts = partial(token_texts, model.tokenizer)
         yield partial(write_lens_file, layout, layout.logit_lens(*where), names, lens, texts, parts.form)
     for layer in wanted.internals:
-        path, content = layout.internals(*where, layer), _internals_content(capture, cache, layer, positions)
+        path, content = layout.internals(*where, layer), _internals_content(capture, cache, layer, positions, model)
         yield partial(_write_internals, path, content, asked.save_dtype)
 
 
@@ -319,8 +320,11 @@ def _write_internals(path: Path, content: dict[str, Any], save_dtype: str) -> Wr
     return write_tensors(path, {**content, **stored})
 
 
-def _internals_content(capture: Capture, cache: Cache, layer: int, positions: Positions) -> dict[str, Any]:
+def _internals_content(
+    capture: Capture, cache: Cache, layer: int, positions: Positions, model: Model
+) -> dict[str, Any]:
     metadata = {key: value for key, value in capture.metadata.items() if key != "positions"}
+    metadata |= {"engine": model.engine, "dtype": dtype_name(model.dtype)}  # a replay may run on others
     return {
         **positions.record(),
         **internals_view(cache, layer, positions),

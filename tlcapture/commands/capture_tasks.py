@@ -19,10 +19,10 @@ from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import Outputs
 from tlcapture.commands.capture_places import NotCapturedError, Place, PromptError, batches, chunks, not_captured
 from tlcapture.commands.given_responses import most_new_tokens, prompt_of
+from tlcapture.commands.kept_settings import mixture, other_sampling
 from tlcapture.commands.known_files import KnownFiles, PromptFiles
 from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
-from tlcapture.generation.checkpoint_sampling import is_recorded
 from tlcapture.generation.samples import check_names
 from tlcapture.models.loading import Model, ModelOutline
 from tlcapture.names import PromptId, of_variant, split_name
@@ -129,7 +129,7 @@ class TaskPlanner:
         self._load = load
         self._model = model
         self._learn = learn
-        self._other_sampling: list[PromptId] = []
+        self._kept: dict[PromptId, KnownCapture] = {}
         self._chooser = VectorChooser(layout, options.vectors)
 
     def tasks(self, prompt_sets: Sequence[PromptSet]) -> list[CaptureTask]:
@@ -150,7 +150,7 @@ class TaskPlanner:
         bare: list[Place] = []
         unreadable: list[tuple[str, str]] = []
         fresh: set[PromptId] = set()
-        self._other_sampling = []
+        self._kept = {}
         samples = self._samples(prompt_set, prompts)
         places = [[Place(prompt_set, each, sample, capture_set) for sample in samples[each.id]] for each in prompts]
         for place in chain.from_iterable(places):
@@ -169,14 +169,18 @@ class TaskPlanner:
                     saved[place.name] = wanted
         refused += not_captured(self._layout, self._options, self._load.name, bare, sum(map(len, places)))
         batched, not_tokenized = self._batched(prompt_set, places, fresh) if fresh else ([], [])
+        refused += not_tokenized
+        if fresh and (reason := mixture(self._kept, self._options, self._load, self._model())) is not None:
+            refused.append((capture_set, reason))
+            batched, fresh, saved, self._kept = [], set(), {}, {}
         return CaptureTask(
             prompt_set,
             batched,
             frozenset(fresh),
             saved,
-            refused=[*refused, *not_tokenized],
+            refused=refused,
             unreadable=unreadable,
-            other_sampling=self._other_sampling,
+            other_sampling=other_sampling(self._kept, self._options),
             max_new_tokens=self._most_tokens(batched),
             longest=max((len(prompt.token_ids) for prompt in batched), default=0),
             variant=self._options.variant,
@@ -253,16 +257,6 @@ class TaskPlanner:
         asked, thinks = self._options.max_new_tokens, any(prompt.thinks for prompt in prompts)
         return max(asked, THINKING_TOKENS) if thinks and self._options.longer_where_thinking else asked
 
-    def _most_tokens_asked(self, saved: KnownCapture) -> int | None:
-        """The maximum length that a saved response should have had; `None` where its own is one by default.
-
-        The default is longer for a model that thinks (unless thinking is off), within the context.
-        """
-        asked, recorded = self._options.max_new_tokens, saved.metadata.get("max_new_tokens")
-        may_be_longer = self._options.longer_where_thinking and "thinking" in saved.metadata
-        is_by_default = may_be_longer and isinstance(recorded, int) and asked <= recorded <= THINKING_TOKENS
-        return None if is_by_default else asked
-
     def _check_replaceable(self, place: Place, files: PromptFiles, wanted: Outputs, saved: KnownCapture | None) -> None:
         """Raise `StorageError` if a file cannot be read that would be replaced, removed, or passed over as present."""
         if wanted.residual:
@@ -290,7 +284,7 @@ class TaskPlanner:
         if lacking.logit_lens and not (saved.kept.has_outputs(lacking.parts.lens_layers) or options.replay):
             return wanted  # the logit lens needs layers that were not kept
         if not lacking.residual and not options.replay:
-            self._note_sampling(saved)
+            self._kept[place.name] = saved
         return lacking
 
     def _lacking_projections(self, place: Place, files: PromptFiles, saved: KnownCapture | None) -> Outputs:
@@ -312,7 +306,7 @@ class TaskPlanner:
                 )
             )
             if projected is not None and is_done:
-                self._note_sampling(projected)
+                self._kept[place.name] = projected
             return wanted.lacking(files, self._d_vocab) if is_done else wanted
         if options.skip_existing and self._is_whole_and_of(saved, place, files):
             wanted = options.outputs(saved.n_layers)
@@ -323,19 +317,6 @@ class TaskPlanner:
             f"--projections-only would leave projections of one run next to the raw capture of another, {files.raw}: "
             f"remove it, or run '{project}'"
         )
-
-    def _note_sampling(self, saved: KnownCapture) -> None:
-        """Note a prompt whose capture is kept although its recorded sampling settings differ."""
-        if self._options.responses_from is not None:
-            return
-        asked = {"temperature": self._options.sampling.temperature, "max_new_tokens": self._most_tokens_asked(saved)}
-        if self._options.sampling.temperature != 0:
-            asked["seed"] = self._options.sampling.seed
-        differs = any(
-            saved.metadata.get(name) not in (None, value) for name, value in asked.items() if value is not None
-        )
-        if differs or not is_recorded(self._options.sampling, saved.metadata):
-            self._other_sampling.append(saved.name)
 
     def _is_whole_and_of(self, saved: KnownCapture, place: Place, files: PromptFiles) -> bool:
         """Whether a capture is complete and of this prompt: the same text, system prompt, template and model."""

@@ -7,8 +7,8 @@ its stored activations, which are rounded, so that the files are those of an uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from os.path import lexists
@@ -39,10 +39,11 @@ from tlcapture.commands.given_responses import generate_or_force, longest_forced
 from tlcapture.commands.known_files import KnownFiles
 from tlcapture.commands.known_views import with_facts
 from tlcapture.commands.memory_need import PromptSize, check_sizes
-from tlcapture.commands.replay import InterventionsAgain, Pass, as_prompt, check_replayable, replayed
+from tlcapture.commands.replay import InterventionsAgain, Pass, as_prompt, check_replayable, other_rounding, replayed
 from tlcapture.commands.view_files import WENT_COMPACT, weights_in_memory, went_compact
+from tlcapture.errors import TlcaptureError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed, without_effect
-from tlcapture.generation.outcomes import Failure, Generation
+from tlcapture.generation.outcomes import Failure, Generation, Outcome
 from tlcapture.generation.pattern_spools import Spooling
 from tlcapture.generation.recording import n_bytes_of
 from tlcapture.generation.sampling import GREEDY, Sampling
@@ -285,7 +286,7 @@ class CaptureWorker:
 
     def _complete(self, task: CaptureTask) -> None:
         capture_set = task.capture_set
-        sequences: dict[Pass, list[TokenizedPrompt]] = {}
+        to_read: set[PromptId] = set()
         files = KnownFiles(self.layout, capture_set, len(task.saved), self.run.report.learn)
         with (
             self.run.progress(len(task.saved), f"{capture_set}, saved", "prompt") as progress,
@@ -302,18 +303,15 @@ class CaptureWorker:
                         self.run.report.n_skipped += len(self.run.report.failures) == n_failures
                         progress.advance(1, done=name)
                         continue
+                    if wanted.needs_pass:
+                        to_read.add(prompt_id)
+                        continue
                     capture = Capture.open(of_prompt.raw)
                     if wanted.has_add_ons:
                         check_replayable(capture, wanted, self.model)
-                    if wanted.needs_pass:
-                        key = Pass(tuple(wanted.pass_hooks(self.model)), self._again.of(capture))
-                        sequences.setdefault(key, []).append(as_prompt(capture, prompt_id))
-                        continue
                     self._submit_saved(writer, capture, wanted, {}, files)
                 progress.advance(1, done=name)
-            for outcome in (
-                replayed(self.model, sequences, self.options.batch_size, self._spooling) if sequences else ()
-            ):
+            for outcome in self._read_again(task, files, to_read):
                 prompt_id = outcome.prompt.id
                 name = f"{capture_set}/{prompt_id}"
                 with _attempt(self.run, name):
@@ -322,6 +320,23 @@ class CaptureWorker:
                     capture = Capture.open(files.of(prompt_id).raw)
                     self._submit_saved(writer, capture, task.saved[prompt_id], outcome.cache, files)
                 progress.advance(1, done=name)
+
+    def _read_again(self, task: CaptureTask, files: KnownFiles, wanted: Collection[PromptId]) -> Iterator[Outcome]:
+        """Read saved captures in the batches in which all of the task would be read, so that the bits are the same."""
+        if not wanted:
+            return
+        model, asked = self.model, self.options.outputs(self.model.n_layers)
+        sequences: dict[Pass, list[TokenizedPrompt]] = {}
+        for prompt_id, lacking in task.saved.items():
+            name = f"{task.capture_set}/{prompt_id}"
+            with _attempt(self.run, name) if prompt_id in wanted else suppress(TlcaptureError):
+                capture = Capture.open(files.of(prompt_id).raw)
+                check_replayable(capture, lacking if prompt_id in wanted else asked, model)
+                if prompt_id in wanted and (doubt := other_rounding(capture, model)) is not None:
+                    self.run.warn(doubt)
+                key = Pass(tuple(asked.pass_hooks(model)), self._again.of(capture))
+                sequences.setdefault(key, []).append(as_prompt(capture, prompt_id))
+        yield from replayed(model, sequences, self.options.batch_size, self._spooling, wanted)
 
     def _submit_saved(
         self, writer: BackgroundWriter, capture: Capture, wanted: Outputs, cache: Cache, files: KnownFiles

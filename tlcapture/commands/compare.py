@@ -26,7 +26,7 @@ from tlcapture.comparison.comparing import (
     VectorPair,
     compare_captures,
 )
-from tlcapture.comparison.comparison_files import ComparisonFile
+from tlcapture.comparison.comparison_files import ComparisonFile, OtherVector, TraitDifference
 from tlcapture.errors import InputError, StorageError
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
@@ -40,6 +40,7 @@ from tlcapture.traits.choice import ChosenVector, VectorChoice, VectorChooser
 from tlcapture.traits.missing_vectors import extract_command, is_in_package, no_vectors
 from tlcapture.traits.packaged_vectors import PROJECTED_ONTO_PACKAGED, packaged_layout, takes_packaged, vectors_layout
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+from tlcapture.traits.vectors import TraitVector
 from tlcapture.version import __version__
 
 
@@ -96,6 +97,8 @@ def run_compare(
     Raises:
         InputError: vectors or captures are missing; nothing was written.
     """
+    for each in sets:
+        each.check_name()
     layout = sets[0].a.layout
     sources = _vector_sources(sets[0], options)
     run = Run.begin(layout, display)
@@ -263,6 +266,12 @@ def _model(capture: Capture) -> dict[str, Any]:
     return {name: capture.metadata[name] for name in _OF_A_MODEL if capture.metadata.get(name) is not None}
 
 
+def _is_of(found: TraitDifference | OtherVector, vector: TraitVector) -> bool:
+    """Whether a comparison records a vector; files of earlier versions name no experiment."""
+    is_of_experiment = found.experiment in (None, vector.experiment)
+    return is_of_experiment and (found.layer, found.method) == (vector.layer, vector.method)
+
+
 def _is_current(
     root: Path, path: Path, existing: ComparisonFile, raws: Sequence[Path], vectors: Sequence[VectorPair]
 ) -> bool:
@@ -270,10 +279,9 @@ def _is_current(
     made_from = list(raws)
     for pair in vectors:
         found = existing.traits.get(str(pair.a.trait))
-        if found is None or (found.layer, found.method) != (pair.a.layer, pair.a.method):
+        if found is None or not _is_of(found, pair.a):
             return False
-        own = None if found.b is None else (found.b.layer, found.b.method)
-        if own != (None if pair.b is pair.a else (pair.b.layer, pair.b.method)):
+        if (found.b is None) != (pair.b is pair.a) or (found.b is not None and not _is_of(found.b, pair.b)):
             return False
         if found.random is None and found.change is not None:  # as in earlier versions
             return False

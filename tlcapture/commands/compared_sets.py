@@ -15,6 +15,7 @@ from tlcapture.storage.comparisons import comparison_file
 from tlcapture.storage.layout import Layout
 from tlcapture.text import beside, did_you_mean, listed
 
+_LONGEST = 255  # characters of a folder's name
 FORM = "EXPERIMENT, EXPERIMENT/SET or EXPERIMENT/SET@VARIANT"
 
 
@@ -83,6 +84,15 @@ class ComparedSets:
         other_set = "" if own == name else f"+{name.replace('/', '+')}"
         variant = variant_of(self.b.name)
         return f"{self.b.layout.experiment}{other_set}" + (f"@{variant}" if variant else "")
+
+    def check_name(self) -> None:
+        """Raise `InputError` if `other` is longer than the name of a folder may be."""
+        if len(self.other) > _LONGEST:
+            raise InputError(
+                f"{self.a} and {self.b}: comparisons would be in a folder whose name has {len(self.other)} characters, "
+                f"{self.other[:40]}..., and at most {_LONGEST} are possible: choose shorter names of experiment, set "
+                "and variant"
+            )
 
     def path(self, name: str) -> Path:
         """The comparison file of a prompt or sample."""

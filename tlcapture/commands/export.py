@@ -26,9 +26,9 @@ from tlcapture.exchange.vectors import ExportedVectors, export_vectors
 from tlcapture.runs.run import Run
 from tlcapture.storage.command_lines import command_line
 from tlcapture.storage.config import read_config
-from tlcapture.storage.files import write_folder
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.missing_captures import no_captures
+from tlcapture.storage.whole_folders import write_folder
 from tlcapture.text import dtype_name, layers_named
 from tlcapture.version import __version__
 from tlcapture.views.hooks import POINTS

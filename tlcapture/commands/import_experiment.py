@@ -12,9 +12,9 @@ from tlcapture.exchange.manifest import Manifest, check_digests, read_manifest
 from tlcapture.exchange.parquet import read_parquet
 from tlcapture.exchange.single_files import read_single_files
 from tlcapture.runs.display import Display
-from tlcapture.storage.files import write_folder
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.remote_roots import discard_folder, is_incomplete
+from tlcapture.storage.whole_folders import write_folder
 from tlcapture.traits.exported_vectors import restore_vectors
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tlcapture.models.loading import Model
 from tlcapture.models.memory import batch_bytes, free_memory
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import TokenizedPrompt
-from tlcapture.text import REPLACEMENT, layers_named
+from tlcapture.text import REPLACEMENT, dtype_name, layers_named
 from tlcapture.traits.resolved_interventions import ResolvedIntervention, of_records
 from tlcapture.views.hooks import is_pattern
 
@@ -69,6 +69,16 @@ def check_replayable(capture: Capture, wanted: Outputs, model: Model) -> None:
             f"the logit lens needs residual_out of the tokens to keep, but {only}{capture.positions.described()}: "
             "leave out --tokens, or capture it again with --logit-lens"
         )
+
+
+def other_rounding(capture: Capture, model: Model) -> str | None:
+    """The warning for a capture that was made on another engine or in another dtype; `None` if it was not."""
+    made = (capture.metadata.get("engine"), capture.metadata.get("dtype"))
+    runs = (model.engine, dtype_name(model.dtype))
+    if None in made or made == runs:
+        return None
+    captured, read = (f"on {engine} in {dtype}" for engine, dtype in (made, runs))
+    return f"{capture.capture_set}: captured {captured}, read again {read}: they differ by rounding"
 
 
 def as_prompt(capture: Capture, name: PromptId) -> TokenizedPrompt:
@@ -143,29 +153,31 @@ def replayed(
     sequences: Mapping[Pass, Sequence[TokenizedPrompt]],
     batch_size: int | None,
     spooling: Spooling | None = None,
+    wanted: Collection[PromptId] | None = None,
 ) -> Iterator[Outcome]:
     """Run sequences in batches of similar length; sequences that want the same of their passes come together.
 
-    The cache of each outcome holds these activations at every token; `batch_size` and `spooling` are as in `generate`.
+    The cache of each outcome holds these activations at every token; the other arguments are as in `generate`.
     A sequence whose patterns do not fit in memory while it is read is read several times, some layers each time.
     """
-    for wanted, prompts in sequences.items():
-        changes = [change for each in wanted.interventions for change in each.interventions()]
-        if spooling is not None and any(map(is_pattern, wanted.hooks)):
+    for shared, prompts in sequences.items():
+        changes = [change for each in shared.interventions for change in each.interventions()]
+        if spooling is not None and any(map(is_pattern, shared.hooks)):
             together = []
             for prompt in prompts:
-                groups = _passes(model, wanted.hooks, len(prompt.read_ids), spooling)
+                groups = _passes(model, shared.hooks, len(prompt.read_ids), spooling)
                 if len(groups) == 1:
                     together.append(prompt)
-                else:
+                elif wanted is None or prompt.name in wanted:
                     yield _read_in_passes(model, prompt, groups, spooling, changes)
             prompts = together
         if prompts:
             yield from generate(
                 model,
                 prompts,
-                hooks=wanted.hooks,
+                hooks=shared.hooks,
                 interventions=changes,
                 batch_size=batch_size,
+                wanted=wanted,
                 spooling=spooling,
             )

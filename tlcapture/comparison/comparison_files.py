@@ -24,6 +24,7 @@ class OtherVector(FileContent):
 
     layer: Layer
     method: str
+    experiment: str | None = None
 
 
 class RandomDifference(FileContent):

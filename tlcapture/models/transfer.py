@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tlcapture.models.adapters import BASE, GIVEN, adapter_of
 from tlcapture.storage.cache_folder import cache_folder
-from tlcapture.storage.files import read_bytes, write_bytes, write_folder
+from tlcapture.storage.files import read_bytes, write_bytes
 from tlcapture.storage.locks import locked
+from tlcapture.storage.whole_folders import write_folder
 
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bin")
 

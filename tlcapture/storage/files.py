@@ -11,7 +11,6 @@ import errno
 import logging
 import os
 import pickle
-import re
 import shutil
 import stat
 from collections import Counter
@@ -24,18 +23,17 @@ import orjson
 
 from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.storage.archives import Archive, Buffer, MoreRecords, archive_of, storages_of
-from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.json_text import parsed
 from tlcapture.storage.object_stores import is_url
 from tlcapture.storage.regular_files import check_regular, in_place_of_folder
-from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
-from tlcapture.storage.temporary_files import sweep_once, sweep_temporaries, temporary_path
+from tlcapture.storage.remote_roots import discard, is_remote, local, publish
+from tlcapture.storage.temporary_files import sweep_once, temporary_path
 from tlcapture.storage.working_copies import is_copy
 from tlcapture.text import first_line, format_bytes
 
 _log = logging.getLogger(__name__)
 # Errors after which no other file can be written to the same device either.
-_FOR_ALL_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+FOR_ALL_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _NO_END = 2**63
 _MOST_PIECES = 1000  # that a system call writes
 FSYNC = "TLCAPTURE_FSYNC"  # if set, files are on the disk when they count as written; other processes see it too
@@ -249,54 +247,6 @@ def remove(paths: Iterable[Path]) -> int:
     return count
 
 
-def write_folder(path: Path, fill: Callable[[Path], None], *, replaces: bool = False) -> None:
-    """Create a folder completely or not at all: `fill` writes to a temporary folder, which is renamed to `path`.
-
-    With `replaces`, a folder that is there is removed once the new one is complete. Otherwise, if another process
-    created the folder in the meantime, that one is kept.
-
-    Raises:
-        NoSpaceError: the device is full, over its quota or read-only.
-        StorageError: the folder cannot be created for another reason.
-    """
-    temporary = temporary_path(path)
-    try:
-        temporary.mkdir(parents=True)
-        sweep_temporaries(path.parent)
-        fill(temporary)
-        if replaces and path.exists():
-            earlier = temporary_path(path)
-            path.rename(earlier)
-            try:
-                temporary.rename(path)
-            except BaseException:
-                earlier.rename(path)
-                raise
-            earlier.unlink() if earlier.is_symlink() else shutil.rmtree(earlier)
-            return
-        with suppress(OSError):
-            temporary.rename(path)
-            publish_folder(path)
-    except StorageError as error:
-        raise type(error)(str(error).replace(str(temporary), str(path))) from None
-    except Exception as error:
-        number = _error_number(error)
-        if number is None and not isinstance(error, OSError):
-            raise
-        hint = ": set TLCAPTURE_CACHE to another folder" if path.is_relative_to(cache_folder()) else ""
-        kind = NoSpaceError if number in _FOR_ALL_FILES else StorageError
-        reason = os.strerror(number) if number else first_line(error)
-        raise kind(f"{path}: cannot be created: {reason}{hint}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _error_number(error: Exception) -> int | None:
-    """The number of the operating system's error, also of one that a library in Rust has put into words."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else error.errno if isinstance(error, OSError) else None
-
-
 def free_bytes(path: Path) -> int:
     """Free bytes on the device of `path`, or of its nearest parent folder that exists; unlimited in a remote root."""
     return _NO_END if is_remote(path) else _free_here(path)
@@ -406,7 +356,7 @@ def _cannot_write(path: Path, error: BaseException, needed: Callable[[], int]) -
     reason = os.strerror(number) if number else str(error).splitlines()[0]
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         reason += f": it needs {format_bytes(needed())}, {format_bytes(_free_here(path))} are free on its device"
-    kind = NoSpaceError if number in _FOR_ALL_FILES else StorageError
+    kind = NoSpaceError if number in FOR_ALL_FILES else StorageError
     return kind(f"{path}: cannot be written: {in_place_of_folder(path.parent) or reason}")
 
 

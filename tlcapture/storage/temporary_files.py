@@ -15,12 +15,15 @@ from tlcapture.errors import StorageError
 from tlcapture.storage.folders import stems_in
 from tlcapture.storage.working_copies import HOST, is_running
 
+_LONGEST = 255  # bytes of a file's name
 _TEMPORARY = re.compile(rf"\..+\.{re.escape(HOST)}\.(\d+)\.[0-9a-f]+\.tmp")
 
 
 def temporary_path(path: Path) -> Path:
-    """A new temporary path of this process next to a path."""
-    return path.with_name(f".{path.name}.{writer()}.{secrets.token_hex(4)}.tmp")
+    """A new temporary path of this process next to a path, with as much of its name as file systems allow."""
+    ending = f".{writer()}.{secrets.token_hex(4)}.tmp"
+    name = os.fsencode(path.name)[: _LONGEST - len(ending) - 1].decode(errors="ignore")
+    return path.with_name(f".{name}{ending}")
 
 
 def writer() -> str:

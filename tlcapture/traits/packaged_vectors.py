@@ -18,8 +18,8 @@ from tlcapture.models.embedded import NAME
 from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.config import read_config
 from tlcapture.storage.datasets import shipped_datasets
-from tlcapture.storage.files import write_folder
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.whole_folders import write_folder
 from tlcapture.text import counted
 from tlcapture.traits.missing_vectors import PACKAGED
 
