@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -52,9 +51,8 @@ def _names(*sources: Callable[[], Iterable[object]]) -> list[str]:
 
 
 def _root(ctx: click.Context) -> Path:
-    from tlcapture.storage.remote_roots import root_folder
-
-    return root_folder(ctx.params.get("root") or os.environ.get("TLCAPTURE_ROOT") or ".")
+    root: Path = ctx.params["root"]  # None where it cannot be read, of which nothing is completed
+    return root
 
 
 def _listed(names: list[str], incomplete: str) -> list[CompletionItem]:
