@@ -124,7 +124,7 @@ class Report:
         for worker, found in self.profiles.items():
             lines += [
                 "",
-                f"Its dearest kernels ({worker}):",
+                f"Its slowest kernels ({worker}):",
                 "",
                 "| kernel | ms a step | launches |",
                 "| --- | --- | --- |",
@@ -135,7 +135,7 @@ class Report:
     def _lens_table(self) -> list[str]:
         lines = []
         for worker, found in self.lens.items():
-            lines += [f"The logit lens of one prompt and its response, and its dearest kernels ({worker}):", ""]
+            lines += [f"The logit lens of one prompt and its response, and its slowest kernels ({worker}):", ""]
             lines += ["| what | ms |", "| --- | --- |", *(f"| `{name}` | {ms:.2f} |" for name, ms in found.items()), ""]
         return lines
 

@@ -30,7 +30,7 @@ def seconds_of(stacks: Path, least: float = 0.03, most: int = 25) -> dict[str, d
     """Seconds of each kind of thread, and within each function of the package that it called.
 
     Threads are of one kind if their names differ by a number; their seconds are added up. Kinds and functions with less
-    than the share `least` are left out, as are all functions beyond the `most` dearest; `import` is all imports. A
+    than the share `least` are left out, as are all functions beyond the `most` slowest; `import` is all imports. A
     function's seconds hold those of what it calls.
     """
     within: dict[str, Counter[str]] = defaultdict(Counter)

@@ -296,7 +296,7 @@ class Ours(Workloads):
     def profile(self) -> dict[str, Any]:
         """Launches, waits and busy time of a step of ten prompts: the difference of 24 and 4 new tokens, by steps.
 
-        `kernels` are the dearest, by shortened name: milliseconds and launches a step.
+        `kernels` are the slowest, by shortened name: milliseconds and launches a step.
         """
         from torch.profiler import ProfilerActivity, profile
 
@@ -339,12 +339,12 @@ class Ours(Workloads):
             name: tuple((b - a) / n_steps for a, b in zip(few.get(name, (0, 0)), both, strict=True))
             for name, both in many.items()
         }
-        dearest = sorted(each, key=lambda name: each[name][0], reverse=True)[:20]
-        of_step["kernels"] = {name[:100]: each[name] for name in dearest}
+        slowest = sorted(each, key=lambda name: each[name][0], reverse=True)[:20]
+        of_step["kernels"] = {name[:100]: each[name] for name in slowest}
         return of_step
 
     def profile_of_lens(self) -> dict[str, Any]:
-        """Milliseconds of the logit lens of one prompt, those of its dearest kernels, and their shortened names."""
+        """Milliseconds of the logit lens of one prompt, those of its slowest kernels, and their shortened names."""
         from torch.profiler import ProfilerActivity, profile
 
         from tlcapture import capture
@@ -375,10 +375,10 @@ class Ours(Workloads):
             for event in seen.key_averages()
             if not (self.cuda and event.self_cpu_time_total)
         }
-        dearest = sorted(times, key=times.__getitem__, reverse=True)[:12]
+        slowest = sorted(times, key=times.__getitem__, reverse=True)[:12]
         rows = {"all, without the profiler": without_profiler, "reading residuals in main memory": reading()}
         rows["busy"] = sum(times.values())
-        return {**rows, **{name[:90]: times[name] for name in dearest}}
+        return {**rows, **{name[:90]: times[name] for name in slowest}}
 
 
 def prepare(work: Path, root: Path, n_prompts: int) -> None:

@@ -120,7 +120,7 @@ def test_attention_heads_without_circuitsvis_name_the_package_to_install(monkeyp
     monkeypatch.setattr("tlcapture.explore.attention_heads._circuitsvis", lambda: None)
     page = Page(heads()._repr_html_())
     assert "2 heads" in page.text
-    assert "pip install" in page.text
+    assert "run 'pip install circuitsvis'" in page.text
 
 
 def test_attention_heads_refuse_a_missing_head() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,9 @@ def test_the_shell_completes_without_a_message_where_something_is_wrong(data: Pa
     (data / "tlcapture.toml").write_text("sede = 1")
     assert [each.value for each in shell.get_completions(["capture"], "--ad")] == ["--adapter"]
     assert shell.get_completions(["captur"], "--ad") == []
+    (data / "experiments" / "exp").mkdir(parents=True)
+    assert shell.get_completions(["list", "--root", "s3://", "--experiment"], "") == []  # and not those of this folder
+    shutil.rmtree(data / "experiments")
     (data / "experiments").write_text("not a folder")
     assert shell.get_completions(["list", "--experiment"], "") == []
     assert [each.value for each in shell.get_completions(["extract", "--traits"], "tone/l")] == ["tone/loud"]

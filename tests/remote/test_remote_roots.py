@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -313,13 +312,13 @@ def test_urls_that_are_not_roots_are_refused_in_one_line(given: str, said: str, 
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("scheme", "how"), [("s3", '"tlcapture[s3]"'), ("gs", "gcsfs"), ("abfs", "adlfs")])
-def test_a_missing_package_is_named(scheme: str, how: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("scheme", "needed"), [("s3", "s3fs"), ("gs", "gcsfs"), ("abfs", "adlfs")])
+def test_a_missing_package_is_named(scheme: str, needed: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("s3fs", "gcsfs", "adlfs"):
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
     with pytest.raises(
-        InputError, match=rf"^{scheme}://bucket: \w+ is needed to reach it: run pip install {re.escape(how)}$"
+        InputError, match=rf"^{scheme}://bucket: {needed} is needed to reach it: run 'pip install {needed}'$"
     ):
         root_folder(f"{scheme}://bucket")
 

@@ -318,9 +318,10 @@ def _show_estimate(
     from tlcapture.commands.capture import estimate_capture
     from tlcapture.runs.report import Failed
     from tlcapture.storage.files import free_bytes
+    from tlcapture.storage.remote_roots import is_remote
 
     estimate, affected = estimate_capture(layout, sets, options, load, elsewhere=elsewhere)
-    free = free_bytes(layout.folder)
+    free = None if is_remote(layout.folder) else free_bytes(layout.folder)
     failures = [*(Failed(*each) for each in refused), *estimate.failures, *affected.failures]
     changes = {
         name: [path.relative_to(layout.folder).as_posix() for path in paths]
@@ -334,7 +335,8 @@ def _show_estimate(
     kinds = {**estimate.by_kind, "total": (estimate.n_files, estimate.n_bytes)}
     rows = [(kind, counted(count, "file"), format_bytes(size)) for kind, (count, size) in kinds.items()]
     console.table([Column(), Column(right=True), Column(right=True)], rows)
-    console.line(f"free on the device: {format_bytes(free)}")
+    if free is not None:
+        console.line(f"free on the device: {format_bytes(free)}")
     console.line(f"memory of the largest prompt, beside the weights: {format_bytes(estimate.memory)}")
     _show_changes(console, "would replace", changes["replaces"])
     _show_changes(console, "would remove, unless the tokens stay the same", changes["removes"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -26,14 +25,14 @@ def prompt_sets(ctx: click.Context, param: click.Parameter, incomplete: str) -> 
     """The prompt sets of the root and the package, and those with captures; also after a comma."""
     from tlcapture.storage.datasets import Datasets
 
-    return _listed(_names(Datasets(_root(ctx)).prompt_sets, lambda: _layout(ctx).prompt_sets()), incomplete)
+    return _listed(_names(lambda: Datasets(_root(ctx)).prompt_sets(), lambda: _layout(ctx).prompt_sets()), incomplete)
 
 
 def traits(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """The traits with examples, and those with vectors in the experiment; also after a comma."""
     from tlcapture.storage.datasets import Datasets
 
-    return _listed(_names(Datasets(_root(ctx)).traits, lambda: _layout(ctx).traits()), incomplete)
+    return _listed(_names(lambda: Datasets(_root(ctx)).traits(), lambda: _layout(ctx).traits()), incomplete)
 
 
 def _layout(ctx: click.Context) -> Layout:
@@ -52,11 +51,8 @@ def _names(*sources: Callable[[], Iterable[object]]) -> list[str]:
 
 
 def _root(ctx: click.Context) -> Path:
-    from tlcapture.storage.remote_roots import root_folder
-
-    with suppress(Exception):
-        return root_folder(ctx.params.get("root") or os.environ.get("TLCAPTURE_ROOT") or ".")
-    return Path(".")
+    root: Path = ctx.params["root"]  # None where it cannot be read, of which nothing is completed
+    return root
 
 
 def _listed(names: list[str], incomplete: str) -> list[CompletionItem]:

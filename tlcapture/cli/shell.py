@@ -35,7 +35,7 @@ def shell(location: Location) -> None:
 
     exp = Experiment(location.experiment, location.root)
     if importlib.util.find_spec("IPython") is None:
-        raise TlcaptureError('the shell needs IPython: run pip install "tlcapture[ipython]"')
+        raise TlcaptureError("the shell needs IPython: run 'pip install ipython'")
     own = exp.config.inference_model or exp.config.extraction_model
     model = LazyModel(lambda: _load(own, exp), own or EMBEDDED)
     _start({"exp": exp, "captures": exp.captures, "model": model}, _banner(exp))

@@ -107,7 +107,7 @@ class Driver:
         run.display.uses(cluster={**facts, "seconds": seconds})
 
     def _piece(self, task: Any) -> _Piece:
-        return _Piece(task, self._work.label(task))
+        return _Piece(task, str(task))
 
     def _step(self) -> None:
         time.sleep(0 if self._calls else _POLL)

@@ -102,7 +102,7 @@ def _connected(cluster: RayExecutor) -> Iterator[Any]:
     try:
         import ray
     except ImportError:
-        raise InputError('--executor ray needs Ray: run pip install "tlcapture[ray]"') from None
+        raise InputError("--executor ray needs Ray: run 'pip install ray'") from None
     if ray.is_initialized():
         yield ray
         return

@@ -97,7 +97,7 @@ class AttentionHeads:
         if bundle is None or len(self.tokens) > _MOST_TOKENS or n_missing:
             which = f"{n_missing} tokens were not kept" if n_missing else f"more than {_MOST_TOKENS} tokens"
             why = (
-                "pip install 'tlcapture[ipython]' to draw them here"
+                "run 'pip install circuitsvis' to draw them here"
                 if bundle is None
                 else f"{which}: draw one head with cap.plot.attention(layer, head)"
             )

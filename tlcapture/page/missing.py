@@ -12,7 +12,6 @@ from tlcapture.storage.config import read_config
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import url_of
 from tlcapture.text import shell_join
-from tlcapture.traits.missing_vectors import extract_command
 from tlcapture.traits.packaged_vectors import takes_packaged
 
 
@@ -54,7 +53,7 @@ def captures(layout: Layout, prompt_set: str) -> MissingError:
 def projections(layout: Layout, prompt_set: str) -> MissingError:
     """For a prompt without projections; the command extracts vectors first if there are none."""
     if not layout.traits() and not takes_packaged(layout, read_config(layout).inference_model):
-        return _error(layout, "no trait vectors to project onto", extract_command(layout, with_root=False))
+        return _error(layout, "no trait vectors to project onto", f"tlcapture extract --experiment {layout.experiment}")
     command = f"tlcapture project --experiment {layout.experiment} --prompt-set {prompt_set}"
     return _error(layout, "not projected onto this trait", command)
 
@@ -81,14 +80,16 @@ def raw(layout: Layout, prompt_set: str) -> MissingError:
 
 def vectors(layout: Layout, trait: object) -> MissingError:
     """For a trait without vectors."""
-    return _error(layout, f"no vectors of {trait}", extract_command(layout, [trait], with_root=False))
+    return _error(layout, f"no vectors of {trait}", _extraction(layout, trait))
 
 
 def own_vectors(layout: Layout, trait: object) -> MissingError:
     """For the steering results of vectors that come with the package, which has none."""
-    return _error(
-        layout, "not steered: only vectors of your own can be", extract_command(layout, [trait], with_root=False)
-    )
+    return _error(layout, "not steered: only vectors of your own can be", _extraction(layout, trait))
+
+
+def _extraction(layout: Layout, trait: object) -> str:
+    return f"tlcapture extract --experiment {layout.experiment} --traits {trait}"
 
 
 def evaluation(layout: Layout) -> MissingError:

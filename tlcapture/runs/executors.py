@@ -39,9 +39,8 @@ class Work:
     Attributes:
         make: makes a worker from a run and a function that loads the model; can be pickled.
         model: the loader of the model; `None` where the tasks need no model.
-        tasks: can be done in any order, by any number of workers.
+        tasks: can be done in any order, by any number of workers; `str` gives their names in messages.
         size: the size of a task, in units of `unit`.
-        label: the name of a task in messages.
         split: splits a task into tasks of at most the given number of prompts, to share it among workers.
         reads: other experiments that the tasks read.
         inputs: the files that a task reads, apart from vectors and the experiment's config.
@@ -53,7 +52,6 @@ class Work:
     tasks: Sequence[Any]
     size: Callable[[Any], int]
     unit: str
-    label: Callable[[Any], str] = str
     split: Callable[[Any, int], Sequence[Any]] = lambda task, most: [task]
     reads: Sequence[Layout] = ()
     inputs: Callable[[Any], Sequence[Path]] = lambda task: ()

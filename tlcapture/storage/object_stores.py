@@ -82,8 +82,7 @@ class Store:
 
             return url_to_fs(self.url, use_listings_cache=False)
         except ImportError:
-            how = '"tlcapture[s3]"' if package == "s3fs" else package
-            raise InputError(f"{self.url}: {package} is needed to reach it: run pip install {how}") from None
+            raise InputError(f"{self.url}: {package} is needed to reach it: run 'pip install {package}'") from None
         except Exception as error:
             raise InputError(f"{self.url}: cannot be opened: {first_line(error)}") from None
 

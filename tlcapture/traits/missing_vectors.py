@@ -22,9 +22,7 @@ def is_in_package(layout: Layout) -> bool:
     return layout.experiment == PACKAGED and layout.root.parent == cache_folder()
 
 
-def extract_command(
-    layout: Layout, traits: Iterable[object] = (), method: str | None = None, *, with_root: bool = True
-) -> str:
+def extract_command(layout: Layout, traits: Iterable[object] = (), method: str | None = None) -> str:
     """The command that extracts an experiment's vectors, of all traits if none is named.
 
     For the packaged vectors it names no experiment.
@@ -33,8 +31,6 @@ def extract_command(
     words = [word for name, value in options.items() if value for word in (name, value)]
     if is_in_package(layout):
         return " ".join(["tlcapture extract", *words])
-    if not with_root:
-        return " ".join(["tlcapture extract --experiment", layout.experiment, *words])
     return command_line(layout, "extract", *words)
 
 
