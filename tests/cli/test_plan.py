@@ -69,9 +69,7 @@ def test_time_is_new_tokens_over_tokens_per_second_and_workers(plan: Callable[..
 
 
 @pytest.mark.parametrize("views", ["residual", "projections,attention,logit_lens"])
-def test_a_measured_pace_includes_writing_and_leaves_no_files(
-    views: str, plan: Callable[..., Any], root: Path
-) -> None:
+def test_a_measured_pace_includes_writing_and_leaves_no_files(views: str, plan: Callable[..., Any], root: Path) -> None:
     words = ("--prompts", 4, "--prompt-tokens", 10, "--new-tokens", 4, "--batch-size", 2, "--traits", 2)
     said = plan(*words, "--views", views, "--measure")
     assert said["pace"].startswith("measured here on 4 prompts in batches of 2")

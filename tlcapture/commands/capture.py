@@ -31,6 +31,7 @@ from tlcapture.commands.projection_writing import merge_projections
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.models.loading import Model, ModelOutline
 from tlcapture.models.sizes import Measures
+from tlcapture.names import PromptId
 from tlcapture.prompts.prompt_sets import PromptSet, mistyped_keys
 from tlcapture.prompts.tokenization import check_unicode
 from tlcapture.runs.display import Display
@@ -172,8 +173,10 @@ def _warn_of_request(run: Run, prompt_sets: Sequence[PromptSet], options: Captur
 
 def _tell_of_plan(run: Run, tasks: Sequence[CaptureTask], options: CaptureOptions) -> None:
     for task in tasks:
-        if task.other_sampling:
-            run.warn(_other_sampling_warning(task))
+        if ids := task.other_sampling:
+            run.warn(_kept(task, ids, "made with another temperature, seed, sampling or --max-new-tokens"))
+        if ids := task.other_computation:
+            run.warn(_kept(task, ids, "computed in another dtype or on another engine"))
     if options.projects and options.vectors.is_fallback:
         run.line(f"{run.layout.experiment}: {PROJECTED_ONTO_PACKAGED}")
     elif options.projects and not options.vectors.layout(run.layout).traits():
@@ -203,13 +206,9 @@ def _work(
     )
 
 
-def _other_sampling_warning(task: CaptureTask) -> str:
-    ids = task.other_sampling
+def _kept(task: CaptureTask, ids: Sequence[PromptId], how: str) -> str:
     kept = f"{len(ids)} captures" if len(ids) > 1 else f"the capture of prompt {ids[0]}"
-    return (
-        f"{task.capture_set}: kept {kept} made with another temperature, seed, sampling or --max-new-tokens: leave out "
-        "--skip-existing to capture again"
-    )
+    return f"{task.capture_set}: kept {kept} {how}: leave out --skip-existing to capture again"
 
 
 def estimate_capture(

@@ -19,7 +19,7 @@ from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import Outputs
 from tlcapture.commands.capture_places import NotCapturedError, Place, PromptError, batches, chunks, not_captured
 from tlcapture.commands.given_responses import most_new_tokens, prompt_of
-from tlcapture.commands.kept_settings import mixture, other_sampling
+from tlcapture.commands.kept_settings import other_computation, other_sampling, other_weights
 from tlcapture.commands.known_files import KnownFiles, PromptFiles
 from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
@@ -59,6 +59,7 @@ class CaptureTask:
         variant: the variant whose captures they are, if any.
         norm_prompts: all prompts of the set, where typical norms are measured on them.
         other_sampling: names of captures that are kept although they were made with other sampling settings.
+        other_computation: names of those that are kept beside new ones of another dtype or engine.
     """
 
     prompt_set: PromptSet
@@ -68,6 +69,7 @@ class CaptureTask:
     refused: Sequence[tuple[str, str]]
     unreadable: Sequence[tuple[str, str]] = ()
     other_sampling: Sequence[PromptId] = ()
+    other_computation: Sequence[PromptId] = ()
     max_new_tokens: int = 50
     longest: int = 0
     variant: str | None = None
@@ -170,7 +172,7 @@ class TaskPlanner:
         refused += not_captured(self._layout, self._options, self._load.name, bare, sum(map(len, places)))
         batched, not_tokenized = self._batched(prompt_set, places, fresh) if fresh else ([], [])
         refused += not_tokenized
-        if fresh and (reason := mixture(self._kept, self._options, self._load, self._model())) is not None:
+        if fresh and (reason := other_weights(self._kept, self._model())) is not None:
             refused.append((capture_set, reason))
             batched, fresh, saved, self._kept = [], set(), {}, {}
         return CaptureTask(
@@ -181,6 +183,7 @@ class TaskPlanner:
             refused=refused,
             unreadable=unreadable,
             other_sampling=other_sampling(self._kept, self._options),
+            other_computation=other_computation(self._kept, self._load, self._model()) if fresh else (),
             max_new_tokens=self._most_tokens(batched),
             longest=max((len(prompt.token_ids) for prompt in batched), default=0),
             variant=self._options.variant,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.commands.capture_options import CaptureOptions
@@ -14,65 +13,52 @@ from tlcapture.prompts.response_lengths import THINKING_TOKENS
 from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.text import counted, dtype_name
 
-Difference = tuple[str, str]  # the setting of a kept capture, and the one asked for
-
 
 def other_sampling(kept: Mapping[PromptId, KnownCapture], options: CaptureOptions) -> list[PromptId]:
-    """Names of kept captures whose responses were sampled with other settings."""
-    return [name for name, capture in kept.items() if any(_sampling(capture, options))]
+    """Names of kept captures whose responses were sampled with other settings; none if tokens are given."""
+    if options.responses_from is not None:
+        return []
+    return [name for name, capture in kept.items() if _is_sampled_otherwise(capture, options)]
 
 
-def mixture(
-    kept: Mapping[PromptId, KnownCapture],
-    options: CaptureOptions,
-    load: ModelLoader,
-    model: Model | ModelOutline,
-) -> str | None:
-    """Why new captures must not be put beside the kept ones: these have other settings; `None` if they have the same.
+def other_computation(
+    kept: Mapping[PromptId, KnownCapture], load: ModelLoader, model: Model | ModelOutline
+) -> list[PromptId]:
+    """Names of kept captures whose activations were computed in another dtype or on another engine.
 
     Without the weights of the model, only an engine and a dtype that are named can be compared.
     """
     if isinstance(model, Model):
-        asked = {"engine": model.engine, "dtype": dtype_name(model.dtype), "model_fingerprint": model.fingerprint}
+        asked = {"engine": model.engine, "dtype": dtype_name(model.dtype)}
     else:
         asked = {name: value for name in ("engine", "dtype") if (value := getattr(load, name)) != "auto"}
-    found = [
-        differences
-        for capture in kept.values()
-        if (differences := [*_sampling(capture, options), *_computation(capture, asked)])
+    return [
+        name
+        for name, capture in kept.items()
+        if any(capture.metadata.get(each) not in (None, value) for each, value in asked.items())
     ]
-    if not found:
+
+
+def other_weights(kept: Mapping[PromptId, KnownCapture], model: Model | ModelOutline) -> str | None:
+    """Why new captures must not be put beside the kept ones: the model had other weights; `None` if it had the same."""
+    if not isinstance(model, Model):
         return None
-    before, now = (" and ".join(texts) for texts in zip(*found[0], strict=True))
+    recorded = [capture.metadata.get("model_fingerprint") for capture in kept.values()]
+    n_others = sum(each not in (None, model.fingerprint) for each in recorded)
+    if not n_others:
+        return None
     return (
-        f"--skip-existing would put captures made with {now} beside {counted(len(found), 'capture')} made with "
-        f"{before}: use the same settings, or leave out --skip-existing to capture all prompts again"
+        f"--skip-existing would put new captures beside {counted(n_others, 'capture')} of a model of the same name "
+        "with other weights: use another --experiment, or leave out --skip-existing to capture all prompts again"
     )
 
 
-def _sampling(saved: KnownCapture, options: CaptureOptions) -> Iterator[Difference]:
-    """How the sampling of a capture differs; nothing of one whose tokens were given."""
-    if options.responses_from is not None:
-        return
+def _is_sampled_otherwise(saved: KnownCapture, options: CaptureOptions) -> bool:
     asked = {"temperature": options.sampling.temperature, "max_new_tokens": _most_tokens(saved, options)}
     if options.sampling.temperature != 0:
         asked["seed"] = options.sampling.seed
-    for name, value in asked.items():
-        recorded = saved.metadata.get(name)
-        if value is not None and recorded not in (None, value):
-            words = "--max-new-tokens" if name == "max_new_tokens" else name
-            yield f"{words} {recorded}", f"{words} {value}"
-    if not is_recorded(options.sampling, saved.metadata):
-        yield "other sampling rules", "these"
-
-
-def _computation(saved: KnownCapture, asked: Mapping[str, Any]) -> Iterator[Difference]:
-    """How the computation of a capture's activations differs."""
-    for name, value in asked.items():
-        recorded = saved.metadata.get(name)
-        if recorded not in (None, value):
-            words = "weights of fingerprint" if name == "model_fingerprint" else name
-            yield f"{words} {recorded}", f"{words} {value}"
+    differs = any(saved.metadata.get(name) not in (None, value) for name, value in asked.items() if value is not None)
+    return differs or not is_recorded(options.sampling, saved.metadata)
 
 
 def _most_tokens(saved: KnownCapture, options: CaptureOptions) -> int | None:
