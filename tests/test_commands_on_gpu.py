@@ -45,7 +45,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
 
 
 def on(device: str, folder: Path) -> tuple[object, ...]:
-    """The options that let a command run the model on a device."""
+    """The options that let a command run the model in a folder on a device."""
     return ("--model", folder / "model", "--device", device)
 
 
@@ -90,7 +90,7 @@ def assert_close(one: Any, other: Any, where: str) -> None:
     assert type(one) is type(other), where
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where
-        for key in (each for each in one if not str(each).endswith("_date")):
+        for key in (each for each in one if not str(each).endswith(("_date", "_digest"))):
             assert_close(one[key], other[key], f"{where}: {key}")
     elif isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and one.device == other.device, where
@@ -140,20 +140,21 @@ def test_a_projection_of_saved_captures(captured: dict[str, Path]) -> None:
     assert compare(captured, "*.json") > 60
 
 
-def test_extraction_evaluation_and_steering(roots: dict[str, Path]) -> None:
-    two = ("--traits", "tone/loud,tone/warm", "--component", "residual")
-    for root in roots.values():
-        shutil.rmtree(root / "experiments" / "exp" / "extraction")
-    on_both(roots, "extract", *two)
-    assert compare(roots, "*.pt")
-    on_both(roots, "evaluate", *two)
-    on_both(roots, "steer", "--traits", "tone/loud", "--layers", "1", "--coefficients=-0.5,0.5")
-    assert compare(roots, "*.json")
-
-
 def test_a_comparison_of_two_captures(captured: dict[str, Path]) -> None:
     read = ("--prompt-set", "five", "--responses-from", "exp", "--variant", "read", "--save-dtype", "float32")
     on_both(captured, "capture", *read, "--layer", 1, "--steer", "tone/loud:0.3@1")
     for device, root in captured.items():
         run(root, "compare", "exp/five", "exp/five@read", "--device", device)
     assert compare(captured, "analysis/compare/**/*.json")
+
+
+def test_extraction_evaluation_and_steering(roots: dict[str, Path], tmp_path: Path) -> None:
+    two = ("--traits", "tone/loud,tone/warm", "--component", "residual")
+    own = {device: tmp_path / device for device in DEVICES}
+    for part in ("cpu/datasets", "cuda/datasets", "model"):
+        shutil.copytree(roots["cpu"].parent / part, tmp_path / part)
+    on_both(own, "extract", *two)
+    assert compare(own, "*.pt")
+    on_both(own, "evaluate", *two)
+    on_both(own, "steer", "--traits", "tone/loud", "--layers", "1", "--coefficients=-0.5,0.5")
+    assert compare(own, "*.json")
