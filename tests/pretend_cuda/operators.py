@@ -74,6 +74,23 @@ def kind_of(op: Any) -> Kind:
     )
 
 
+def _softmax(x: Tensor, dim: int, half_to_float: bool, **out: Tensor) -> Tensor:
+    return _aten._softmax(x.float() if half_to_float else x, dim, False, **out)
+
+
+def _conv_depthwise(x: Tensor, weight: Tensor, size: Any, bias: Tensor | None, *options: Any) -> Tensor:
+    return torch.conv2d(x, weight, bias, *options, groups=x.shape[1])
+
+
+# Operators that main memory has not, or not for all dtypes.
+_HERE: dict[Any, Callable[..., Any]] = {
+    _aten._softmax.default: _softmax,
+    _aten._softmax.out: _softmax,
+    _aten._conv_depthwise2d.default: _conv_depthwise,
+    _aten.histc.default: lambda x, *options: _aten.histc.default(x.double(), *options).to(x.dtype),
+}
+
+
 def compute(op: Any, *args: Any, **kwargs: Any) -> Any:
     """What torch calls for each operator on the pretended GPU that has no kernel of its own."""
     kind = kind_of(op)
@@ -108,12 +125,13 @@ def _computed(op: Any, kind: Kind, args: Any, kwargs: Any, queue: streams.Queue)
     if graph is None:
         streams.use(queue, reads, writes, op)
     runs = graph is None or all(block.graph is graph or not block.address for block, _ in writes)
+    here = _HERE.get(op, op)
 
     def again() -> Any:
-        return op(*here_args, **here_kwargs)
+        return here(*here_args, **here_kwargs)
 
     found = again() if runs or not written else _own_results(kind, here_args, here_kwargs)
-    own = {id(here): there for there, here in pairs}
+    own = {id(each): there for there, each in pairs}
     made: list[tuple[Tensor, Used]] = []
 
     def there(value: Any) -> Any:
