@@ -65,11 +65,16 @@ def on_both(roots: dict[str, Path], name: str, *words: object) -> None:
 def compare(roots: dict[str, Path], pattern: str) -> int:
     """Assert that the roots hold the same files, up to rounding; returns the number of those of a pattern."""
     one, other = (root / "experiments" / "exp" for root in roots.values())
-    found = [sorted(path.relative_to(each) for path in each.rglob(pattern) if is_compared(path)) for each in (one, other)]
-    assert found[0] == found[1]
-    for path in found[0]:
+    found = files(one, pattern)
+    assert files(other, pattern) == found
+    for path in found:
         assert_close(content(one / path), content(other / path), str(path))
-    return len(found[0])
+    return len(found)
+
+
+def files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that hold what was computed."""
+    return sorted(path.relative_to(folder) for path in folder.rglob(pattern) if is_compared(path))
 
 
 def is_compared(path: Path) -> bool:

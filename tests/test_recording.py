@@ -292,12 +292,12 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 
 
 @needs_cuda
-@tiny.needs_hooked
+@pytest.mark.parametrize("engine", tiny.ENGINES)
 @pytest.mark.parametrize("free", [None, 7 * A_COLUMN, 0])
-def test_captures_on_cuda_equal_those_of_a_cpu_and_no_choice_or_recording_waits(
-    free: int | None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_captures_on_cuda_equal_those_of_a_cpu_and_no_step_waits(
+    free: int | None, engine: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu, cuda = (load_model(str(tiny_folder), engine="hooked", device=device) for device in ("cpu", "cuda"))
+    cpu, cuda = (load_model(str(tiny_folder), engine=engine, device=device) for device in ("cpu", "cuda"))
     expected = run(cpu)
     if free is not None:  # where triangles do not fit, those of every step are copied
         monkeypatch.setattr(recording, "free_memory", lambda device: free)
@@ -311,7 +311,8 @@ def test_captures_on_cuda_equal_those_of_a_cpu_and_no_choice_or_recording_waits(
             return call
 
         run(cuda)  # what is made once may wait
-        monkeypatch.setattr(batch.Batch, "_choose", watched(batch.Batch._choose))
+        for name in ("_choose", "_keep", "_run_tokens"):
+            monkeypatch.setattr(batch.Batch, name, watched(getattr(batch.Batch, name)))
         monkeypatch.setattr(Recorder, "record", watched(Recorder.record))
         monkeypatch.setattr(Recorder, "take", watched(Recorder.take))
     found = run(cuda)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tlcapture.generation.top_p import TopP
-from tlcapture.generation.transfers import upload
+from tlcapture.models.streams import upload
 from tlcapture.shapes import LastLogits, NextTokens
 
 Processor = Callable[[Any, Tensor], Tensor]
