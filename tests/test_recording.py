@@ -20,6 +20,7 @@ from torch import Tensor
 from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.generation import batch, device_buffers, recording, transfers
+from tlcapture.generation.interventions import Add
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.recording import Recorder
@@ -320,6 +321,14 @@ def test_captures_on_cuda_equal_those_of_a_cpu_and_no_step_waits(
         assert found[name].response_ids == each.response_ids
         for hook, activation in each.cache.items():
             assert relative(found[name].cache[hook], activation) < 1e-3, hook
+
+
+@needs_cuda
+def test_rows_with_addends_of_their_own_leave_without_a_wait() -> None:
+    steered = Add(layer=0, addend=torch.arange(6.0).view(3, 2)).to(torch.device("cuda"))
+    with nothing_waits():
+        left = steered.of_rows(torch.tensor([True, False, True]))
+    assert left.addend.tolist() == [[0, 1], [4, 5]]
 
 
 def test_the_size_of_a_cache_is_known_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
