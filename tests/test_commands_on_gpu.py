@@ -100,8 +100,9 @@ def assert_close(one: Any, other: Any, where: str) -> None:
     elif isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and one.device == other.device, where
         tolerance = 1e-4 if one.dtype == torch.float32 else 0.02
-        largest = float(one.abs().max()) if one.numel() else 0.0
-        assert torch.allclose(one.double(), other.double(), rtol=tolerance, atol=tolerance * largest), where
+        largest = float(one.double().abs().nan_to_num().max()) if one.numel() else 0.0
+        options = {"rtol": tolerance, "atol": tolerance * largest, "equal_nan": True}
+        assert torch.allclose(one.double(), other.double(), **options), where
     elif isinstance(one, list) and one and isinstance(one[0], float | int):
         assert np.allclose(one, other, rtol=2e-3, atol=2e-4), where
     elif isinstance(one, list | tuple):
