@@ -105,12 +105,17 @@ reliability: $(READY) ## Test faults, clusters, bad input and parity, and report
 	$(BIN)/python -m pytest tests/faults tests/cluster tests/input tests/test_findings_in_noise.py tests/test_parity.py tests/test_refusals.py --reliability docs/reliability.md $(FLAGS)
 
 # What runs differently on a GPU.
-TESTS_CUDA := tests/fast tests/test_recording.py tests/test_generation.py tests/test_sampling.py tests/test_draws.py tests/views tests/test_parity.py
+TESTS_CUDA := tests/fast tests/test_recording.py tests/test_generation.py tests/test_sampling.py tests/test_draws.py tests/views tests/test_parity.py \
+  tests/test_commands_on_gpu.py
+# What a GPU that is not there can run beyond that: numbers are those of a CPU, to the bit.
+TESTS_PRETEND_CUDA := $(TESTS_CUDA) tests/test_out_of_memory.py tests/test_interventions.py tests/test_live_interventions.py tests/test_samples.py \
+  tests/test_forced_responses.py tests/test_given_sampling.py tests/test_pattern_spools.py tests/test_quick_check.py tests/test_kinds_of_layers.py \
+  tests/test_kept_points.py tests/extraction/test_steering.py
 test-cuda: $(READY) ## Run the tests of the model on a CUDA device
 	TLCAPTURE_TEST_DEVICE=cuda $(BIN)/python -m pytest $(TESTS_CUDA) $(FLAGS)
 
 test-pretend-cuda: $(READY) ## Run them without one, on tensors that claim to be on a GPU
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope -p tests.pretend_cuda.plugin $(TESTS_CUDA) $(FLAGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope -p tests.pretend_cuda.plugin $(TESTS_PRETEND_CUDA) $(FLAGS)
 
 models-page: $(READY) $(READY_TL4) ## Compare tiny models of many families with Hugging Face, with both versions of TransformerLens, into docs/models.md
 	$(BIN)/python -m tests.model_families measure

@@ -15,7 +15,8 @@ from tlcapture.generation.loop import generate
 from tlcapture.generation.noise import GumbelNoise, _mixed, _signed, stream_start
 from tlcapture.generation.processors import LogitProcessors, LogitRules, PromptTokens
 from tlcapture.generation.sampling import GREEDY, choose_tokens, n_numbers
-from tlcapture.generation.transfers import Download, upload
+from tlcapture.generation.transfers import Download
+from tlcapture.models.streams import upload
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.generation import batch, device_buffers, recording, transfers
+from tlcapture.generation.interventions import Add
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.recording import Recorder
@@ -292,12 +293,12 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 
 
 @needs_cuda
-@tiny.needs_hooked
+@pytest.mark.parametrize("engine", tiny.ENGINES)
 @pytest.mark.parametrize("free", [None, 7 * A_COLUMN, 0])
-def test_captures_on_cuda_equal_those_of_a_cpu_and_no_choice_or_recording_waits(
-    free: int | None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_captures_on_cuda_equal_those_of_a_cpu_and_no_step_waits(
+    free: int | None, engine: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu, cuda = (load_model(str(tiny_folder), engine="hooked", device=device) for device in ("cpu", "cuda"))
+    cpu, cuda = (load_model(str(tiny_folder), engine=engine, device=device) for device in ("cpu", "cuda"))
     expected = run(cpu)
     if free is not None:  # where triangles do not fit, those of every step are copied
         monkeypatch.setattr(recording, "free_memory", lambda device: free)
@@ -311,7 +312,8 @@ def test_captures_on_cuda_equal_those_of_a_cpu_and_no_choice_or_recording_waits(
             return call
 
         run(cuda)  # what is made once may wait
-        monkeypatch.setattr(batch.Batch, "_choose", watched(batch.Batch._choose))
+        for name in ("_choose", "_keep", "_run_tokens"):
+            monkeypatch.setattr(batch.Batch, name, watched(getattr(batch.Batch, name)))
         monkeypatch.setattr(Recorder, "record", watched(Recorder.record))
         monkeypatch.setattr(Recorder, "take", watched(Recorder.take))
     found = run(cuda)
@@ -319,6 +321,14 @@ def test_captures_on_cuda_equal_those_of_a_cpu_and_no_choice_or_recording_waits(
         assert found[name].response_ids == each.response_ids
         for hook, activation in each.cache.items():
             assert relative(found[name].cache[hook], activation) < 1e-3, hook
+
+
+@needs_cuda
+def test_rows_with_addends_of_their_own_leave_without_a_wait() -> None:
+    steered = Add(layer=0, addend=torch.arange(6.0).view(3, 2)).to(torch.device("cuda"))
+    with nothing_waits():
+        left = steered.of_rows(torch.tensor([True, False, True]))
+    assert left.addend.tolist() == [[0, 1], [4, 5]]
 
 
 def test_the_size_of_a_cache_is_known_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

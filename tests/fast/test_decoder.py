@@ -379,6 +379,16 @@ def test_recorded_steps_equal_run_ones_and_nothing_waits_for_the_device(
         assert relative(ours, theirs) < 1e-5
 
 
+def test_steps_of_interventions_that_are_gone_are_forgotten(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    monkeypatch.setattr(decoder, "_MOST_RECORDED", 2)
+    for n_new in (1, 2) * 4:  # as many steps
+        generated(model, (5,), n_new, interventions=[Add(layer=1, addend=torch.ones(tiny.D_MODEL))])
+    buffers = model._decoder
+    assert tapes[0].n_recorded == 4
+    assert len(buffers._recorded) == 2 and len(buffers._seen) <= 2
+
+
 @pytest.mark.parametrize("point", ["hook_pattern", "hook_attn_scores", "hook_rot_k"])
 def test_a_hook_sees_the_keys_so_far_and_none_to_come(point: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last key of a pattern is the new token itself, as in TransformerLens."""

@@ -28,6 +28,14 @@ def test_tensors_are_on_the_gpu_and_compute_there() -> None:
     assert torch.equal(x.to("cpu", torch.int64), torch.tensor([[0, 2, 2], [3, 5, 5]]))
 
 
+def test_what_main_memory_computes_otherwise_is_computed_too() -> None:
+    half = on_gpu(1, 2).half()
+    assert half.softmax(-1, dtype=torch.float32).tolist() == [[0.5, 0.5]]
+    assert torch.histc(torch.tensor([0, 1, 1]).cuda(), 2).tolist() == [1, 2]
+    weight = on_gpu(2, 1, 1, 1)
+    assert torch.conv2d(on_gpu(1, 2, 1, 1), weight, groups=2).tolist() == [[[[1.0]], [[1.0]]]]
+
+
 def test_devices_are_mixed_as_on_a_gpu_only() -> None:
     x = on_gpu(3)
     assert (x + torch.tensor(1.0)).tolist() == [2, 2, 2]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,21 +35,76 @@ _TAKE_NUMBERS = (
 )
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What is known of an operator from its schema.
+
+    Attributes:
+        name: its name without its overload.
+        computes: whether it makes or writes numbers, and not only views of them.
+        is_empty: whether its result has no numbers.
+        takes_numbers: whether a tensor without axes may be in main memory.
+        tensors: the places of arguments that are tensors.
+        writes: the places and names of arguments that it writes.
+        n_returns: the number of results.
+    """
+
+    name: str
+    computes: bool
+    is_empty: bool
+    takes_numbers: bool
+    tensors: frozenset[int]
+    writes: tuple[tuple[int, str], ...]
+    n_returns: int
+
+
+@cache
+def kind_of(op: Any) -> Kind:
+    """What is known of an operator."""
+    name = str(op.overloadpacket.__name__)
+    arguments = list(enumerate(op._schema.arguments))
+    return Kind(
+        name,
+        computes=not op.is_view and name != "set_",
+        is_empty=name.startswith(("empty", "new_empty")),
+        takes_numbers=torch.Tag.pointwise in op.tags or name in (*_TAKE_NUMBERS, *_INDEXED),
+        tensors=frozenset(place for place, each in arguments if str(each.type) == "Tensor"),
+        writes=tuple((n, each.name) for n, each in arguments if each.alias_info and each.alias_info.is_write),
+        n_returns=len(op._schema.returns),
+    )
+
+
+def _softmax(x: Tensor, dim: int, half_to_float: bool, **out: Tensor) -> Tensor:
+    return _aten._softmax(x.float() if half_to_float else x, dim, False, **out)
+
+
+def _conv_depthwise(x: Tensor, weight: Tensor, size: Any, bias: Tensor | None, *options: Any) -> Tensor:
+    return torch.conv2d(x, weight, bias, *options, groups=x.shape[1])
+
+
+# Operators that main memory has not, or not for all dtypes.
+_HERE: dict[Any, Callable[..., Any]] = {
+    _aten._softmax.default: _softmax,
+    _aten._softmax.out: _softmax,
+    _aten._conv_depthwise2d.default: _conv_depthwise,
+    _aten.histc.default: lambda x, *options: _aten.histc.default(x.double(), *options).to(x.dtype),
+}
+
+
 def compute(op: Any, *args: Any, **kwargs: Any) -> Any:
     """What torch calls for each operator on the pretended GPU that has no kernel of its own."""
-    name = name_of(op)
-    if op.is_view or name == "set_":
+    kind = kind_of(op)
+    if not kind.computes:
         return op.redispatch(_CPU_KEY, *args, **kwargs)
-    given = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
-    _check_devices(op, name, args, kwargs, given)
+    _check_devices(op, kind, args, kwargs)
     queue = streams.current()
-    if name in _READS or (name in _INDEXED and _has_mask(args)):
+    if kind.name in _READS or (kind.name in _INDEXED and _has_mask(args)):
         streams.synchronise(queue)
     with streams.LOCK:
-        return _computed(op, args, kwargs, queue)
+        return _computed(op, kind, args, kwargs, queue)
 
 
-def _computed(op: Any, args: Any, kwargs: Any, queue: streams.Queue) -> Any:
+def _computed(op: Any, kind: Kind, args: Any, kwargs: Any, queue: streams.Queue) -> Any:
     pairs: list[tuple[Tensor, Tensor]] = []  # tensors on the GPU, and their views in main memory
 
     def local(value: Any) -> Any:
@@ -59,22 +115,23 @@ def _computed(op: Any, args: Any, kwargs: Any, queue: streams.Queue) -> Any:
         pairs.append((value, memory.in_main_memory(value)))
         return pairs[-1][1]
 
-    here_args = _mapped(local, _with_tensors(op, args))
+    here_args = _mapped(local, _with_tensors(kind, args))
     here_kwargs = {name: _mapped(local, value) for name, value in kwargs.items()}
     here_kwargs.pop("pin_memory", None)
-    written = _written(op, args, kwargs)
+    written = _written(kind, args, kwargs)
     reads = [_used(each) for each, _ in pairs if not any(each is other for other in written)]
     writes = [_used(each) for each in written]
     graph = queue.graph
     if graph is None:
         streams.use(queue, reads, writes, op)
     runs = graph is None or all(block.graph is graph or not block.address for block, _ in writes)
+    here = _HERE.get(op, op)
 
     def again() -> Any:
-        return op(*here_args, **here_kwargs)
+        return here(*here_args, **here_kwargs)
 
-    found = again() if runs or not written else _own_results(op, here_args, here_kwargs)
-    own = {id(here): there for there, here in pairs}
+    found = again() if runs or not written else _own_results(kind, here_args, here_kwargs)
+    own = {id(each): there for there, each in pairs}
     made: list[tuple[Tensor, Used]] = []
 
     def there(value: Any) -> Any:
@@ -86,12 +143,12 @@ def _computed(op: Any, args: Any, kwargs: Any, queue: streams.Queue) -> Any:
                 return there
             grown = new(value.clone(), queue, made)  # an `out` that had no numbers yet
             return there.set_(grown)
-        if name_of(op).startswith(("empty", "new_empty")):
+        if kind.is_empty:
             memory.poison(value)
         return new(value, queue, made)
 
     result = _mapped(there, found)
-    if graph is not None and not name_of(op).startswith(("empty", "new_empty")):
+    if graph is not None and not kind.is_empty:
         hosts = [host for host, _ in made]
         _record(graph, again, hosts, reads, [*writes, *(used for _, used in made)])
     elif graph is None:
@@ -100,19 +157,14 @@ def _computed(op: Any, args: Any, kwargs: Any, queue: streams.Queue) -> Any:
     return result
 
 
-def _with_tensors(op: Any, args: Any) -> list[Any]:
+def _with_tensors(kind: Kind, args: Any) -> list[Any]:
     """Arguments in which a number that Python gives for a tensor is one."""
     return [
         torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
-        if isinstance(value, int | float) and str(argument.type) == "Tensor"
+        if isinstance(value, int | float) and place in kind.tensors
         else value
-        for value, argument in zip(args, op._schema.arguments, strict=False)
+        for place, value in enumerate(args)
     ]
-
-
-def name_of(op: Any) -> str:
-    """The name of an operator without its overload."""
-    return str(op.overloadpacket.__name__)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -153,41 +205,35 @@ def _record(graph: streams.Graph, again: Any, hosts: list[Tensor], reads: list[U
     graph.add(run, reads, writes)
 
 
-def _written(op: Any, args: Any, kwargs: Any) -> list[Tensor]:
+def _written(kind: Kind, args: Any, kwargs: Any) -> list[Tensor]:
     """The arguments that an operator writes."""
-    found = []
-    for number, argument in enumerate(op._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[number] if number < len(args) else kwargs.get(argument.name)
-            found += _tensors(value)
-    return found
+    return _tensors([args[place] if place < len(args) else kwargs.get(name) for place, name in kind.writes])
 
 
-def _own_results(op: Any, args: Any, kwargs: Any) -> Any:
+def _own_results(kind: Kind, args: Any, kwargs: Any) -> Any:
     """What an operator that is recorded, and not run, returns: the arguments that it would have written."""
-    written = _written(op, args, kwargs)
-    n_returns = len(op._schema.returns)
-    return None if not n_returns else written[0] if n_returns == 1 else tuple(written)
+    written = _written(kind, args, kwargs)
+    return None if not kind.n_returns else written[0] if kind.n_returns == 1 else tuple(written)
 
 
 def _has_mask(args: Any) -> bool:
     return any(each.dtype in (torch.bool, torch.uint8) for each in _tensors(args[1]))
 
 
-def _check_devices(op: Any, name: str, args: Any, kwargs: Any, given: list[Tensor]) -> None:
+def _check_devices(op: Any, kind: Kind, args: Any, kwargs: Any) -> None:
     """Raise the errors that CUDA raises."""
     generator = kwargs.get("generator")
     if generator is not None and generator.device.type == "cpu":
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-    if name in _PRODUCTS and any(not each.dtype.is_floating_point for each in given):
-        raise RuntimeError(f'"{name}_cuda" not implemented for {given[0].dtype}')
+    given = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+    if kind.name in _PRODUCTS and any(not each.dtype.is_floating_point for each in given):
+        raise RuntimeError(f'"{kind.name}_cuda" not implemented for {given[0].dtype}')
     if all(each.is_cuda for each in given):
         return
-    indices = _tensors(args[1]) if name in _INDEXED else []
-    takes_numbers = torch.Tag.pointwise in op.tags or name in (*_TAKE_NUMBERS, *_INDEXED)
-    written = _written(op, args, kwargs)
+    indices = _tensors(args[1]) if kind.name in _INDEXED else []
+    written = _written(kind, args, kwargs)
     for each in given:
-        is_number = takes_numbers and each.ndim == 0 and not any(each is other for other in written)
+        is_number = kind.takes_numbers and each.ndim == 0 and not any(each is other for other in written)
         if not (each.is_cuda or is_number or any(each is index for index in indices)):
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({op})"

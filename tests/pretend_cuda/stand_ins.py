@@ -59,7 +59,7 @@ def _record_stream(self: torch.Tensor, stream: streams.Stream) -> None:
 
 
 def _pin(self: torch.Tensor, device: Any = None) -> torch.Tensor:
-    return memory.pinned(self.shape, self.dtype).copy_(self)
+    return memory.pinned(self.shape, self.dtype).copy_(self) if type(self) is torch.Tensor else self
 
 
 class BeyondPretenceError(BaseException):

@@ -30,10 +30,11 @@ from tlcapture.generation.sampling import (
     stop_reason,
 )
 from tlcapture.generation.stop_texts import StopTexts
-from tlcapture.generation.transfers import Download, upload
+from tlcapture.generation.transfers import Download
 from tlcapture.models.engines.base import Step
 from tlcapture.models.finite_weights import remedy
 from tlcapture.models.loading import Model
+from tlcapture.models.streams import upload
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.shapes import LastLogits, NextTokens, Tokens

@@ -9,7 +9,8 @@ import torch
 from psutil import virtual_memory
 from torch import Tensor
 
-from tlcapture.generation.transfers import Copies, in_main_memory, upload
+from tlcapture.generation.transfers import Copies, in_main_memory
+from tlcapture.models.streams import upload
 
 _CHUNK = 32  # columns that leave together
 _FEW = 256  # new tokens up to which main memory for all of them is taken from the start

@@ -21,6 +21,7 @@ from torch import Tensor
 from tlcapture.generation.where import EVERYWHERE, FROM_LAST_PROMPT_TOKEN, Where
 from tlcapture.models.loading import Model
 from tlcapture.models.recordable_hooks import RecordableHooks
+from tlcapture.models.streams import upload
 from tlcapture.shapes import Rows, RowVectors, Vector
 from tlcapture.views.hooks import hook
 
@@ -100,7 +101,10 @@ class Add(Intervention):
 
     def of_rows(self, rows: Rows) -> Add:
         """The addends of the rows that are left."""
-        return replace(self, addend=self.addend[rows]) if self.is_by_row else self
+        if not self.is_by_row:
+            return self
+        kept = upload(rows.nonzero()[:, 0].tolist(), self.addend.device)
+        return replace(self, addend=self.addend.index_select(0, kept))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

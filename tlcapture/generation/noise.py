@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tlcapture.generation.transfers import upload
+from tlcapture.models.streams import upload
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.shapes import Noise
 

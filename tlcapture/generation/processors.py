@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tlcapture.generation.top_p import TopP
-from tlcapture.generation.transfers import upload
+from tlcapture.models.streams import upload
 from tlcapture.shapes import LastLogits, NextTokens
 
 Processor = Callable[[Any, Tensor], Tensor]
@@ -222,11 +222,11 @@ def _classes() -> Any:
 
 
 def _stops(prompt: PromptTokens, device: torch.device) -> Tensor:
-    return torch.tensor(sorted(prompt.stops), device=device, dtype=torch.long)
+    return upload(sorted(prompt.stops), device)
 
 
 def _ids(prompt: PromptTokens, device: torch.device) -> Tensor:
-    return torch.tensor([list(prompt.token_ids)], device=device)
+    return upload(prompt.token_ids, device)[None]
 
 
 def _of_finite_rows(process: Processor) -> Processor:

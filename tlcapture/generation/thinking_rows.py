@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from tlcapture.generation.transfers import upload
+from tlcapture.models.streams import upload
 from tlcapture.prompts.thinking import is_thinking, marker_tokens
 from tlcapture.prompts.tokenization import token_texts
 from tlcapture.shapes import NextTokens, Rows

@@ -18,13 +18,6 @@ _STREAMS: dict[torch.device, Any] = {}
 Mark = tuple[Any, "Future[None] | None"]  # an event on the stream, and the last arrival
 
 
-def upload(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Integers as a tensor `[n]` on a device."""
-    tensor = torch.tensor(list(numbers), dtype=torch.long)
-    # CUDA stages few bytes at once, pinned or not; MPS would read them later, when their memory may be another's.
-    return tensor.to(device, non_blocking=device.type == "cuda")
-
-
 class Download:
     """A small tensor on its way to main memory; reading it waits for the copy, not for work queued after it."""
 

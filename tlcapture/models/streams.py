@@ -1,12 +1,14 @@
-"""Work of several threads on one accelerator: each thread has its own stream, so that none waits for the others."""
+"""Work on an accelerator without waits: a stream for each thread, and numbers that are sent along with the work."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _OF_THREAD = threading.local()
 # Streams of threads that have ended. Libraries of CUDA keep memory for every stream that they have been used on.
@@ -41,3 +43,10 @@ def own_stream(device: torch.device) -> AbstractContextManager[object]:
     if not hasattr(_OF_THREAD, "taken"):
         _OF_THREAD.taken = _Taken()
     return torch.cuda.stream(_OF_THREAD.taken.on(device))
+
+
+def upload(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Integers as a tensor `[n]` on a device, for which neither side waits."""
+    tensor = torch.tensor(list(numbers), dtype=torch.long)
+    # CUDA stages few bytes at once, pinned or not; MPS would read them later, when their memory may be another's.
+    return tensor.to(device, non_blocking=device.type == "cuda")

@@ -36,6 +36,7 @@ from tlcapture.models.fast.growing_cache import grow_in_place
 from tlcapture.models.fast.linear_modules import make_linears_fast
 from tlcapture.models.processes import ProcessRefusedError
 from tlcapture.models.sizes import WITHOUT_ATTENTION, Measures, layer_kinds
+from tlcapture.models.streams import upload
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 from tlcapture.text import first_line
 from tlcapture.version import installed
@@ -199,15 +200,15 @@ class BridgeModel(Model):
         return activation
 
     def keep(self, state: _BridgeState, rows: Rows) -> None:
-        """Drop all rows from the mask and `past_key_values` except `rows`, a boolean mask `[batch]`."""
-        rows = rows.to(self.device)
-        state.mask = state.mask[rows]
+        """Drop all rows from the mask and `past_key_values` except `rows`, a boolean mask `[batch]` on the CPU."""
+        index = upload(rows.nonzero()[:, 0].tolist(), self.device)
+        state.mask = state.mask.index_select(0, index)
         # Also selects the states of recurrent layers, which batch_select_indices leaves as they are.
-        state.past.reorder_cache(rows.nonzero()[:, 0])
+        state.past.reorder_cache(index)
 
     def branch(self, state: _BridgeState, rows: Sequence[int]) -> _BridgeState:
         """A new state with copies of the given rows of the mask and `past_key_values`."""
-        index = torch.tensor(rows, device=self.device)
+        index = upload(rows, self.device)
         past = copy.deepcopy(state.past)
         if past is not None:
             past.reorder_cache(index)

@@ -14,6 +14,7 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 from tlcapture.models.fast.forward import FastForward
 from tlcapture.models.fast.state import FastState, rows_of
+from tlcapture.models.streams import upload
 from tlcapture.shapes import Rows
 
 
@@ -100,7 +101,7 @@ def keep_rows(cache: TransformerLensKeyValueCache, rows: Rows) -> None:
 def branch_rows(cache: TransformerLensKeyValueCache, rows: Sequence[int], cfg: Any) -> TransformerLensKeyValueCache:
     """A new cache whose rows are copies of the given rows of `cache`, which is not modified."""
     mask: Tensor = cache.previous_attention_mask
-    index = torch.tensor(rows, device=mask.device)
+    index = upload(rows, mask.device)
     if isinstance(cache, FastCache) and cache.state is not None:
         fast = FastCache.init_cache(cfg, mask.device, len(rows))
         fast.state, fast.computed_by = cache.state.branch(rows), cache.computed_by

@@ -31,7 +31,7 @@ RECORD = os.environ.get("TLCAPTURE_CUDA_GRAPH", "1") != "0"  # whether steps on 
 
 _CAPACITY = 64  # capacities are multiples of it
 _KEYS = 512  # the number of keys that a step reads is a multiple of it, or the capacity
-_MOST_RECORDED = 32  # the oldest are dropped
+_MOST_RECORDED = 32  # the oldest are dropped, also of those that have run once
 
 Key = tuple[int, int, frozenset[str], tuple[Hashable, ...]]  # rows, keys, hooks, keys of recordable hooks
 Result = tuple[Tensor, dict[str, Tensor]]  # logits of the last position, activations
@@ -60,7 +60,7 @@ class Decoder:
             self._ones = torch.ones_like(self._tokens)
             self._position = torch.zeros(1, dtype=torch.long, device=like.device)
         self._tape = Tape(like.device) if like.is_cuda and self.records else None
-        self._seen: set[Key] = set()
+        self._seen: dict[Key, None] = {}  # run once, and not recorded
         self._recorded: dict[Key, Recorded[Result]] = {}
         self._version: Any = None
         self.seconds = 0.0
@@ -179,8 +179,10 @@ class Decoder:
             return self._recorded[key].replay()
         call = self._call(cache, key, run)
         if key not in self._seen:
-            self._seen.add(key)
+            _make_room(self._seen)
+            self._seen[key] = None
             return self._tape.run(call)
+        del self._seen[key]
         began = time.perf_counter()
         try:
             with torch.inference_mode(False):
@@ -194,8 +196,7 @@ class Decoder:
             return call()
         finally:
             self.seconds += time.perf_counter() - began
-        if len(self._recorded) >= _MOST_RECORDED:
-            del self._recorded[next(iter(self._recorded))]
+        _make_room(self._recorded)
         recorded.holds = cache.computed_by.tensors()
         self._recorded[key] = recorded
         _log.debug("recorded a decode step of %d rows and %d keys; %.2f s so far", *key[:2], self.seconds)
@@ -205,6 +206,12 @@ class Decoder:
 def capacity(n_positions: int, n_ctx: int) -> int:
     """The number of positions of the buffers for a batch of up to `n_positions`."""
     return min(n_ctx, -(-n_positions // _CAPACITY) * _CAPACITY)
+
+
+def _make_room(steps: dict[Key, Any]) -> None:
+    """Drop the oldest step if there are too many."""
+    if len(steps) >= _MOST_RECORDED:
+        del steps[next(iter(steps))]
 
 
 def _next_size(size: int, n_rows: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tlcapture.models.streams import upload
 from tlcapture.shapes import Mask, Tokens
 
 _MIN_GROWTH = 64  # the fewest positions by which the buffer of keys and values grows
@@ -56,7 +57,7 @@ class FastState:
 
     def branch(self, rows: Sequence[int]) -> FastState:
         """A new state with copies of the given rows."""
-        index = torch.tensor(rows, device=self.mask.device)
+        index = upload(rows, self.mask.device)
         return FastState(self.mask[index], None if self.store is None else self.store[:, :, index])
 
     def reserve(self, length: int, shape: tuple[int, int, int], like: Tensor) -> Tensor:
