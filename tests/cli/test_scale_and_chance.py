@@ -147,6 +147,19 @@ def test_a_centred_projection_is_of_the_difference_from_the_training_mean(
     assert value["dynamics"]["commitment_point"] == raw["dynamics"]["commitment_point"]
 
 
+def test_only_projections_that_are_centred_alike_are_kept(evaluated: Layout, capture: Run, tlcapture: Run) -> None:
+    assert capture().exit_code == 0
+    project = ("project", "--experiment", "exp", "--prompt-set", "short", "--skip-existing")
+    for words, is_centred in (((), False), (("--centered",), True), (("--centered",), True), ((), False)):
+        before = files(evaluated)["2"]
+        result = tlcapture(*project, *words)
+        assert result.exit_code == 0, result.output
+        found = files(evaluated)["2"]
+        assert ("centered" in found["metadata"]) == is_centred
+        was_kept = ("centered" in before["metadata"]) == is_centred
+        assert (f"{len(files(evaluated))} prompts skipped" in result.output) == was_kept, result.output
+
+
 def test_without_a_training_mean_centred_names_the_command(evaluated: Layout, capture: Run, tlcapture: Run) -> None:
     assert capture("--no-project").exit_code == 0
     (evaluated.vectors(Trait.parse("tone/loud")) / "training_mean.pt").unlink()

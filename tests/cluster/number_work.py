@@ -73,7 +73,7 @@ def main(
         setattr(driver, name, value)
     run = Run.silent(Layout(root, "exp"))
     make: Any = Writer if is_there else NotThere()
-    work = Work(make, None, [numbers], size=len, unit="number", label=str, split=split)
+    work = Work(make, None, [numbers], size=len, unit="number", split=split)
     error = None
     try:
         RayExecutor(address, workers, cpus, batch_size=most).run(work, run)

@@ -28,7 +28,8 @@ class KnownProjection:
     """The facts about a prompt's projection onto a trait.
 
     Attributes:
-        source: experiment, method and layer of the vector, as far as they are recorded.
+        source: experiment, method and layer of the vector, as far as they are recorded; and `centred`, where the mean
+            activation was subtracted.
         written_ns: when it was written, in nanoseconds since the epoch.
         capture: the capture that it was made from, where its activations were not saved.
     """
@@ -103,8 +104,10 @@ def _known_of_prompts(facts: Sequence[Any]) -> Iterator[tuple[str, dict[str, Kno
 
 def _source(content: Content) -> dict[str, Any]:
     try:
-        source = content["metadata"]["vector_source"]
-        return {name: source[name] for name in _SOURCE if name in source}
+        metadata = content["metadata"]
+        source = metadata["vector_source"]
+        centred = {"centred": True} if metadata.get("centered") is not None else {}
+        return {name: source[name] for name in _SOURCE if name in source} | centred
     except (KeyError, TypeError):
         return {}
 

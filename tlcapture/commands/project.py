@@ -170,7 +170,8 @@ class ProjectionWorker:
         self._centred = []
 
     def _project(self, files: PromptFiles) -> None:
-        raw, existing = files.raw, ExistingProjections(overwrite=self._options.overwrite)
+        options = self._options
+        raw, existing = files.raw, ExistingProjections(overwrite=options.overwrite, centred=options.centered)
         vectors: Sequence[ChosenVector] | None = None
         chosen: Sequence[ChosenVector] = ()
         if self._options.skip_existing and (known := files.capture(advice="")) is not None:

@@ -48,11 +48,13 @@ class ExistingProjections:
 
     Attributes:
         onto_any: keep projections onto any vector of the trait, not only onto the chosen one.
+        centred: keep projections from which the mean activation was subtracted, not those from which it was not.
         overwrite: replace files that cannot be read; otherwise such a file is an error.
     """
 
     onto_any: bool = False
     overwrite: bool = False
+    centred: bool = False
 
 
 def vector_chooser(run: Run, choice: VectorChoice) -> VectorChooser:
@@ -89,7 +91,8 @@ def _is_projected(files: PromptFiles, vector: TraitVector, existing: ExistingPro
     if saved is None:
         return False
     is_onto_it = all(saved.source.get(key) == getattr(vector, key) for key in ("experiment", "method", "layer"))
-    if not (is_onto_it or existing.onto_any):
+    is_as_wanted = is_onto_it and bool(saved.source.get("centred")) == existing.centred
+    if not (is_as_wanted or existing.onto_any):
         return False
     return saved.written_ns >= max(files.captured_ns, files.vector_ns(vector) if is_onto_it else 0)
 
