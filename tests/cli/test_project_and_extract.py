@@ -524,6 +524,9 @@ def test_with_skip_existing_only_what_is_missing_or_has_changed_is_extracted(
         return {name for name, has_changed in changed.items() if has_changed}
 
     assert again() == set()
+    for dtype in ("bfloat16", "float32"):
+        assert again("--dtype", dtype) == {"loud", "warm"}
+        assert again("--dtype", dtype) == again() == set()
     (vectors / "attn_out_mean_diff_layer2.pt").unlink()
     assert again() == {"loud"}
     assert (vectors / "attn_out_mean_diff_layer2.pt").is_file()

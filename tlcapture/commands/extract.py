@@ -106,7 +106,7 @@ def _has_vectors(
 ) -> bool:
     """Whether all vectors of a component exist that would be extracted, from these examples and a model of this name.
 
-    Decided without the model's weights. A file that cannot be read counts as missing here: extracting the trait again
+    Decided without the model's weights, so only an engine and a dtype that are named can be compared. A file that cannot be read counts as missing here: extracting the trait again
     reports it.
     """
     files = VectorFiles(layout, examples.trait)
@@ -124,6 +124,7 @@ def _has_vectors(
     methods, layers, available = options.methods, options.layers, files.available(component)
     return (
         made.get("extraction_model") == kept.model == load.name
+        and all(made.get(name) in (None, value) for name, value in load.named.items())
         and (made.get("examples"), made.get("model_fingerprint")) == (kept.examples, kept.fingerprint)
         and kept.source == source_digest(examples, read_config(layout), kept.position)
         and made.get("split") == examples.split_record(options.seed)

@@ -31,7 +31,7 @@ def other_computation(
     if isinstance(model, Model):
         asked = {"engine": model.engine, "dtype": dtype_name(model.dtype)}
     else:
-        asked = {name: value for name in ("engine", "dtype") if (value := getattr(load, name)) != "auto"}
+        asked = load.named
     return [
         name
         for name, capture in kept.items()

@@ -58,6 +58,11 @@ class ModelLoader:
 
         return outline_model(self.name, self.adapter)
 
+    @property
+    def named(self) -> dict[str, str]:
+        """The engine and the dtype, as metadata has them, where they are not left to be chosen when the model loads."""
+        return {name: value for name in ("engine", "dtype") if (value := getattr(self, name)) != "auto"}
+
     def files(self) -> ModelFiles:
         """The model's files; those of a hub model are downloaded once."""
         from tlcapture.models.transfer import ModelFiles
