@@ -313,7 +313,7 @@ def test_vectors_show_evaluation_steering_and_selection(page: Watched, page_root
     assert evaluation["best_vectors"][TRAIT]["verdict"] in page.text("#view")
     gains = 3 if len(evaluation["cross_trait"]) > 1 else 2
     assert page.traces(gains)[0]["y"] == [0, 31.0]
-    assert page.traces(gains)[1]["y"][:2] == [0, 19.0]
+    assert page.traces(gains)[1]["y"][:2] == [0, 20]
     assert page.traces(gains + 1)[0]["y"] == [100.0, 93.0]
     assert "mean_diff at layer 8, 31, because its steering run changes the trait most" in page.text("#view")
 

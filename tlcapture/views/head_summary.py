@@ -27,8 +27,8 @@ def _entropy(weights: Weights) -> Weights:
 
 
 def _distance(weights: Weights) -> Weights:
-    n_keys = weights.shape[1]
-    return weights @ np.arange(n_keys - 1, -1, -1, dtype=np.float32)
+    # Not a matrix product: some builds of NumPy warn of invalid values in products of finite numbers.
+    return (weights * np.arange(weights.shape[1] - 1, -1, -1, dtype=np.float32)).sum(axis=1)
 
 
 # Of one query: entropy in nats, mean number of tokens that it looks back, weights on single keys.
