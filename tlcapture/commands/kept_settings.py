@@ -28,10 +28,7 @@ def other_computation(
 
     Without the weights of the model, only an engine and a dtype that are named can be compared.
     """
-    if isinstance(model, Model):
-        asked = {"engine": model.engine, "dtype": dtype_name(model.dtype)}
-    else:
-        asked = load.named
+    asked = {"engine": model.engine, "dtype": dtype_name(model.dtype)} if isinstance(model, Model) else load.named
     return [
         name
         for name, capture in kept.items()
