@@ -106,7 +106,7 @@ def _has_vectors(
 ) -> bool:
     """Whether all vectors of a component exist that would be extracted, from these examples and a model of this name.
 
-    Decided without the model's weights, so only an engine and a dtype that are named can be compared. A file that cannot
+    Decided without the model's weights, so only an engine and a dtype that are named count. A file that cannot
     be read counts as missing here: extracting the trait again reports it.
     """
     files = VectorFiles(layout, examples.trait)
