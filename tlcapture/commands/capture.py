@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from os.path import lexists
 from pathlib import Path
 
 from tlcapture.commands.affected_files import AffectedFiles
@@ -31,7 +30,7 @@ from tlcapture.commands.projection_writing import merge_projections
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.models.loading import Model, ModelOutline
 from tlcapture.models.sizes import Measures
-from tlcapture.names import PromptId
+from tlcapture.names import PromptId, file_name
 from tlcapture.prompts.prompt_sets import PromptSet, mistyped_keys
 from tlcapture.prompts.tokenization import check_unicode
 from tlcapture.runs.display import Display
@@ -43,6 +42,7 @@ from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.file_index import remember
 from tlcapture.storage.files import free_bytes, remove, write_bytes
+from tlcapture.storage.folders import stems_in
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.prompts_with_files import PromptsWithFiles
 from tlcapture.storage.regular_files import is_folder
@@ -146,8 +146,9 @@ def _marked(run: Run, tasks: Sequence[CaptureTask], options: CaptureOptions) -> 
     layout, markers = run.layout, dict[str, Path]()
     for task in tasks if not options.skip_existing else ():
         before = PromptsWithFiles(layout, task.capture_set)
+        captured = {name.casefold() for name in stems_in(layout.residual(task.capture_set, "x").parent, ".pt")}
         for name in task.fresh:
-            if lexists(layout.residual(task.capture_set, name)) or before.may_have_any(name):
+            if file_name(name).casefold() in captured or before.may_have_any(name):
                 markers[f"{task.capture_set}/{name}"] = layout.unfinished(task.capture_set, name)
     for marker in markers.values():
         write_bytes(marker, b"")
