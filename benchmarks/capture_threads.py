@@ -105,7 +105,7 @@ def _model(root: Path, name: str) -> Any:
 
 def _make_prompts(root: Path, name: str, count: int, model_name: str) -> None:
     from tlcapture.prompts.prompt_sets import read_prompt_set
-    from tlcapture.storage.datasets import Datasets
+    from tlcapture.storage.experiments.datasets import Datasets
     from tlcapture.storage.files import write_json
 
     texts = [f"{'x' * (number % 33)} {number:04d}" for number in range(count)]
@@ -120,7 +120,7 @@ def _make_vectors(root: Path, model: Any) -> None:
     import torch
 
     from tlcapture.names import Trait
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.experiments.layout import Layout
     from tlcapture.traits.vector_files import VectorFiles
     from tlcapture.traits.vectors import write_vector
 
@@ -135,10 +135,10 @@ def _make_vectors(root: Path, model: Any) -> None:
 
 def _captured(root: Path, model: Any, name: str, *, project: bool) -> dict[str, float]:
     from tlcapture.commands.capture import CaptureOptions, run_capture
-    from tlcapture.generation.sampling import Sampling
+    from tlcapture.generation.sampling.next_token import Sampling
     from tlcapture.prompts.prompt_sets import read_prompt_set
-    from tlcapture.storage.datasets import Datasets
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.experiments.datasets import Datasets
+    from tlcapture.storage.experiments.layout import Layout
     from tlcapture.traits.choice import VectorChoice
 
     spent, depth = 0.0, 0

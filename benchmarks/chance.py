@@ -14,10 +14,10 @@ import click
 import numpy as np
 import torch
 
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.critical_values import LEVEL
-from tlcapture.traits.dynamics import Motion
-from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.storage.experiments.layout import Layout
+from tlcapture.traits.projections.files import ProjectionFile
+from tlcapture.traits.statistics.critical_values import LEVEL
+from tlcapture.traits.statistics.dynamics import Motion
 
 SHUFFLES = 100
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' comparison of e
 
 from tests.faults.commands import contents
 from tlcapture.prompts.prompt_sets import read_prompt_set
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
 
 TOP = Path(__file__).parents[1]
 BATCH = 4

@@ -11,7 +11,7 @@ step is found exactly and within one token, and how often leaving out the last t
 | plug-in | a threshold simulated for the residuals' lag-1 correlation, as it is or less biased (Kendall 1954) |
 | HAC variance | the long-run variance of the residuals with Bartlett's kernel (Newey and West 1987; Andrews 1991) |
 | self-normalised | the CUSUM by its own partial sums on either side (Shao and Zhang 2010), place by least squares |
-| simulated | what `tlcapture/traits/change_points.py` does |
+| simulated | what `tlcapture/traits/statistics/change_points.py` does |
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from tlcapture.traits.change_points import MARGIN, autoregressive, change_points
-from tlcapture.traits.critical_values import LEVEL
+from tlcapture.traits.statistics.change_points import MARGIN, autoregressive, change_points
+from tlcapture.traits.statistics.critical_values import LEVEL
 
 Series = NDArray[np.floating]
 Found = NDArray[np.int64]  # the change point of each series, -1 for none

@@ -108,8 +108,8 @@ def _measure(name: str, variant: str) -> dict[str, float]:
     from tlcapture.extraction.prepared_examples import prepare_examples
     from tlcapture.models.loading import load_model
     from tlcapture.names import Trait
-    from tlcapture.storage.datasets import Datasets
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.experiments.datasets import Datasets
+    from tlcapture.storage.experiments.layout import Layout
 
     model, trait = load_model("smollm2", device="cpu"), Trait.parse(name)
     datasets = Datasets(Path())

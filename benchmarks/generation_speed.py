@@ -15,13 +15,13 @@ from measure import Row, in_turn, medians, ratios, seconds
 from torch.nn import functional
 
 from tlcapture.generation.outcomes import Generation
-from tlcapture.models.embedded import embedded_folder
+from tlcapture.models.checkpoints.embedded import embedded_folder
 from tlcapture.models.engines.hooked import HookedModel
 from tlcapture.models.loading import Model, from_hugging_face, load_model
 from tlcapture.products import linear
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
 from tlcapture.views.residual import residual_hooks
 
 
@@ -252,7 +252,7 @@ def _check_tokens(works: dict[str, Any]) -> None:
 def _check_hidden_states(bench: Bench) -> None:
     """Exit unless our residual stream equals the hidden states from each step of Hugging Face's `generate`."""
     from tlcapture.generation.loop import generate
-    from tlcapture.generation.sampling import Sampling
+    from tlcapture.generation.sampling.next_token import Sampling
 
     prompt = bench.prompts[0]
     hooks = residual_hooks(bench.model.n_layers, bench.model.hook_names)

@@ -262,7 +262,7 @@ class Ours(Workloads):
     def generate(self, prompts: list[Any], name: str, temperature: float = 0.0, new_tokens: int = NEW_TOKENS) -> int:
         from tlcapture.generation.loop import generate
         from tlcapture.generation.outcomes import Generation
-        from tlcapture.generation.sampling import Sampling
+        from tlcapture.generation.sampling.next_token import Sampling
 
         outcomes = generate(
             self.model,

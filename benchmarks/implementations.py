@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.sampling.next_token import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.names import PromptId
 from tlcapture.prompts.chat_template import stop_ids

@@ -17,14 +17,14 @@ import torch
 from measure import clocked
 
 from tlcapture.captures.from_generation import capture_of
-from tlcapture.generation.interventions import Add, Intervention, Limit
+from tlcapture.generation.interventions.intervention import Add, Intervention, Limit
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.sampling.next_token import Sampling
 from tlcapture.models.loading import load_model
 from tlcapture.prompts.prompt_sets import read_prompt_file
 from tlcapture.prompts.tokenization import tokenize
-from tlcapture.storage.datasets import shipped_datasets
+from tlcapture.storage.experiments.datasets import shipped_datasets
 from tlcapture.views.residual import residual_hooks
 
 N_NEW = 50

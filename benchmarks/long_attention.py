@@ -60,8 +60,9 @@ def capture(root: Path, mode: str, n_prompt: int) -> None:
 
 def keep_nothing() -> None:
     """Let patterns be computed and handed to the recorder, which drops them."""
-    import tlcapture.commands.capture_outputs as outputs
-    from tlcapture.generation import pattern_spools, recording
+    import tlcapture.commands.prompt_files.outputs as outputs
+    from tlcapture.generation.recording import pattern_spools
+    from tlcapture.generation.recording import recorder as recording
     from tlcapture.storage.files import write_json
 
     class Nothing(pattern_spools.SpooledPatterns):

@@ -13,8 +13,8 @@ from measure import Row
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tlcapture.generation.loop import generate
-from tlcapture.generation.sampling import GREEDY
-from tlcapture.models.embedded import embedded_folder
+from tlcapture.generation.sampling.next_token import GREEDY
+from tlcapture.models.checkpoints.embedded import embedded_folder
 from tlcapture.models.loading import from_hugging_face
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.views.residual import residual_hooks

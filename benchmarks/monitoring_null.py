@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import torch
 
-from tlcapture.commands.projections import random_directions
+from tlcapture.commands.projecting.projections import random_directions
 from tlcapture.commands.steer import read_questions
 from tlcapture.extraction.monitoring import RANDOM_VECTORS, monitoring
 from tlcapture.extraction.steering import Addition, SteeringScorer
@@ -21,10 +21,10 @@ from tlcapture.models.loading import Model, load_model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import tokenize
 from tlcapture.shapes import Vectors
-from tlcapture.storage.datasets import Datasets
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.chance import RandomDirections
-from tlcapture.traits.critical_values import LEVEL
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
+from tlcapture.traits.statistics.chance import RandomDirections
+from tlcapture.traits.statistics.critical_values import LEVEL
 
 TRAITS = ("style/formality", "behavioral/sycophancy", "affect/positivity")
 LAYERS = (8, 14, 20)

@@ -19,16 +19,16 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.commands.capture import CaptureOptions, run_capture
 from tlcapture.commands.project import ProjectOptions, run_project
-from tlcapture.commands.projections import ChanceLevels
+from tlcapture.commands.projecting.projections import ChanceLevels
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.sampling.next_token import Sampling
 from tlcapture.names import Trait
 from tlcapture.prompts.prompt_sets import read_prompt_set
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import write_bytes, write_json
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.projection import project as project_stream
+from tlcapture.traits.projections.projection import project as project_stream
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import read_vector, write_vector
@@ -218,7 +218,7 @@ torch.save(output.hidden_states, sys.argv[2])
 
 def w9(bench: Bench) -> Iterator[Row]:
     """The time of a command until its first captured token, compared with transformers."""
-    from tlcapture.models.embedded import embedded_folder
+    from tlcapture.models.checkpoints.embedded import embedded_folder
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -65,7 +65,7 @@ def _project(root: Path, n_layers: int, d_model: int, at_many_layers: bool) -> C
 
     from tlcapture.commands.project import ProjectOptions, run_project
     from tlcapture.names import Trait
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.experiments.layout import Layout
     from tlcapture.traits.vector_files import VectorFiles
     from tlcapture.traits.vectors import write_vector
 
@@ -78,9 +78,9 @@ def _project(root: Path, n_layers: int, d_model: int, at_many_layers: bool) -> C
         write_vector(files, "residual", "probe", layer, torch.randn(d_model, generator=generator))
         origin = {"extraction_model": "bench", "extraction_experiment": "bench"}
         files.write_metadata("residual", {**origin, "methods": ["probe"], "layers": [layer]})
-    if find_spec("tlcapture.traits.reference") is not None:
+    if find_spec("tlcapture.traits.statistics.reference") is not None:
         means = torch.randn(2, n_layers, _REFERENCE_PROMPTS, d_model, generator=generator)
-        reference = import_module("tlcapture.traits.reference").Reference
+        reference = import_module("tlcapture.traits.statistics.reference").Reference
         prompts = [str(number) for number in range(_REFERENCE_PROMPTS)]
         reference("bench", "bench", prompts, *means.unbind()).write(layout, "residual")
 

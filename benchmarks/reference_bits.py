@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
-from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.choice import VectorChoice, choose_vectors
-from tlcapture.traits.critical_values import LEVEL
-from tlcapture.traits.packaged_vectors import packaged_layout
-from tlcapture.traits.projection import project
-from tlcapture.traits.reference import Means, Reference, read_reference
+from tlcapture.traits.projections.projection import project
+from tlcapture.traits.statistics.chance import RandomDirections
+from tlcapture.traits.statistics.critical_values import LEVEL
+from tlcapture.traits.statistics.reference import Means, Reference, read_reference
+from tlcapture.traits.vector_sources.packaged import packaged_layout
 
 BITS = (12, 10, 8, 6)
 _Shown = dict[str, list[str]]

@@ -16,10 +16,10 @@ from measure import Row, in_turn, medians, ratios, run_child, seconds
 from torch import Tensor
 
 from tlcapture.generation.loop import generate, prefill
-from tlcapture.generation.noise import GumbelNoise
-from tlcapture.generation.processors import LogitProcessors, PromptTokens
 from tlcapture.generation.samples import sampled
-from tlcapture.generation.sampling import Sampling, choose_tokens, n_numbers
+from tlcapture.generation.sampling.next_token import Sampling, choose_tokens, n_numbers
+from tlcapture.generation.sampling.noise import GumbelNoise
+from tlcapture.generation.sampling.processors import LogitProcessors, PromptTokens
 from tlcapture.models.loading import from_hugging_face
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.views.residual import residual_hooks

@@ -36,11 +36,11 @@ OUTSIDE = {
 # The kinds of files whose content the code checks with a model, in the order of the page.
 FILES = {
     "Prompt set": "tlcapture.prompts.prompt_sets:PromptSet",
-    "Experiment: `config.json`": "tlcapture.storage.config:ExperimentConfig",
+    "Experiment: `config.json`": "tlcapture.storage.experiments.config:ExperimentConfig",
     "Raw capture: `inference/raw/residual/{set}/{id}.pt`": "tlcapture.captures.format:CaptureContent",
     "Index of a raw capture: `tlcapture.json` in its archive": "tlcapture.captures.index:CaptureIndex",
     "Projection: `inference/{category}/{trait}/residual_stream/{set}/{id}.json`": (
-        "tlcapture.traits.projection_files:ProjectionFile"
+        "tlcapture.traits.projections.files:ProjectionFile"
     ),
     "Attention: `analysis/per_token/{set}/{id}_attention.json`, without `attention`": (
         "tlcapture.views.json_files:AttentionHead"

@@ -54,7 +54,7 @@ def _shown(value: Any) -> dict[str, str]:
     """What a notebook shows of a value, without scripts: a figure is a picture."""
     from matplotlib.figure import Figure
 
-    from tlcapture.explore.offline_figure import OfflineFigure
+    from tlcapture.explore.figures.offline_figure import OfflineFigure
 
     if isinstance(value, Figure | OfflineFigure):
         save = value.savefig if isinstance(value, Figure) else value.save

@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 
 from tlcapture.exchange.vectors import export_vectors
 from tlcapture.names import Trait
-from tlcapture.storage.config import update_config
+from tlcapture.storage.experiments.config import update_config
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json, write_json
-from tlcapture.storage.layout import Layout
 from tlcapture.traits.missing_vectors import PACKAGED
-from tlcapture.traits.packaged_vectors import packaged_files
 from tlcapture.traits.selection import select
 from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vector_sources.packaged import packaged_files
 
 
 def main(root: Path, experiment: str) -> None:

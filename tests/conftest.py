@@ -203,7 +203,7 @@ def tlcapture(root: Path) -> Callable[..., Result]:
 def quick_evaluations() -> Iterator[None]:
     """Let `evaluate` draw fewer samples, make its reference of short responses, and the gradient take fewer steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tlcapture.commands.reference.NEW_TOKENS", 2)
+        patch.setattr("tlcapture.commands.evaluating.reference.NEW_TOKENS", 2)
         patch.setattr("tlcapture.extraction.baselines.RESAMPLES", 100)
         patch.setattr("tlcapture.extraction.cross_validation.RELABELLINGS", 60)
         patch.setattr("tlcapture.extraction.methods.STEPS", 60)

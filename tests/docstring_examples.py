@@ -16,19 +16,19 @@ import tlcapture
 RETURNED = {
     "captures.capture": ["Capture"],
     "coloured_tokens": ["ColouredTokens"],
-    "explore.attention_heads": ["AttentionHeads"],
-    "explore.capture_figures": ["CaptureFigures"],
+    "explore.figures.attention_heads": ["AttentionHeads"],
+    "explore.figures.capture_figures": ["CaptureFigures"],
     "explore.captured_sets": ["AllCaptures", "Captures"],
     "explore.experiment_vectors": ["ExperimentVectors", "TraitVectors"],
     "explore.explorable_capture": ["ExplorableCapture"],
-    "explore.live_capture": ["LiveCapture"],
-    "explore.logit_lens_table": ["LogitLensTable"],
-    "explore.offline_figure": ["OfflineFigure"],
+    "explore.live.live_capture": ["LiveCapture"],
+    "explore.figures.logit_lens_table": ["LogitLensTable"],
+    "explore.figures.offline_figure": ["OfflineFigure"],
     "explore.saved_capture": ["SavedCapture"],
-    "explore.set_figures": ["SetFigures"],
-    "traits.interventions": ["TraitIntervention"],
-    "traits.projection": ["Projection"],
-    "traits.token_scores": ["TokenScores"],
+    "explore.figures.set_figures": ["SetFigures"],
+    "traits.interventions.requested": ["TraitIntervention"],
+    "traits.projections.projection": ["Projection"],
+    "traits.projections.token_scores": ["TokenScores"],
 }
 BASES = {"ExplorableCapture", "LiveCapture", "TraitIntervention"}  # whose members have examples
 INTERNAL = {"of"}  # `TokenScores.of`: of a file that was read

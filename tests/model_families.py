@@ -27,8 +27,8 @@ from tests.families import FAMILIES, build, class_of
 from tlcapture.errors import ModelError
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure, Generation
-from tlcapture.generation.sampling import Sampling
-from tlcapture.models.checkpoints import cast, quiet_loading
+from tlcapture.generation.sampling.next_token import Sampling
+from tlcapture.models.checkpoints.checkpoint import cast, quiet_loading
 from tlcapture.models.loading import Model, load_model
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.views.attention import attention_hooks, attention_view

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from tlcapture.explore.attention_heads import AttentionHeads
-from tlcapture.explore.logit_lens_table import LogitLensTable
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.explore.figures.attention_heads import AttentionHeads
+from tlcapture.explore.figures.logit_lens_table import LogitLensTable
+from tlcapture.traits.projections.token_scores import TokenScores
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 TOKENS = ["<bos>", "Say", "\n", HOSTILE, " $5$", " \x1b[2J", "</script><script>alert(2)</script>", '" onmouseover="x']

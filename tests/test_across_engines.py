@@ -30,7 +30,7 @@ from tests.stored_experiments import (
 from tests.test_parity import relative, run_hugging_face
 from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
-from tlcapture.models.checkpoints import fingerprint
+from tlcapture.models.checkpoints.checkpoint import fingerprint
 from tlcapture.storage.files import read_json
 
 MAKERS = (*tiny.ENGINES, *sorted(path.name for path in STORED.iterdir()))

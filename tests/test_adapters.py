@@ -19,9 +19,9 @@ from tests.families import build
 from tlcapture.doctor.run import run_doctor
 from tlcapture.errors import ModelError
 from tlcapture.generation.loop import teacher_force
+from tlcapture.models.checkpoints.transfer import ModelFiles
 from tlcapture.models.deviation import deviation
 from tlcapture.models.loading import load_model, outline_model
-from tlcapture.models.transfer import ModelFiles
 from tlcapture.runs.display import Display
 from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.views.residual import residual_hooks, residual_view

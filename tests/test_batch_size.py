@@ -11,7 +11,7 @@ import transformers
 from tests import tiny
 from tests.test_parity import as_prompt, random_ids
 from tlcapture.generation.loop import generate
-from tlcapture.generation.sampling import GREEDY
+from tlcapture.generation.sampling.next_token import GREEDY
 from tlcapture.models import memory
 from tlcapture.models.loading import Model, from_hugging_face
 from tlcapture.models.sizes import Measures

@@ -32,8 +32,8 @@ from tlcapture.models.loading import load_model, outline_model
 from tlcapture.names import Trait
 from tlcapture.prompts.chat_template import render_chat, stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt, place_response, tokenize
-from tlcapture.storage.datasets import Datasets
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
 
 BOS, EOS = 0, 1
 PUBLISHED = {path.stem: path.read_text() for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}

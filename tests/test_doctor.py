@@ -31,7 +31,7 @@ from tlcapture.doctor.checks import (
 )
 from tlcapture.doctor.reference import ReferenceRun, deviation, reference_run, reference_runs
 from tlcapture.doctor.run import check_model
-from tlcapture.models.checkpoints import cast
+from tlcapture.models.checkpoints.checkpoint import cast
 from tlcapture.models.engines.base import Step
 from tlcapture.models.loading import Model, from_hugging_face
 

@@ -12,10 +12,10 @@ import torch
 from tests import tiny
 from tests.test_parity import as_prompt, random_ids
 from tlcapture.generation.loop import generate
-from tlcapture.generation.noise import GumbelNoise, _mixed, _signed, stream_start
-from tlcapture.generation.processors import LogitProcessors, LogitRules, PromptTokens
-from tlcapture.generation.sampling import GREEDY, choose_tokens, n_numbers
-from tlcapture.generation.transfers import Download
+from tlcapture.generation.recording.transfers import Download
+from tlcapture.generation.sampling.next_token import GREEDY, choose_tokens, n_numbers
+from tlcapture.generation.sampling.noise import GumbelNoise, _mixed, _signed, stream_start
+from tlcapture.generation.sampling.processors import LogitProcessors, LogitRules, PromptTokens
 from tlcapture.models.streams import upload
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]

@@ -6,7 +6,7 @@ import torch
 
 from tests import dataclasses_of_arrays as found
 from tlcapture import Ablate, Sampling, Steer
-from tlcapture.generation.processors import LogitRules
+from tlcapture.generation.sampling.processors import LogitRules
 
 
 def test_a_dataclass_that_holds_arrays_is_equal_to_itself_alone() -> None:

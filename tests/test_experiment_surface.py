@@ -22,18 +22,18 @@ from tests.conftest import quick_evaluations, unrendered_figures
 from tests.docstring_examples import docstring, documented, examples, without_example
 from tests.samples import projected
 from tlcapture import Experiment
-from tlcapture.cli.top_traits import _doubts
-from tlcapture.commands.top_traits import summary_of
+from tlcapture.cli.output.top_traits import _doubts
+from tlcapture.commands.projecting.top_traits import summary_of
 from tlcapture.errors import InputError, VectorError
 from tlcapture.explore import doubts
-from tlcapture.explore.completion import completions
-from tlcapture.explore.figures import mean_trajectory_figure
-from tlcapture.explore.magics import load_ipython_extension
-from tlcapture.explore.set_means import SetLine, mean_of
+from tlcapture.explore.figures.drawing import mean_trajectory_figure
+from tlcapture.explore.figures.set_means import SetLine, mean_of
+from tlcapture.explore.notebook.completion import completions
+from tlcapture.explore.notebook.magics import load_ipython_extension
 from tlcapture.names import Trait
 from tlcapture.page.contents import Contents
 from tlcapture.storage.files import read_json, read_tensors, write_json
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.traits.projections.token_scores import TokenScores
 from tlcapture.traits.vector_files import VectorFiles
 
 

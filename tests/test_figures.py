@@ -13,9 +13,9 @@ import pytest
 
 from tests.samples import HOSTILE, N_LAYERS, N_PROMPT, TOKENS, heads, predictions, projected
 from tlcapture.errors import InputError
-from tlcapture.explore.figures import attention_figure, layers_figure, lens_figure, trajectory_figure
-from tlcapture.explore.offline_figure import OfflineFigure, plotly_text
-from tlcapture.explore.static_figure import drawn
+from tlcapture.explore.figures.drawing import attention_figure, layers_figure, lens_figure, trajectory_figure
+from tlcapture.explore.figures.offline_figure import OfflineFigure, plotly_text
+from tlcapture.explore.figures.static_figure import drawn
 from tlcapture.traits.calibration import Calibration
 
 

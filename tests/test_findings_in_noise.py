@@ -19,10 +19,10 @@ from tlcapture.comparison.paired import LEVEL, paired_differences
 from tlcapture.extraction.cross_validation import farthest_of_given, largest_of_given
 from tlcapture.extraction.evaluation import auroc, effect_size_interval
 from tlcapture.extraction.monitoring import RANDOM_VECTORS, monitoring
-from tlcapture.traits.chance import RandomDirections
-from tlcapture.traits.change_points import change_points
-from tlcapture.traits.critical_values import critical_score, critical_score_within, critical_value
-from tlcapture.traits.rises import rises
+from tlcapture.traits.statistics.chance import RandomDirections
+from tlcapture.traits.statistics.change_points import change_points
+from tlcapture.traits.statistics.critical_values import critical_score, critical_score_within, critical_value
+from tlcapture.traits.statistics.rises import rises
 from tlcapture.traits.steering_files import SteeringRun, largest_by_chance
 
 Values = NDArray[np.float64]

@@ -10,10 +10,10 @@ import torch
 
 from tests import tiny
 from tlcapture.errors import InputError
-from tlcapture.generation.interventions import Add
+from tlcapture.generation.interventions.intervention import Add
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure, Generation
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.sampling.next_token import Sampling
 from tlcapture.generation.typical_norms import norms_over_prompts
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.views.hooks import hook

@@ -12,12 +12,12 @@ from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
 from tlcapture.generation.batch import Batch, Settings
-from tlcapture.generation.interventions import Add
+from tlcapture.generation.interventions.intervention import Add
 from tlcapture.generation.loop import continue_from, generate, prefill, teacher_force
-from tlcapture.generation.noise import GumbelNoise, stream_start
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.padding import left_pad, right_pad
-from tlcapture.generation.sampling import GREEDY, Sampling, choose_tokens, n_numbers
+from tlcapture.generation.sampling.next_token import GREEDY, Sampling, choose_tokens, n_numbers
+from tlcapture.generation.sampling.noise import GumbelNoise, stream_start
 from tlcapture.models.engines.base import Step
 from tlcapture.models.fast import forward
 from tlcapture.models.fast.state import FastState

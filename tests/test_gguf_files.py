@@ -17,9 +17,9 @@ from tokenizers.models import BPE
 from tests import tiny
 from tests.gguf_writer import Vocabulary, write_gguf
 from tlcapture.errors import ModelError
-from tlcapture.models.checkpoints import quiet_loading
-from tlcapture.models.gguf_files import load_gguf
-from tlcapture.models.gguf_tokenizers import _PATTERNS, _split, load_gguf_tokenizer
+from tlcapture.models.checkpoints.checkpoint import quiet_loading
+from tlcapture.models.checkpoints.gguf_files import load_gguf
+from tlcapture.models.checkpoints.gguf_tokenizers import _PATTERNS, _split, load_gguf_tokenizer
 from tlcapture.models.loading import load_model
 
 SMALL = {**tiny._GROUPED, "num_hidden_layers": 2}

@@ -19,12 +19,12 @@ from tests.test_sampling import PROMPTS, by_hugging_face, generated, with_config
 from tlcapture import capture
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
-from tlcapture.generation.checkpoint_sampling import asked_sampling, sampling_for, without_effect
 from tlcapture.generation.loop import generate
-from tlcapture.generation.processors import LogitProcessors, LogitRules, PromptTokens
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.sampling.checkpoint_sampling import asked_sampling, sampling_for, without_effect
+from tlcapture.generation.sampling.next_token import Sampling
+from tlcapture.generation.sampling.processors import LogitProcessors, LogitRules, PromptTokens
+from tlcapture.generation.sampling.top_p import TopP
 from tlcapture.generation.stop_texts import StopTexts
-from tlcapture.generation.top_p import TopP
 
 RULES: dict[str, dict[str, Any]] = {
     "top_p": {"top_p": 0.6},

@@ -16,10 +16,10 @@ import pytest
 from tests.page.conftest import projection
 from tlcapture import Experiment
 from tlcapture.captures.notes import Marked, add_note
-from tlcapture.commands import projection_writing
 from tlcapture.commands.project import ProjectOptions, _recompute_dynamics
-from tlcapture.commands.projection_writing import ProjectionFiles
-from tlcapture.explore.set_means import SetLine, mean_of
+from tlcapture.commands.prompt_files import projection_writing
+from tlcapture.commands.prompt_files.projection_writing import ProjectionFiles
+from tlcapture.explore.figures.set_means import SetLine, mean_of
 from tlcapture.names import Trait
 from tlcapture.page import prompt_list
 from tlcapture.page.average import average_trajectory
@@ -29,13 +29,14 @@ from tlcapture.runs import received_files
 from tlcapture.runs.display import Display
 from tlcapture.runs.report import Done, RunReport
 from tlcapture.runs.run import Run
-from tlcapture.storage import folders, json_text, projection_shards, shard_writing
-from tlcapture.storage.file_index import Learned
+from tlcapture.storage import folders, json_text
+from tlcapture.storage.compact import projection_shards, shard_writing
+from tlcapture.storage.experiments.file_index import Learned
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import FileState, read_json, write_json
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.saved_projections import SavedProjection
+from tlcapture.traits.projections.saved import SavedProjection
+from tlcapture.traits.projections.token_scores import TokenScores
 from tlcapture.traits.selection import select
-from tlcapture.traits.token_scores import TokenScores
 from tlcapture.traits.vector_files import VectorFiles
 
 LONG_AGO = 10**18  # nanoseconds since the epoch

@@ -117,7 +117,7 @@ def test_attention_heads_embed_circuitsvis_and_load_nothing(monkeypatch: pytest.
 
 
 def test_attention_heads_without_circuitsvis_name_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlcapture.explore.attention_heads._circuitsvis", lambda: None)
+    monkeypatch.setattr("tlcapture.explore.figures.attention_heads._circuitsvis", lambda: None)
     page = Page(heads()._repr_html_())
     assert "2 heads" in page.text
     assert "run 'pip install circuitsvis'" in page.text
@@ -149,7 +149,7 @@ def test_a_logit_lens_table_of_another_length_is_refused() -> None:
 def test_a_browser_executes_no_token(tmp_path: Path) -> None:
     """In a real browser, if installed: no dialog, no request and no element from a token."""
     from tests.samples import projected
-    from tlcapture.explore.figures import attention_figure, layers_figure, lens_figure, trajectory_figure
+    from tlcapture.explore.figures.drawing import attention_figure, layers_figure, lens_figure, trajectory_figure
 
     figures = [
         trajectory_figure([projected()]), layers_figure(projected()), lens_figure(predictions()),

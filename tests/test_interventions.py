@@ -17,12 +17,19 @@ from tests import tiny
 from tests.test_chat_templates import PUBLISHED
 from tests.test_parity import as_prompt, random_ids
 from tlcapture.errors import InputError
-from tlcapture.generation.interventions import Add, Intervention, Limit, Remove
+from tlcapture.generation.interventions.intervention import Add, Intervention, Limit, Remove
+from tlcapture.generation.interventions.thinking_rows import thinking_rows, thinking_tokens
+from tlcapture.generation.interventions.where import (
+    EVERYWHERE,
+    FROM_LAST_PROMPT_TOKEN,
+    PROMPT,
+    RESPONSE,
+    THINKING,
+    Where,
+)
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Generation
-from tlcapture.generation.sampling import GIVEN, Choice, Sampling
-from tlcapture.generation.thinking_rows import thinking_rows, thinking_tokens
-from tlcapture.generation.where import EVERYWHERE, FROM_LAST_PROMPT_TOKEN, PROMPT, RESPONSE, THINKING, Where
+from tlcapture.generation.sampling.next_token import GIVEN, Choice, Sampling
 from tlcapture.prompts.thinking import marker_tokens
 
 LENGTHS = (17, 9, 4, 1)
@@ -223,7 +230,9 @@ def test_an_intervention_on_thinking_acts_at_its_tokens(
     model = tiny.model("llama", engine)
     tokenizer = thinking_tokenizer("<h>", "</h>", are_tokens=False)
     if are_tokens:  # one-token markers of the model's own vocabulary
-        monkeypatch.setattr("tlcapture.generation.thinking_rows.marker_tokens", lambda *words, **options: (70, 71))
+        monkeypatch.setattr(
+            "tlcapture.generation.interventions.thinking_rows.marker_tokens", lambda *words, **options: (70, 71)
+        )
         scripts = [[70, 9, 10, 71, 11, 12], [9, 71, 10, 70, 11, 12]]
         inside = [[0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 1, 1]]
     else:

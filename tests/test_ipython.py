@@ -28,7 +28,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.cli.main import main
 from tlcapture.errors import InputError, StorageError
 from tlcapture.explore.doubts import _told
-from tlcapture.explore.live_capture import LiveCapture
+from tlcapture.explore.live.live_capture import LiveCapture
 from tlcapture.models.lazy_model import LazyModel
 from tlcapture.models.loading import Model
 

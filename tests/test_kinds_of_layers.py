@@ -21,22 +21,22 @@ from tests.families import build
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.capture_names import INDEX
-from tlcapture.commands.reference import keep_reference
+from tlcapture.commands.evaluating.reference import keep_reference
 from tlcapture.errors import InputError, ModelError, StorageError
 from tlcapture.extraction.readout import Reading, read_out
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Generation
-from tlcapture.generation.recording import Recorder
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.recording.recorder import Recorder
+from tlcapture.generation.sampling.next_token import Sampling
 from tlcapture.models.engines.hook_layouts import BY_HEAD, FLAT, PLAIN, layouts
 from tlcapture.models.loading import Model, from_hugging_face
 from tlcapture.page.contents import Contents
 from tlcapture.runs.run import Run
 from tlcapture.storage.archives import Archive
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_tensors
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.reference import read_reference
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.traits.projections.token_scores import TokenScores
+from tlcapture.traits.statistics.reference import read_reference
 from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_hooks

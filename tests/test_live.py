@@ -13,7 +13,7 @@ from tests import tiny
 from tlcapture import Experiment, Prompt, PromptSet, capture
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
-from tlcapture.generation.checkpoint_sampling import CheckpointSampling
+from tlcapture.generation.sampling.checkpoint_sampling import CheckpointSampling
 from tlcapture.views.kept_points import KeptPoints
 
 INVALID: dict[str, tuple[Any, dict[str, Any], str]] = {

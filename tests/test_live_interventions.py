@@ -14,7 +14,7 @@ from tests import tiny
 from tlcapture import Ablate, Cap, Steer, capture
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.intervention_record import InterventionRecord
-from tlcapture.commands.given_responses import prompt_of
+from tlcapture.commands.capturing.given_responses import prompt_of
 from tlcapture.errors import InputError, StorageError, TlcaptureError, VectorError
 from tlcapture.generation.loop import teacher_force
 from tlcapture.storage.validation import checked

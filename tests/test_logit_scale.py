@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from tests import tiny
-from tlcapture.explore.live_capture import capture
+from tlcapture.explore.live.live_capture import capture
 from tlcapture.generation.loop import teacher_force
 from tlcapture.models.loading import from_hugging_face
 from tlcapture.views.hooks import hook

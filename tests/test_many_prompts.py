@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from tlcapture import Experiment
-from tlcapture.commands.adhoc_prompts import numbered_on
-from tlcapture.commands.capture_tasks import CaptureTask
+from tlcapture.commands.capturing.adhoc_prompts import numbered_on
+from tlcapture.commands.capturing.tasks import CaptureTask
 from tlcapture.generation.loop import _Queue
 from tlcapture.generation.samples import n_together, sampled
 from tlcapture.page.contents import Contents
@@ -24,9 +24,9 @@ from tlcapture.prompts.prompt_sets import ADHOC, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.background_writer import BackgroundWriter
 from tlcapture.runs.run import Run
-from tlcapture.storage.file_index import as_facts
+from tlcapture.storage.experiments.file_index import as_facts
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import FSYNC, fsyncing, write_bytes
-from tlcapture.storage.layout import Layout
 from tlcapture.storage.temporary_files import temporary_path
 
 FEW, MANY = 100, 400
@@ -175,7 +175,7 @@ def test_prompts_of_the_command_line_are_numbered_from_files_read_once(
         opened.append(path)
         return SimpleNamespace(metadata={"prompt_id": path.stem.split(".")[0], "prompt_text": path.read_text()})
 
-    monkeypatch.setattr("tlcapture.commands.adhoc_prompts.Capture.open", open_capture)
+    monkeypatch.setattr("tlcapture.commands.capturing.adhoc_prompts.Capture.open", open_capture)
     layout = layout_of(4)
     folder = layout.residual("s", 1).parent
     folder.rename(folder.with_name(ADHOC))

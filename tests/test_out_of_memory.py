@@ -17,14 +17,14 @@ from tests.test_recording import A_COLUMN, as_on_a_device, hooks_of
 from tlcapture.errors import OutOfMemoryError
 from tlcapture.generation import batch as batch_module
 from tlcapture.generation import loop
-from tlcapture.generation.device_buffers import Triangles
-from tlcapture.generation.interventions import Add
+from tlcapture.generation.interventions.intervention import Add
 from tlcapture.generation.loop import generate
-from tlcapture.generation.noise import GumbelNoise
 from tlcapture.generation.outcomes import Failure, Generation, Outcome
-from tlcapture.generation.processors import LogitProcessors, LogitRules, PromptTokens
-from tlcapture.generation.recording import Recorder
-from tlcapture.generation.sampling import GREEDY, Sampling
+from tlcapture.generation.recording.device_buffers import Triangles
+from tlcapture.generation.recording.recorder import Recorder
+from tlcapture.generation.sampling.next_token import GREEDY, Sampling
+from tlcapture.generation.sampling.noise import GumbelNoise
+from tlcapture.generation.sampling.processors import LogitProcessors, LogitRules, PromptTokens
 from tlcapture.models.engines.base import Step
 from tlcapture.models.fast import decoder
 from tlcapture.models.loading import Model

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.evidence import Evidence
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Generation
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.sampling.next_token import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.views.attention import attention_hooks

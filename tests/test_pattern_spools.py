@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tlcapture.errors import StorageError
-from tlcapture.generation import pattern_spools
-from tlcapture.generation.pattern_spools import SpooledPatterns
+from tlcapture.generation.recording import pattern_spools
+from tlcapture.generation.recording.pattern_spools import SpooledPatterns
 
 LENGTHS, N_NEW, N_PLACES, N_HEADS = (7, 4, 2), 9, 3, 2
 WIDTH = max(LENGTHS)

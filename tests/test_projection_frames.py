@@ -14,8 +14,8 @@ from tlcapture import Experiment
 from tlcapture.errors import InputError, StorageError
 from tlcapture.explore.projection_frames import COLUMNS, tidy_frame
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.storage.experiments.layout import Layout
+from tlcapture.traits.projections.token_scores import TokenScores
 
 
 def content(trait: str = "tone/loud", prompt_id: str = "1", **changes: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from tlcapture.errors import InputError
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet, read_all_prompt_sets, read_prompt_set
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
 
 VALID = {"name": "mine", "description": "d", "prompts": [{"id": "1", "text": "hello", "note": "n"}]}
 

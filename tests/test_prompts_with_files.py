@@ -9,9 +9,9 @@ import pytest
 
 from tlcapture.errors import StorageError
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Layout, derived_files
-from tlcapture.storage.prompts_with_files import PromptsWithFiles
-from tlcapture.traits.saved_projections import ListedProjections, projections_saved
+from tlcapture.storage.experiments.layout import Layout, derived_files
+from tlcapture.storage.experiments.prompts_with_files import PromptsWithFiles
+from tlcapture.traits.projections.saved import ListedProjections, projections_saved
 
 LOUD, WARM = Trait("tone", "loud"), Trait("tone", "warm")
 PLACES: dict[str, Callable[[Layout], Path]] = {

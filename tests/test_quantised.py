@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from tests import tiny
 from tlcapture.errors import ModelError
 from tlcapture.generation.loop import teacher_force
-from tlcapture.models import quantised
+from tlcapture.models.checkpoints import quantised
 from tlcapture.models.deviation import deviation
 from tlcapture.models.loading import load_model
 from tlcapture.views.residual import residual_hooks, residual_view
@@ -118,7 +118,7 @@ def test_mxfp4_experts_are_decoded_as_the_format_defines(tmp_path: Path) -> None
 def test_a_method_that_needs_a_package_names_it(
     engine: str, quantisation: dict[str, Any], packages: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tlcapture.models.quantised._is_installed", lambda module: module == "accelerate")
+    monkeypatch.setattr("tlcapture.models.checkpoints.quantised._is_installed", lambda module: module == "accelerate")
     folder = saved(tiny.hf_model("llama"), tmp_path / "model")
     state_quantisation(folder, quantisation)
     with pytest.raises(ModelError) as caught:
@@ -130,7 +130,7 @@ def test_a_method_that_needs_a_package_names_it(
 def test_every_method_of_transformers_is_loaded_or_refused_with_what_to_do(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tlcapture.models.quantised._is_installed", lambda module: module == "accelerate")
+    monkeypatch.setattr("tlcapture.models.checkpoints.quantised._is_installed", lambda module: module == "accelerate")
     folder = saved(tiny.hf_model("llama"), tmp_path / "model")
     state_quantisation(folder, {"quant_method": method})
     if method in ("fp8", "mxfp8", "mxfp4"):
@@ -151,7 +151,7 @@ def test_a_method_that_fails_with_its_packages_is_refused_in_one_line(
 ) -> None:
     folder = saved(tiny.hf_model("llama"), tmp_path / "model")
     state_quantisation(folder, {"quant_method": "gptq", "bits": 4})
-    monkeypatch.setattr("tlcapture.models.quantised._is_installed", lambda module: True)
+    monkeypatch.setattr("tlcapture.models.checkpoints.quantised._is_installed", lambda module: True)
 
     def fail(*args: object, **options: object) -> None:
         raise NotImplementedError("no kernel\nfor this device")
@@ -174,7 +174,7 @@ def test_weights_that_cannot_be_dequantised_are_refused_in_one_line(
     def fail(*args: object) -> None:
         raise NotImplementedError("unimplemented operator\nfor Float8Tensor")
 
-    monkeypatch.setattr("tlcapture.models.quantised.dequantised", fail)
+    monkeypatch.setattr("tlcapture.models.checkpoints.quantised.dequantised", fail)
     with pytest.raises(
         ModelError, match=r"'fp8', which does not run here: NotImplementedError: unimplemented operator:"
     ):

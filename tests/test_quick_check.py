@@ -16,7 +16,7 @@ from click.testing import Result
 from tests import tiny
 from tlcapture.errors import ModelError
 from tlcapture.models import loading
-from tlcapture.models.checkpoints import cast
+from tlcapture.models.checkpoints.checkpoint import cast
 from tlcapture.models.deviation import deviation
 from tlcapture.models.engines import bridge
 from tlcapture.models.engines.base import Model

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
-from tlcapture.generation import batch, device_buffers, recording, transfers
-from tlcapture.generation.interventions import Add
+from tlcapture.generation import batch
+from tlcapture.generation.interventions.intervention import Add
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
-from tlcapture.generation.recording import Recorder
-from tlcapture.generation.sampling import Sampling
-from tlcapture.generation.transfers import Copies
+from tlcapture.generation.recording import device_buffers, transfers
+from tlcapture.generation.recording import recorder as recording
+from tlcapture.generation.recording.recorder import Recorder
+from tlcapture.generation.recording.transfers import Copies
+from tlcapture.generation.sampling.next_token import Sampling
 from tlcapture.models.loading import Model, load_model
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.internals import internals_hooks

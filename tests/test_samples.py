@@ -17,11 +17,11 @@ from tests.test_out_of_memory import Steps
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture import capture
 from tlcapture.errors import InputError
-from tlcapture.generation.interventions import Add
+from tlcapture.generation.interventions.intervention import Add
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.samples import check_names, n_together, sampled
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.sampling.next_token import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.residual import residual_hooks

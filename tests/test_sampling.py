@@ -19,10 +19,10 @@ from tests import tiny
 from tests.test_parity import as_prompt, random_ids
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
-from tlcapture.generation.checkpoint_sampling import CheckpointSampling, sampling_for, unfollowed
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
-from tlcapture.generation.sampling import GREEDY, Sampling
+from tlcapture.generation.sampling.checkpoint_sampling import CheckpointSampling, sampling_for, unfollowed
+from tlcapture.generation.sampling.next_token import GREEDY, Sampling
 from tlcapture.models.loading import Model
 
 N_NEW = 8

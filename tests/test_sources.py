@@ -26,9 +26,9 @@ import torch
 from tests import tiny
 from tests.gguf_writer import write_gguf
 from tlcapture.errors import ModelError
-from tlcapture.models import embedded
+from tlcapture.models.checkpoints import embedded
+from tlcapture.models.checkpoints.sources import check_name, commit_of, source_of
 from tlcapture.models.loading import load_model
-from tlcapture.models.sources import check_name, commit_of, source_of
 
 TOP = Path(__file__).parents[1]
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
@@ -38,8 +38,8 @@ for engine in {tiny.ENGINES!r}:
     model = load_model("org/tiny", engine=engine)
     print(model.name, model.revision)
 """
-FIND = "from tlcapture.models.sources import source_of; print(source_of({name!r}))"
-CHECK = "from tlcapture.models.sources import check_name; check_name({name!r})"
+FIND = "from tlcapture.models.checkpoints.sources import source_of; print(source_of({name!r}))"
+CHECK = "from tlcapture.models.checkpoints.sources import check_name; check_name({name!r})"
 
 
 @pytest.fixture(scope="module")

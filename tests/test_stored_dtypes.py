@@ -11,8 +11,8 @@ import transformers
 
 from tests import tiny
 from tests.families import FAMILIES
-from tlcapture.models.checkpoints import cast, fetch_weights
-from tlcapture.models.text_models import auto_class_of
+from tlcapture.models.checkpoints.checkpoint import cast, fetch_weights
+from tlcapture.models.checkpoints.text_models import auto_class_of
 
 
 def _of_width_40(name: str) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import transformers
 
 from tests import tiny
 from tlcapture.generation.loop import teacher_force
-from tlcapture.models.checkpoints import fingerprint
+from tlcapture.models.checkpoints.checkpoint import fingerprint
+from tlcapture.models.checkpoints.text_models import auto_class_of
 from tlcapture.models.loading import load_model, outline_model
-from tlcapture.models.text_models import auto_class_of
 from tlcapture.views.residual import residual_hooks, residual_view
 
 _CLIP = {**tiny.VISION, "model_type": "clip_vision_model", "projection_dim": 16}

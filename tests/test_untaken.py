@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tlcapture.errors import ModelError
+from tlcapture.models.checkpoints.untaken import untaken
 from tlcapture.models.loading import load_model
-from tlcapture.models.untaken import untaken
 
 
 def write(folder: Path, extra: dict[str, torch.Tensor], *, without: str | None = None, binary: bool = False) -> str:

@@ -196,7 +196,7 @@ def hf_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
     Buffers stay in float32, as in a checkpoint that transformers loads in 16 bits.
     """
-    from tlcapture.models.checkpoints import cast
+    from tlcapture.models.checkpoints.checkpoint import cast
 
     torch.manual_seed(sum(map(ord, name)))
     model = transformers.AutoModelForCausalLM.from_config(

@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from tlcapture.captures.capture import Capture
     from tlcapture.errors import TlcaptureError
     from tlcapture.explore.experiment import Experiment
-    from tlcapture.explore.live_capture import capture
-    from tlcapture.generation.sampling import Sampling
+    from tlcapture.explore.live.live_capture import capture
+    from tlcapture.generation.sampling.next_token import Sampling
     from tlcapture.models.loading import load_model
     from tlcapture.prompts.prompt_sets import Prompt, PromptSet
-    from tlcapture.traits.interventions import Ablate, Cap, Steer
+    from tlcapture.traits.interventions.requested import Ablate, Cap, Steer
 
 _HOMES = {
-    "Ablate": "tlcapture.traits.interventions",
-    "Cap": "tlcapture.traits.interventions",
+    "Ablate": "tlcapture.traits.interventions.requested",
+    "Cap": "tlcapture.traits.interventions.requested",
     "Capture": "tlcapture.captures.capture",
     "Experiment": "tlcapture.explore.experiment",
     "Prompt": "tlcapture.prompts.prompt_sets",
     "PromptSet": "tlcapture.prompts.prompt_sets",
-    "Sampling": "tlcapture.generation.sampling",
-    "Steer": "tlcapture.traits.interventions",
+    "Sampling": "tlcapture.generation.sampling.next_token",
+    "Steer": "tlcapture.traits.interventions.requested",
     "TlcaptureError": "tlcapture.errors",
-    "capture": "tlcapture.explore.live_capture",
-    "load_ipython_extension": "tlcapture.explore.magics",  # called by %load_ext tlcapture
+    "capture": "tlcapture.explore.live.live_capture",
+    "load_ipython_extension": "tlcapture.explore.notebook.magics",  # called by %load_ext tlcapture
     "load_model": "tlcapture.models.loading",
 }
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlcapture.captures.capture import Capture
-from tlcapture.cli.answers import show_answers
-from tlcapture.cli.console import Console
-from tlcapture.commands.top_traits import OverSamples, TopTrait, pieces_of
-from tlcapture.storage.layout import Layout
+from tlcapture.cli.output.answers import show_answers
+from tlcapture.cli.output.console import Console
+from tlcapture.commands.projecting.top_traits import OverSamples, TopTrait, pieces_of
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import printable
 
 PIECES = [("Tides", -0.5), (" rise", 1.0), (".", None)]

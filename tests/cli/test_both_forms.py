@@ -15,9 +15,9 @@ from tlcapture.errors import TlcaptureError
 from tlcapture.exchange.exported import Wanted, read_exported
 from tlcapture.explore.experiment import Experiment
 from tlcapture.page.contents import RESOURCES, Contents
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.saved_projections import all_saved
+from tlcapture.traits.projections.saved import all_saved
 
 Run = Callable[..., Result]
 SETS = ("short", "other", "short@calm")

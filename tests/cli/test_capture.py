@@ -235,7 +235,7 @@ def test_a_retrained_model_under_the_same_name_is_not_mixed_in(capture: Run, raw
 def test_a_new_capture_of_a_set_that_was_stopped_goes_on_without_mixing_settings(
     capture: Run, extract: Run, data: Path, monkeypatch: pytest.MonkeyPatch, kind: tuple[str, ...]
 ) -> None:
-    from tlcapture.commands import capture_worker
+    from tlcapture.commands.capturing import worker as capture_worker
 
     def stopping(*words: Any, **options: Any) -> Iterator[Any]:
         yield next(original(*words, **options))
@@ -296,7 +296,7 @@ def test_a_log_that_cannot_be_written_is_reported_once_and_does_not_stop_the_run
 
 def test_internals_with_nan_or_inf_are_refused(capture: Run, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A float16 overflow before a ReLU need not be visible after it."""
-    from tlcapture.commands import capture_outputs as outputs
+    from tlcapture.commands.prompt_files import outputs
 
     view = outputs.internals_view
 

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 from tests import tiny
 from tlcapture.errors import InputError
 from tlcapture.explore.experiment import Experiment
-from tlcapture.generation import pattern_spools
+from tlcapture.generation.recording import pattern_spools
 from tlcapture.page.contents import Contents
-from tlcapture.storage import compact_files
+from tlcapture.storage.compact import compact_files
 from tlcapture.storage.files import read_json
 
 Run = Callable[..., Result]
@@ -143,7 +143,7 @@ def test_patterns_on_disk_are_those_in_memory(
     expected = {path.name: load_file(path) for path in analysis.glob("*_attention.safetensors")}
     internals = analysis.parents[2] / "inference" / "raw" / "internals" / "short"
     patterns = {path.name: torch.load(path)["blocks.1.attn.hook_pattern"] for path in internals.glob("*.pt")}
-    monkeypatch.setattr("tlcapture.commands.view_files.MOST_JSON", 0)
+    monkeypatch.setattr("tlcapture.commands.prompt_files.view_files.MOST_JSON", 0)
     monkeypatch.setattr(pattern_spools, "CHUNK", chunk)
     used: list[int] = []
     take = pattern_spools.SpooledPatterns.take

@@ -18,7 +18,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
 from tlcapture.explore.comparisons import COLUMNS
 from tlcapture.storage.files import read_json
-from tlcapture.traits.chance import RandomDirections
+from tlcapture.traits.statistics.chance import RandomDirections
 
 Run = Callable[..., Result]
 TRAITS = ("tone/loud", "tone/warm")
@@ -247,7 +247,7 @@ def test_without_vectors_and_models_residuals_are_compared(
     def no_model(*args: Any, **options: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("tlcapture.commands.unembeddings.load_unembedding", no_model)
+    monkeypatch.setattr("tlcapture.commands.comparing.unembeddings.load_unembedding", no_model)
     result = tlcapture("compare", "exp", "tuned", "--no-kl")
     assert result.exit_code == 0, result.output
     assert compared(data)["traits"] == {}

@@ -18,7 +18,7 @@ from tests.test_chat_templates import AGAIN, ANSWER, PUBLISHED, SYSTEM, USER
 from tlcapture.captures.capture import Capture
 from tlcapture.explore.experiment import Experiment
 from tlcapture.page.contents import Contents
-from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.projections.files import ProjectionFile
 
 Run = Callable[..., Result]
 TURNS = [SYSTEM, USER, ANSWER, AGAIN]

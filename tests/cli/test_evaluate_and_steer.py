@@ -17,9 +17,9 @@ from tests import tiny
 from tests.cli.conftest import heatmaps_in_words, make_trait
 from tlcapture.errors import NumericalError
 from tlcapture.names import Trait
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json
-from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import EvaluationRow
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import read_vector, write_vector

@@ -16,8 +16,8 @@ from click.testing import Result
 from tests.cli.conftest import make_prompt_set
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.notes import read_notes
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.saved_projections import all_saved
+from tlcapture.storage.experiments.layout import Layout
+from tlcapture.traits.projections.saved import all_saved
 
 Run = Callable[..., Result]
 FORMATS = ("datasets", "parquet", "safetensors", "json")

@@ -21,10 +21,10 @@ from tlcapture.names import Trait
 from tlcapture.page.contents import Contents
 from tlcapture.page.server import page_app
 from tlcapture.prompts.prompt_sets import read_prompt_file, read_prompt_set
-from tlcapture.storage.datasets import Datasets
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.projection_files import ProjectionFile
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
+from tlcapture.traits.projections.files import ProjectionFile
+from tlcapture.traits.projections.token_scores import TokenScores
 
 Run = Callable[..., Result]
 ADD_ONS = ("--attention", "--logit-lens", "--layer-internals", 1)
@@ -227,7 +227,7 @@ def test_a_set_in_a_subfolder_is_on_the_page(nested: Path, tlcapture: Run) -> No
 def test_of_all_sets_a_bad_one_is_named_and_the_others_run(
     capture: Run, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tlcapture.storage.datasets.shipped_datasets", lambda: data / "nothing")
+    monkeypatch.setattr("tlcapture.storage.experiments.datasets.shipped_datasets", lambda: data / "nothing")
     make_set(data, "sub/deep/mine", [{"id": 1, "text": "hi"}])
     make_set(data, "sub/bad", {"prompts": []})
     make_set(data, "my notes", [{"id": 1, "text": "hi"}])

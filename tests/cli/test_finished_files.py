@@ -18,13 +18,13 @@ import orjson
 import pytest
 from click.testing import Result
 
-from tlcapture.commands import saved_summaries
-from tlcapture.commands.top_traits import summary_of
+from tlcapture.commands.projecting import saved_summaries
+from tlcapture.commands.projecting.top_traits import summary_of
 from tlcapture.errors import NoSpaceError
-from tlcapture.storage import file_index
-from tlcapture.storage.file_index import FileIndex, Learned, capture_set_of, remember
+from tlcapture.storage.experiments import file_index
+from tlcapture.storage.experiments.file_index import FileIndex, Learned, capture_set_of, remember
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import FileState, write_bytes
-from tlcapture.storage.layout import Layout
 
 Run = Callable[..., Result]
 VIEWS = ("--attention", "--logit-lens", "--layer-internals", 1)

@@ -16,9 +16,9 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
 from tests.cli.test_startup import command_of
-from tlcapture.cli import completion
 from tlcapture.cli.command import GROUPS, Command
 from tlcapture.cli.main import COMMANDS, main
+from tlcapture.cli.options import completion
 from tlcapture.cli.settings_file import parameter_of
 
 Run = Callable[..., Result]

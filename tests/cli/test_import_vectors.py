@@ -19,10 +19,10 @@ from tests import tiny
 from tests.cli.conftest import Run
 from tlcapture.errors import NoSpaceError
 from tlcapture.names import Trait
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import Written, read_json
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.other_tools import read_tool_vectors
 from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vector_sources.other_tools import read_tool_vectors
 from tlcapture.traits.vectors import read_vector, write_vector
 
 FILES = Path(__file__).parents[1] / "other_tools"  # written by the tools themselves: see write.py there

@@ -19,8 +19,8 @@ from click.testing import Result
 from tests import tiny
 from tests.cli.conftest import make_prompt_set
 from tlcapture.captures.capture import Capture
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json, read_tensors
-from tlcapture.storage.layout import Layout
 
 Run = Callable[..., Result]
 LOUD = "tone/loud"
@@ -95,7 +95,7 @@ def test_extract_stores_the_median_norm_of_each_layer_which_is_the_unit(
     from tlcapture.generation.loop import teacher_force
     from tlcapture.models.loading import load_model
     from tlcapture.names import Trait
-    from tlcapture.storage.datasets import Datasets
+    from tlcapture.storage.experiments.datasets import Datasets
 
     ok(extract())
     model = load_model(str(tiny_folder))

@@ -15,10 +15,10 @@ from tests import tiny
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError, StorageError
 from tlcapture.explore.experiment import Experiment
-from tlcapture.explore.live_capture import capture as capture_live
+from tlcapture.explore.live.live_capture import capture as capture_live
 from tlcapture.page.contents import Contents
 from tlcapture.storage.files import read_json
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.traits.projections.token_scores import TokenScores
 
 Run = Callable[..., Result]
 GREEDY = ("--temperature", 0, "--save-dtype", "float32")
@@ -68,7 +68,7 @@ def test_a_file_holds_each_kept_activation_once(capture: Run, raw: Path) -> None
 
 
 def test_only_what_is_kept_is_captured(capture: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlcapture.generation.recording import Recorder
+    from tlcapture.generation.recording.recorder import Recorder
 
     asked: list[list[str]] = []
     recorder = Recorder.__init__

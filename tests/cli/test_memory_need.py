@@ -15,10 +15,11 @@ from safetensors.numpy import load_file
 
 from tests import tiny
 from tlcapture.captures.capture import Capture
-from tlcapture.commands import memory_need, replay
-from tlcapture.commands.capture_outputs import Outputs
-from tlcapture.commands.memory_need import Sized
-from tlcapture.commands.view_parts import ViewParts
+from tlcapture.commands.capturing import memory_need
+from tlcapture.commands.capturing.memory_need import Sized
+from tlcapture.commands.prompt_files import replay
+from tlcapture.commands.prompt_files.outputs import Outputs
+from tlcapture.commands.prompt_files.view_parts import ViewParts
 from tlcapture.models.sizes import Measures
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens

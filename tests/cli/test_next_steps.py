@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 
 from tlcapture.errors import StorageError
-from tlcapture.traits.token_scores import TokenScores, dynamics_command
+from tlcapture.traits.projections.token_scores import TokenScores, dynamics_command
 
 Run = Callable[..., Result]
 

@@ -69,7 +69,7 @@ def test_a_group_without_a_command_still_shows_its_help(tlcapture: Command) -> N
 
 @pytest.mark.parametrize("typed", ["שלום 🌊", "plain"])
 def test_a_text_is_utf_8_in_any_locale(typed: str) -> None:
-    from tlcapture.cli.option_types import Text
+    from tlcapture.cli.options.types import Text
 
     came = typed.encode().decode("ascii", "surrogateescape")  # as the C locale reads it
     assert Text().convert(came, None, None) == typed

@@ -185,7 +185,7 @@ def test_overwrite_does_not_remove_a_folder_at_the_path_of_a_capture(capture: Ru
 def test_a_file_that_appears_during_the_run_is_not_replaced(
     capture: Run, raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tlcapture.commands import capture_worker
+    from tlcapture.commands.capturing import worker as capture_worker
 
     original = capture_worker.generate_or_force
 

@@ -15,7 +15,7 @@ from click.testing import Result
 from tests.cli.conftest import make_prompt_set
 from tlcapture.cluster.actor import Shared, WorkerActor
 from tlcapture.cluster.executor import RayExecutor
-from tlcapture.commands import memory_need
+from tlcapture.commands.capturing import memory_need
 from tlcapture.runs.executors import LocalExecutor, Work
 
 Run = Callable[..., Result]
@@ -138,6 +138,6 @@ def test_the_help_says_what_a_worker_takes_by_default(tlcapture: Run, command: s
 
 
 def layout_of(root: Path) -> Any:
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.experiments.layout import Layout
 
     return Layout(root, "exp")

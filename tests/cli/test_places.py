@@ -16,8 +16,8 @@ from tlcapture.names import Trait
 from tlcapture.page.contents import Contents
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.storage import files, folders, whole_folders
-from tlcapture.storage.datasets import Datasets
-from tlcapture.storage.layout import Layout, existing_experiments
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout, existing_experiments
 from tlcapture.storage.locks import locked
 from tlcapture.text import shell_join
 

@@ -13,9 +13,9 @@ import torch
 from click.testing import Result
 
 from tests import tiny
-from tlcapture.commands.capture_options import CaptureOptions
+from tlcapture.commands.capturing.options import CaptureOptions
 from tlcapture.errors import InputError
-from tlcapture.models.checkpoints import count_parameters
+from tlcapture.models.checkpoints.checkpoint import count_parameters
 from tlcapture.models.sizes import Measures
 from tlcapture.plan.accelerators import ACCELERATORS, Accelerator
 from tlcapture.plan.cost import Workload, bound_pace, cost_of

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from click.testing import Result
 
-from tlcapture.cli.console import Console
+from tlcapture.cli.output.console import Console
 
 Command = Callable[..., Result]
 

@@ -15,7 +15,7 @@ from click.testing import Result
 from tests import tiny
 from tests.cli.conftest import make_trait
 from tlcapture.captures.capture import Capture
-from tlcapture.commands import top_traits
+from tlcapture.commands.projecting import top_traits
 from tlcapture.storage.files import read_json
 
 Run = Callable[..., Result]
@@ -473,7 +473,9 @@ def test_extract_takes_the_roots_own_traits_and_packaged_ones_when_asked(
     tlcapture: Run, data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_trait(tmp_path / "package", "pack/age", "in", "out")
-    monkeypatch.setattr("tlcapture.storage.datasets.shipped_datasets", lambda: tmp_path / "package" / "datasets")
+    monkeypatch.setattr(
+        "tlcapture.storage.experiments.datasets.shipped_datasets", lambda: tmp_path / "package" / "datasets"
+    )
 
     def extracted(experiment: str, *words: object) -> set[str]:
         quick = ("--methods", "mean_diff", "--layers", 1, "--component", "residual")

@@ -16,14 +16,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from tests import tiny
-from tlcapture.commands.top_traits import summary_of
+from tlcapture.commands.projecting.top_traits import summary_of
 from tlcapture.exchange.exported import Wanted, read_exported
 from tlcapture.explore.experiment import Experiment
 from tlcapture.page.contents import Contents
-from tlcapture.storage import shard_writing
+from tlcapture.storage.compact import shard_writing
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.saved_projections import all_saved, projections_of
+from tlcapture.traits.projections.saved import all_saved, projections_of
 
 Run = Callable[..., Result]
 GREEDY = ("--temperature", 0)

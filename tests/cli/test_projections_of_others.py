@@ -18,8 +18,8 @@ from tests.page.test_export import carried
 from tlcapture.errors import StorageError
 from tlcapture.explore.experiment import Experiment
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.storage.experiments.layout import Layout
+from tlcapture.traits.projections.token_scores import TokenScores
 
 Run = Callable[..., Result]
 

@@ -14,8 +14,8 @@ from click.testing import Result
 from tests import tiny
 from tests.cli.conftest import make_prompt_set
 from tlcapture.captures.capture import Capture
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json
-from tlcapture.storage.layout import Layout
 
 Run = Callable[..., Result]
 ALL = ("--attention", "--logit-lens", "--layer-internals", "all")
@@ -187,7 +187,7 @@ def test_a_capture_that_became_unreadable_fails_alone(
     capture: Run, folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the two times that it is opened."""
-    from tlcapture.commands import replay
+    from tlcapture.commands.prompt_files import replay
 
     prompts = ("--prompt-set", "eight")
     capture("--temperature", 0, prompts=prompts)

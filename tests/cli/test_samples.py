@@ -16,11 +16,11 @@ from click.testing import Result
 from tests.cli.conftest import make_prompt_set
 from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
-from tlcapture.commands import top_traits
-from tlcapture.commands.top_traits import summary_of
+from tlcapture.commands.projecting import top_traits
+from tlcapture.commands.projecting.top_traits import summary_of
 from tlcapture.page.contents import Contents
 from tlcapture.page.export import export_page
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 
 Run = Callable[..., Result]
 HOT = ("--temperature", "1.5")

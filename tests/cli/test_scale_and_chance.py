@@ -16,10 +16,10 @@ from click.testing import Result
 from tests.cli.conftest import Run
 from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
-from tlcapture.cli.console import Console
-from tlcapture.cli.top_traits import show_top_traits
-from tlcapture.commands import top_traits
-from tlcapture.commands.top_traits import summary_of
+from tlcapture.cli.output.console import Console
+from tlcapture.cli.output.top_traits import show_top_traits
+from tlcapture.commands.projecting import top_traits
+from tlcapture.commands.projecting.top_traits import summary_of
 from tlcapture.explore.experiment_tables import rises_frame
 from tlcapture.extraction.examples import read_examples
 from tlcapture.extraction.prepared_examples import prepare_examples
@@ -27,13 +27,13 @@ from tlcapture.extraction.readout import read_out
 from tlcapture.models.loading import load_model
 from tlcapture.names import Trait
 from tlcapture.runs.report import RunReport
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json
-from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import round_significant
-from tlcapture.traits.critical_values import critical_score, critical_score_within
-from tlcapture.traits.projection_files import ProjectionFile
-from tlcapture.traits.reference import read_reference
+from tlcapture.traits.projections.files import ProjectionFile
+from tlcapture.traits.statistics.critical_values import critical_score, critical_score_within
+from tlcapture.traits.statistics.reference import read_reference
 
 TRAITS = ("tone/loud", "tone/warm")
 

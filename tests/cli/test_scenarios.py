@@ -12,8 +12,8 @@ from tests import tiny
 from tests.cli.conftest import Run
 from tlcapture.extraction.examples import read_examples
 from tlcapture.names import Trait
-from tlcapture.storage.datasets import Datasets
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.traits.vector_files import VectorFiles
 
 LOUD = Trait("tone", "loud")

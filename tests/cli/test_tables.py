@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.cli.conftest import Run, make_trait
 from tlcapture.cli.main import main
-from tlcapture.cli.tables import Coloured, Column, table_lines
+from tlcapture.cli.output.tables import Coloured, Column, table_lines
 
 LONG = "a_category_with_a_long_name/" + "_".join(f"trait{n}" for n in range(12))
 COLUMNS = [Column("trait"), Column("layer", right=True), Column("runner-up")]

@@ -17,12 +17,12 @@ from tests import tiny
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError, StorageError
 from tlcapture.explore.experiment import Experiment
-from tlcapture.explore.live_capture import capture as capture_live
+from tlcapture.explore.live.live_capture import capture as capture_live
 from tlcapture.page.contents import Contents
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json, write_json
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.projection_files import ProjectionFile
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.traits.projections.files import ProjectionFile
+from tlcapture.traits.projections.token_scores import TokenScores
 from tlcapture.views.kept_tokens import KeptTokens
 
 Run = Callable[..., Result]
@@ -236,9 +236,9 @@ def test_projecting_again_gives_null_for_what_needs_a_missing_token_and_says_so_
 def test_the_summary_compares_rises_over_all_tokens(
     extract: Run, capture: Run, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tlcapture.commands.top_traits import summary_of
+    from tlcapture.commands.projecting.top_traits import summary_of
 
-    monkeypatch.setattr("tlcapture.commands.top_traits.FEWEST_TO_COMPARE", 3)  # as many as the set has
+    monkeypatch.setattr("tlcapture.commands.projecting.top_traits.FEWEST_TO_COMPARE", 3)  # as many as the set has
     extract()
     summaries = []
     for more in ((), ("--tokens", "last")):

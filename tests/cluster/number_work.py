@@ -15,8 +15,8 @@ from tlcapture.cluster.executor import RayExecutor
 from tlcapture.errors import TlcaptureError
 from tlcapture.runs.executors import Work
 from tlcapture.runs.run import Run
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import check_changes, write_bytes
-from tlcapture.storage.layout import Layout
 
 DEADLY, SLOW, WRONG = 1000, 2000, 3000  # added to numbers that kill, that take half a second, that are a bug
 

@@ -448,7 +448,7 @@ def test_an_address_without_a_cluster_is_an_error(busy: Path, tlcapture: Any) ->
 
 def shared(root: Path, make: Any, **others: Any) -> Shared:
     """What a worker in this process needs that sees a root."""
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.experiments.layout import Layout
 
     every = {"load": None, "files": None, "threads": 1, "inputs": None, "presence": root}
     return Shared(Layout(root, "exp"), make, "token", **{**every, **others})  # type: ignore[arg-type]

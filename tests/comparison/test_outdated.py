@@ -12,12 +12,12 @@ import torch
 
 from tests.input.captures import content
 from tlcapture.commands.compare import CompareOptions, run_compare
-from tlcapture.commands.compare_summary import SavedComparisons
-from tlcapture.commands.compared_sets import CaptureSet, compared_sets
+from tlcapture.commands.comparing.compared_sets import CaptureSet, compared_sets
+from tlcapture.commands.comparing.summary import SavedComparisons
 from tlcapture.page.contents import Contents
 from tlcapture.page.missing import MissingError
-from tlcapture.storage.comparisons import comparison_file
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.comparisons import comparison_file
+from tlcapture.storage.experiments.layout import Layout
 
 LATER = 2 * 10**18  # nanoseconds since the epoch
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tlcapture.commands.compare_summary import SavedComparisons, summary_of
+from tlcapture.commands.comparing.summary import SavedComparisons, summary_of
 from tlcapture.comparison import paired
 from tlcapture.comparison.comparison_files import ComparisonFile
-from tlcapture.storage.comparisons import comparison_file
+from tlcapture.storage.experiments.comparisons import comparison_file
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import write_json
-from tlcapture.storage.layout import Layout
 
 TRAIT = "tone/loud"
 

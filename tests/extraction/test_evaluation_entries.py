@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tlcapture.commands import evaluation_entries
-from tlcapture.commands.evaluation_entries import Entry, add_entry, entries_put_in, with_entries
+from tlcapture.commands.evaluating import entries as evaluation_entries
+from tlcapture.commands.evaluating.entries import Entry, add_entry, entries_put_in, with_entries
 from tlcapture.names import Trait
 from tlcapture.runs.run import Run
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json, write_json
-from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import write_vector

@@ -13,17 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tlcapture.commands import cross_traits, evaluation_rows
-from tlcapture.commands.evaluation_entries import Entry, with_entries
-from tlcapture.commands.evaluation_rows import EvaluatedComponent, _cosines, rows_of
+from tlcapture.commands.evaluating import cross_traits
+from tlcapture.commands.evaluating import rows as evaluation_rows
+from tlcapture.commands.evaluating.entries import Entry, with_entries
+from tlcapture.commands.evaluating.rows import EvaluatedComponent, _cosines, rows_of
 from tlcapture.extraction.cross_validation import relabelled
 from tlcapture.extraction.examples import Examples, read_examples
 from tlcapture.extraction.kept_activations import KeptActivations
 from tlcapture.extraction.methods import FITS
 from tlcapture.names import Trait
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import write_json
-from tlcapture.storage.layout import Layout
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
 from tlcapture.traits.vectors import read_vector, write_vector
 from tlcapture.traits.verdicts import Doubts, UsedVector

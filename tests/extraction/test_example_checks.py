@@ -22,7 +22,7 @@ from tlcapture.extraction.example_checks import (
 from tlcapture.extraction.examples import Example, Examples, LabelledExample, read_examples
 from tlcapture.extraction.surface_cues import area_under_curve, chance_interval, held_out_words_auroc, share_in_pairs
 from tlcapture.names import Trait
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
 
 N_PAIRS = 40
 Respond = Callable[[int], str]

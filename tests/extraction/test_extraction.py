@@ -19,9 +19,9 @@ from tlcapture.extraction.prepared_examples import prepare_examples
 from tlcapture.extraction.readout import read_out, shared_prefix, tokenize_example
 from tlcapture.generation.typical_norms import TypicalNorms
 from tlcapture.names import Trait
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import write_json
-from tlcapture.storage.layout import Layout
 
 TRAIT = Trait("c", "t")
 SHIPPED = ["behavioral/refusal", "cognitive/retrieval", "style/formality", "affect/positivity"]

@@ -13,10 +13,10 @@ from tlcapture.errors import NumericalError
 from tlcapture.extraction.monitoring import RANDOM_VECTORS, monitoring
 from tlcapture.extraction.steering import RANDOM_VECTORS as STEERED_VECTORS
 from tlcapture.extraction.steering import Addition, SteeringScorer
-from tlcapture.generation.interventions import Add, applied
+from tlcapture.generation.interventions.intervention import Add, applied
 from tlcapture.generation.loop import generate
 from tlcapture.prompts.tokenization import tokenize
-from tlcapture.traits.chance import RandomDirections
+from tlcapture.traits.statistics.chance import RandomDirections
 
 QUESTIONS = ["how are you?", "what is it", "why should anybody care about that?"]
 COMPLETIONS = [("fine", "bad day"), ("a thing of beauty", "junk"), ("yes", "no")]

@@ -14,12 +14,12 @@ from torch import Tensor
 from tests import tiny
 from tests.fast.test_forward import steps, steps_of_transformer_lens
 from tests.test_parity import as_prompt, random_ids, relative
-from tlcapture.generation.interventions import Add, Limit, Remove
+from tlcapture.generation.interventions.intervention import Add, Limit, Remove
+from tlcapture.generation.interventions.where import Where
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.samples import sampled
-from tlcapture.generation.sampling import GREEDY, Sampling
-from tlcapture.generation.where import Where
+from tlcapture.generation.sampling.next_token import GREEDY, Sampling
 from tlcapture.models.fast import decoder, layers, recording
 from tlcapture.models.loading import Model, from_hooked_transformer, from_hugging_face
 from tlcapture.views.attention import attention_hooks
@@ -487,7 +487,9 @@ def test_recorded_steps_follow_which_rows_are_thinking(
     plain = growing(monkeypatch, lambda: generated(model))
     common = torch.tensor([each.response_ids for each in plain.values() if len(each.response_ids) == 20]).flatten()
     opening, closing = common.bincount().topk(2).indices.tolist()
-    monkeypatch.setattr("tlcapture.generation.thinking_rows.marker_tokens", lambda tokenizer, **_: (opening, closing))
+    monkeypatch.setattr(
+        "tlcapture.generation.interventions.thinking_rows.marker_tokens", lambda tokenizer, **_: (opening, closing)
+    )
     change = [Add(layer=1, addend=torch.linspace(-1, 1, tiny.D_MODEL), where=Where("thinking"))]
     found = generated(model, interventions=change)
     check_equal(found, growing(monkeypatch, lambda: generated(model, interventions=change)))

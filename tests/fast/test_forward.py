@@ -13,7 +13,7 @@ from torch import Tensor
 from tests import tiny
 from tests.test_parity import random_ids, relative
 from tlcapture.generation.loop import generate
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.sampling.next_token import Sampling
 from tlcapture.models.fast import layers
 from tlcapture.models.fast.forward import FastForward
 from tlcapture.models.loading import Model, from_hooked_transformer, from_hugging_face

@@ -16,7 +16,7 @@ from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
-from tlcapture.generation.sampling import GREEDY
+from tlcapture.generation.sampling.next_token import GREEDY
 from tlcapture.models.fast.forward import FastForward
 from tlcapture.models.loading import from_hooked_transformer
 

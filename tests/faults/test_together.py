@@ -42,7 +42,7 @@ def held_until(flag: Path) -> Callable[[], None]:
     """A function that makes a capture wait with its lock held, before its first file, until another file exists."""
 
     def hold() -> None:
-        from tlcapture.commands import capture_worker
+        from tlcapture.commands.capturing import worker as capture_worker
 
         write = capture_worker.write_capture
 
@@ -112,7 +112,7 @@ def test_simultaneous_evaluations_lose_no_row(fresh: Path, tmp_path: Path, evide
 def slow_merge() -> None:
     import time
 
-    from tlcapture.commands import evaluation_entries
+    from tlcapture.commands.evaluating import entries as evaluation_entries
 
     merged = evaluation_entries.with_entries
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import tlcapture
-from tlcapture.models.embedded import embedded_folder
+from tlcapture.models.checkpoints.embedded import embedded_folder
 
 TRAIT = "tone/loud"
 PROMPTS = ["How do tides work?", "Tell me a short joke about the sea, please."]

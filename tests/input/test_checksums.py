@@ -18,7 +18,7 @@ from tlcapture.explore.internals import stored_internals
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_tensors, write_tensors
 from tlcapture.storage.tensor_arrays import read_arrays
-from tlcapture.traits.projection import project
+from tlcapture.traits.projections.projection import project
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
 

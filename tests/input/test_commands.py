@@ -18,7 +18,7 @@ from tests.input import captures
 from tests.input.strategies import some_of_each
 from tests.page.conftest import attention, logit_lens, projection, write
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import write_vector
 

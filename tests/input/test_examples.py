@@ -15,7 +15,7 @@ from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.extraction.example_checks import check_examples
 from tlcapture.extraction.examples import read_examples
 from tlcapture.names import Trait
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
 
 ODD = Trait("style", "odd")
 ROWS = [{"pair": str(n), "prompt": f"say {n}", "response": f"word {n}"} for n in range(5)]

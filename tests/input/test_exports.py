@@ -17,8 +17,8 @@ from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.exchange import parquet
 from tlcapture.exchange.exported import BULK, ExportedCapture, restore
 from tlcapture.exchange.single_files import read_single_files
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.exported_vectors import restore_vectors
+from tlcapture.storage.experiments.layout import Layout
+from tlcapture.traits.vector_sources.exported import restore_vectors
 
 NOTE = {"id": "0123456789ab", "prompt_set": "odd", "name": "1", "start": 0, "stop": 1, "tokens": ["<bos>"], "text": "a",
         "revision": 1, "created": "now", "updated": "now"}  # fmt: skip

@@ -20,19 +20,19 @@ from tests.input.strategies import Damaged, check_refusal, damaged_json, replace
 from tests.page.conftest import N_HEADS, N_LAYERS, TRAIT, attention, logit_lens, projection
 from tlcapture.commands.evaluate import draw_heatmaps
 from tlcapture.commands.project import ProjectOptions, run_project
+from tlcapture.commands.projecting.top_traits import summary_of
 from tlcapture.commands.steer import draw_curves, read_questions
-from tlcapture.commands.top_traits import summary_of
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.names import Trait, is_safe_name
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.runs.report import RunReport
-from tlcapture.storage.config import read_config, update_config
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.config import read_config, update_config
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json
-from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import Evaluation
+from tlcapture.traits.projections.token_scores import TokenScores
 from tlcapture.traits.selection import effect_sizes, select, steering_runs
-from tlcapture.traits.token_scores import TokenScores
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import read_vector, write_vector
 from tlcapture.views.saved_attention import read_attention

@@ -18,14 +18,14 @@ from tests.input import captures
 from tests.input.strategies import at_most, check_refusal
 from tests.page.conftest import TRAIT, write_experiment
 from tlcapture.captures.capture import Capture
-from tlcapture.commands.capture_outputs import write_capture
 from tlcapture.commands.project import ProjectOptions, run_project
+from tlcapture.commands.prompt_files.outputs import write_capture
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait, is_safe_name
 from tlcapture.page.contents import Contents
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import write_json
-from tlcapture.storage.layout import Layout
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import write_vector
 

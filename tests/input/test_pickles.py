@@ -18,11 +18,11 @@ from tests.input import captures
 from tests.input.strategies import check_refusal
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import ModelError, StorageError
-from tlcapture.models import embedded
+from tlcapture.models.checkpoints import embedded
 from tlcapture.models.loading import load_model
 from tlcapture.names import Trait
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_tensors
-from tlcapture.storage.layout import Layout
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import read_vector
 

@@ -18,10 +18,10 @@ from safetensors.numpy import load_file, save_file
 from tests.input.strategies import check_refusal
 from tlcapture.errors import StorageError
 from tlcapture.page.contents import Contents
-from tlcapture.storage.compact_files import is_written_compact, open_compact
-from tlcapture.storage.projection_shards import Shard
-from tlcapture.storage.safetensors_files import TensorFile, TensorSpec, write_safetensors
-from tlcapture.storage.shard_writing import write_prompt
+from tlcapture.storage.compact.compact_files import is_written_compact, open_compact
+from tlcapture.storage.compact.projection_shards import Shard
+from tlcapture.storage.compact.safetensors_files import TensorFile, TensorSpec, write_safetensors
+from tlcapture.storage.compact.shard_writing import write_prompt
 from tlcapture.views.kept_tokens import Positions
 from tlcapture.views.saved_attention import read_attention, write_attention
 from tlcapture.views.saved_lens import read_lens, write_lens

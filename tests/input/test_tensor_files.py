@@ -22,8 +22,8 @@ from tlcapture.captures.capture import Capture
 from tlcapture.commands.project import ProjectOptions, run_project
 from tlcapture.errors import StorageError, TlcaptureError, VectorError
 from tlcapture.names import Trait
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_tensors
-from tlcapture.storage.layout import Layout
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import read_vector, write_vector
 

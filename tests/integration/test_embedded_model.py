@@ -16,13 +16,13 @@ from tlcapture.doctor.reference import reference_run
 from tlcapture.doctor.run import check_model
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Generation
-from tlcapture.generation.sampling import Sampling
-from tlcapture.models.embedded import embedded_folder
+from tlcapture.generation.sampling.next_token import Sampling
+from tlcapture.models.checkpoints.embedded import embedded_folder
 from tlcapture.models.loading import from_hooked_transformer, load_model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.prompts.tokenization import tokenize
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
 from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.logit_lens import logit_lens_view
 from tlcapture.views.residual import residual_hooks, residual_view

@@ -18,14 +18,14 @@ from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.page.contents import Contents
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json
-from tlcapture.storage.layout import Layout
 from tlcapture.traits.missing_vectors import no_vectors_of_trait
-from tlcapture.traits.packaged_vectors import packaged_files
-from tlcapture.traits.projection_files import ProjectionFile
-from tlcapture.traits.reference import read_reference
+from tlcapture.traits.projections.files import ProjectionFile
+from tlcapture.traits.statistics.reference import read_reference
 from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vector_sources.packaged import packaged_files
 from tlcapture.traits.vectors import read_vector
 
 COMMAND = ["capture", "--prompt", "How do tides work?", "--max-new-tokens", "12", "--temperature", "0"]
@@ -130,7 +130,7 @@ def test_those_whose_activations_are_not_kept_are_left_out(
 
 def test_vectors_of_its_own_and_the_roots_come_first(captured: tuple[Path, Result], tmp_path: Path) -> None:
     from tlcapture.traits.choice import VectorChoice
-    from tlcapture.traits.packaged_vectors import vectors_layout
+    from tlcapture.traits.vector_sources.packaged import vectors_layout
     from tlcapture.traits.vectors import write_vector
 
     own = Layout(tmp_path, "own")
@@ -177,7 +177,7 @@ def test_without_projection_none_are_unpacked(root: Path, tlcapture: Command, mo
     def refuse(*_: Any) -> None:
         raise AssertionError("unpacked")
 
-    monkeypatch.setattr("tlcapture.traits.packaged_vectors.packaged_layout", refuse)
+    monkeypatch.setattr("tlcapture.traits.vector_sources.packaged.packaged_layout", refuse)
     result = tlcapture(*COMMAND, "--no-project")
     assert result.exit_code == 0
     assert PROJECTED_ONTO_PACKAGED not in result.output
@@ -204,7 +204,7 @@ def test_what_comes_with_the_package_is_whole() -> None:
     vectors = list(packaged_files().glob("vectors/*/*.safetensors"))
     assert len(vectors) == 10
     assert sum(path.stat().st_size for path in vectors) < 1.2e6
-    from tlcapture.traits.packaged_vectors import packaged_layout
+    from tlcapture.traits.vector_sources.packaged import packaged_layout
 
     reference = read_reference(packaged_layout(), "residual")
     assert reference is not None

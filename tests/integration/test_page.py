@@ -22,8 +22,8 @@ from tests.page.test_comparisons import comparison
 from tlcapture.captures.capture import Capture
 from tlcapture.cli.main import main
 from tlcapture.page.export import export_page
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import write_tensors
-from tlcapture.storage.layout import Layout
 
 TRAIT = "style/formality"
 VIEWS = ("dynamics", "layers", "lens", "attention", "internals", "vectors", "compare", "difference")

@@ -13,18 +13,18 @@ import tlcapture
 from tlcapture import Capture, Experiment
 from tlcapture.captures.capture import CapturedPart
 from tlcapture.coloured_tokens import ColouredTokens
-from tlcapture.explore.attention_heads import AttentionHeads
-from tlcapture.explore.capture_figures import CaptureFigures
 from tlcapture.explore.captured_sets import AllCaptures, Captures
-from tlcapture.explore.live_capture import LiveCapture
-from tlcapture.explore.logit_lens_table import LogitLensTable
-from tlcapture.explore.offline_figure import OfflineFigure
+from tlcapture.explore.figures.attention_heads import AttentionHeads
+from tlcapture.explore.figures.capture_figures import CaptureFigures
+from tlcapture.explore.figures.logit_lens_table import LogitLensTable
+from tlcapture.explore.figures.offline_figure import OfflineFigure
+from tlcapture.explore.live.live_capture import LiveCapture
 from tlcapture.explore.projection_frames import COLUMNS
 from tlcapture.explore.saved_capture import SavedCapture
-from tlcapture.traits.dynamics import Dynamics
-from tlcapture.traits.projection import Projection
+from tlcapture.traits.projections.projection import Projection
+from tlcapture.traits.projections.token_scores import TokenScores
 from tlcapture.traits.selection import Selection
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.traits.statistics.dynamics import Dynamics
 from tlcapture.traits.vectors import TraitVector
 
 PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.page.conftest import HOSTILE, N_LAYERS, N_PROMPT, TOKENS, TRAIT, write
-from tlcapture.commands.compare_summary import SavedComparisons
+from tlcapture.commands.comparing.summary import SavedComparisons
 from tlcapture.errors import InputError, StorageError
 from tlcapture.page.contents import Contents
 from tlcapture.page.export import export_page

@@ -17,12 +17,12 @@ from tests.page.conftest import HOSTILE, N_HEADS, N_LAYERS, projection, write, w
 from tests.page.test_comparisons import comparison
 from tlcapture.captures.notes import Marked, add_note, read_notes
 from tlcapture.commands.plots import PERSISTS
-from tlcapture.explore.figures import trajectory_figure
+from tlcapture.explore.figures.drawing import trajectory_figure
 from tlcapture.page.export import export_page
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import write_tensors
-from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import locked
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.traits.projections.token_scores import TokenScores
 
 LONG = [f" w{number}" for number in range(40)]
 LONG[0], LONG[9], LONG[25], LONG[26] = "<bos>", HOSTILE, "שלום", "日本"

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from tlcapture.page.internals import internals_of_layer
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import write_tensors
-from tlcapture.storage.layout import Layout
 
 
 def test_internals_without_tokens_have_no_norms(tmp_path: Path) -> None:

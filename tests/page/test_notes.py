@@ -25,7 +25,7 @@ from tlcapture.explore.experiment import Experiment
 from tlcapture.page.contents import Contents
 from tlcapture.page.export import export_page
 from tlcapture.page.server import page_app
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 
 HOST = "http://127.0.0.1:8765"
 PATH = "/api/exp/sets/odd/1/notes"

@@ -16,11 +16,11 @@ import torch
 
 from tests.input.test_capture_index import made as tiny_capture
 from tests.page.conftest import N_PROMPT, TOKENS, TRAIT, projection, write
-from tlcapture.commands import top_traits
-from tlcapture.commands.top_traits import summary_of
+from tlcapture.commands.projecting import top_traits
+from tlcapture.commands.projecting.top_traits import summary_of
 from tlcapture.page import long_reading
 from tlcapture.page.contents import Contents
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 
 OTHER = "style/quiet"
 N_DIRECTIONS = 21

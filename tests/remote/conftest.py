@@ -43,7 +43,7 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for what is kept of remote roots."""
-    from tlcapture.storage import remote_roots
+    from tlcapture.storage.remote import roots as remote_roots
 
     folder = tmp_path / "cache"
     monkeypatch.setattr(remote_roots, "cache_folder", lambda: folder)

@@ -24,7 +24,7 @@ from tests.cli.test_evaluate_and_steer import with_questions
 from tests.conftest import quick_evaluations, unrendered_figures
 from tests.test_documentation import commands_of
 from tlcapture.errors import InputError
-from tlcapture.storage import remote_roots
+from tlcapture.storage.remote import roots as remote_roots
 
 Run = Callable[..., Result]
 _TIMES = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[0-9.]*(?:\+00:00|Z)?|\d{19}")
@@ -165,7 +165,7 @@ def test_the_python_api_and_the_page_read_and_write(s3: Any, captured: str, tiny
 
     from tlcapture import Experiment, capture, load_model
     from tlcapture.page.server import page_app
-    from tlcapture.storage.remote_roots import root_folder
+    from tlcapture.storage.remote.roots import root_folder
 
     assert Experiment.list(captured) == ["default"]
     exp = Experiment("default", captured)
@@ -189,7 +189,7 @@ def test_the_page_shows_what_another_machine_captured(s3: Any, captured: str, mo
     from starlette.testclient import TestClient
 
     from tlcapture.page import server
-    from tlcapture.storage.remote_roots import root_folder
+    from tlcapture.storage.remote.roots import root_folder
 
     monkeypatch.setattr(server, "FRESH", 0.0)
     page = TestClient(server.page_app(root_folder(captured)), base_url="http://localhost")
@@ -203,7 +203,7 @@ def test_notes_of_the_page_are_objects_of_the_store(s3: Any, captured: str) -> N
     from starlette.testclient import TestClient
 
     from tlcapture.page.server import page_app
-    from tlcapture.storage.remote_roots import root_folder
+    from tlcapture.storage.remote.roots import root_folder
 
     page, own = TestClient(page_app(root_folder(captured)), base_url="http://127.0.0.1:8765"), "http://127.0.0.1:8765"
     path, headers = "/api/default/sets/short/1/notes", {"Origin": own}

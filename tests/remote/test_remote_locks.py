@@ -18,12 +18,13 @@ from tlcapture.runs.display import Display
 from tlcapture.runs.prompt_shares import PromptShare
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.storage import remote_locks, remote_roots
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.locks import locked
-from tlcapture.storage.object_stores import Store
-from tlcapture.storage.remote_roots import root_folder, store_of
-from tlcapture.storage.working_copies import HOST
+from tlcapture.storage.remote import locks as remote_locks
+from tlcapture.storage.remote import roots as remote_roots
+from tlcapture.storage.remote.object_stores import Store
+from tlcapture.storage.remote.roots import root_folder, store_of
+from tlcapture.storage.remote.working_copies import HOST
 
 
 class Lines(Display):

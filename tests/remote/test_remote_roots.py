@@ -19,10 +19,12 @@ from click.testing import CliRunner
 
 from tlcapture.cli.main import main
 from tlcapture.errors import InputError, NoSpaceError, StorageError, TlcaptureError
-from tlcapture.storage import files, remote_roots, working_copies
-from tlcapture.storage.config import read_config, update_config
-from tlcapture.storage.layout import Layout, existing_experiments
-from tlcapture.storage.remote_roots import local, refresh, root_folder
+from tlcapture.storage import files
+from tlcapture.storage.experiments.config import read_config, update_config
+from tlcapture.storage.experiments.layout import Layout, existing_experiments
+from tlcapture.storage.remote import roots as remote_roots
+from tlcapture.storage.remote import working_copies
+from tlcapture.storage.remote.roots import local, refresh, root_folder
 
 TOP = Path(__file__).parents[2]
 

@@ -19,9 +19,9 @@ from tlcapture.runs.background_writer import BackgroundWriter, Job
 from tlcapture.runs.display import Display
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
-from tlcapture.storage.file_index import Learned
+from tlcapture.storage.experiments.file_index import Learned
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import FileState, Written
-from tlcapture.storage.layout import Layout
 
 LAYOUT = Layout(Path("x"), "exp")
 WRITERS = [0, 1, 3]

@@ -15,8 +15,8 @@ from tlcapture.errors import StorageError
 from tlcapture.names import Trait
 from tlcapture.runs.received_files import store_outputs
 from tlcapture.runs.report import Done
-from tlcapture.storage.config import read_config
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.config import read_config
+from tlcapture.storage.experiments.layout import Layout
 
 RAW = "experiments/exp/inference/raw/residual/odd/1.pt"
 
@@ -89,8 +89,8 @@ def test_without_overwrite_a_file_that_cannot_be_read_is_kept_and_named(tmp_path
 def test_returned_projections_in_the_compact_form_join_those_that_are_there(tmp_path: Path) -> None:
     """A worker does not see what the experiment holds: other traits stay, and what replaces a JSON file removes it."""
     from tests.input.test_safetensors_files import shard_file
-    from tlcapture.storage.shard_writing import merge_shards
-    from tlcapture.traits.saved_projections import all_saved
+    from tlcapture.storage.compact.shard_writing import merge_shards
+    from tlcapture.traits.projections.saved import all_saved
 
     here, there = Layout(tmp_path / "here", "exp"), Layout(tmp_path / "there", "exp")
     for layout, trait in ((here, "tone/warm"), (there, "tone/loud")):

@@ -20,10 +20,10 @@ from tlcapture.commands import plots
 from tlcapture.commands.pictures import write_pictures
 from tlcapture.commands.plots import PERSISTS, evaluation_heatmaps, projection_picture, steering_curves
 from tlcapture.errors import InputError, StorageError
-from tlcapture.explore.figures import trajectory_figure
+from tlcapture.explore.figures.drawing import trajectory_figure
 from tlcapture.names import Trait
 from tlcapture.page.assets import STATIC
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.traits.evaluation_files import EvaluationRow
 from tlcapture.traits.steering_files import SteeringResults
 
@@ -177,7 +177,7 @@ def test_long_captures_and_captures_of_one_token_are_drawn() -> None:
 
 def test_pictures_load_no_torch(layout: Layout, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tlcapture.storage.layout import Layout\n"
+        "import sys; from pathlib import Path; from tlcapture.storage.experiments.layout import Layout\n"
         "from tlcapture.commands.pictures import write_pictures\n"
         f"root = Path({str(tmp_path)!r})\n"
         "write_pictures(Layout(root, 'exp'), 'short', ['2.5'], root / 'out')\n"

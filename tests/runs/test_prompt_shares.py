@@ -15,7 +15,7 @@ from tlcapture.errors import InputError
 from tlcapture.runs.prompt_shares import PromptShare
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 
 WHAT = "captures of short"
 

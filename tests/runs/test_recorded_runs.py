@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tlcapture.runs.recorded_runs import CaptureAtWork, capture_at_work
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.locks import locked
 
 

@@ -12,8 +12,8 @@ from scipy.stats import spearmanr
 
 from tlcapture.commands.against_steering import _p, against_steering
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.change_points import autoregressive
+from tlcapture.storage.experiments.layout import Layout
+from tlcapture.traits.statistics.change_points import autoregressive
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import write_vector
 

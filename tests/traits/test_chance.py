@@ -10,11 +10,11 @@ import torch
 
 from tlcapture.errors import StorageError
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.chance import N_DIRECTIONS, RandomDirections, _Layer
-from tlcapture.traits.projection import project
-from tlcapture.traits.reference import Reference, read_reference
+from tlcapture.storage.experiments.layout import Layout
+from tlcapture.traits.projections.projection import project
 from tlcapture.traits.selection import Selection
+from tlcapture.traits.statistics.chance import N_DIRECTIONS, RandomDirections, _Layer
+from tlcapture.traits.statistics.reference import Reference, read_reference
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.kept_tokens import Positions
 from tlcapture.views.residual import ResidualStream
@@ -157,7 +157,7 @@ def test_a_reference_is_read_as_it_was_written_and_a_damaged_one_refused(tmp_pat
 def test_vectors_of_several_layers_have_the_chance_levels_that_each_has_alone(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tlcapture.traits.chance._AT_ONCE", at_once)
+    monkeypatch.setattr("tlcapture.traits.statistics.chance._AT_ONCE", at_once)
     vectors = [vector(2, "a"), vector(0, "b"), vector(2, "c"), vector(1, "d")]
     together = projected(RandomDirections(reference(), LAYERS, WIDTH), *vectors)
     for each, found in zip(vectors, together, strict=True):

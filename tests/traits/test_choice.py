@@ -12,9 +12,9 @@ import torch
 
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.traits.choice import ChosenVectors, VectorChoice, VectorChooser, choose_vectors
-from tlcapture.traits.dynamics import dynamics
+from tlcapture.traits.statistics.dynamics import dynamics
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import write_vector
 from tlcapture.views.kept_points import KeptPoints

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tlcapture.traits.critical_values import (
+from tlcapture.traits.statistics.critical_values import (
     REFERENCE_TOKENS,
     critical_score,
     critical_score_within,

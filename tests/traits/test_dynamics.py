@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tlcapture.errors import NumericalError
-from tlcapture.traits.change_points import _clarities, _fitted, autoregressive, change_points
-from tlcapture.traits.critical_values import LEVEL
-from tlcapture.traits.dynamics import Motion, Strengths, dynamics
-from tlcapture.traits.rises import BLOCK, SMOOTHED, _permuted, peak_of, rises, smoothed
+from tlcapture.traits.statistics.change_points import _clarities, _fitted, autoregressive, change_points
+from tlcapture.traits.statistics.critical_values import LEVEL
+from tlcapture.traits.statistics.dynamics import Motion, Strengths, dynamics
+from tlcapture.traits.statistics.rises import BLOCK, SMOOTHED, _permuted, peak_of, rises, smoothed
 from tlcapture.views.kept_tokens import Positions
 
 TRIALS = 4000

@@ -12,11 +12,11 @@ from tlcapture.cli.main import main
 from tlcapture.errors import TlcaptureError
 from tlcapture.explore.experiment_vectors import ExperimentVectors
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.traits.missing_vectors import no_vectors_of_trait
-from tlcapture.traits.packaged_vectors import packaged_layout
 from tlcapture.traits.selection import select
 from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vector_sources.packaged import packaged_layout
 from tlcapture.traits.vectors import write_vector
 
 TRAIT = Trait("behavioral", "refusal")

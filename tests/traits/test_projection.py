@@ -11,10 +11,10 @@ from tlcapture.errors import NumericalError, VectorError
 from tlcapture.names import Trait
 from tlcapture.storage.files import write_json
 from tlcapture.traits.centring import Centred
-from tlcapture.traits.chance import RandomDirections
-from tlcapture.traits.projection import dynamics_of_file, project, projections_to_json
-from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.projections.files import ProjectionFile
+from tlcapture.traits.projections.projection import dynamics_of_file, project, projections_to_json
 from tlcapture.traits.selection import Selection
+from tlcapture.traits.statistics.chance import RandomDirections
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.hooks import POINTS
 from tlcapture.views.kept_tokens import Positions

@@ -14,9 +14,9 @@ import torch
 
 from tlcapture.errors import InputError, StorageError, VectorError
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.critical_values import critical_score
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.traits.selection import fallback_layer, select, steering_results
+from tlcapture.traits.statistics.critical_values import critical_score
 from tlcapture.traits.steering_files import SteeringRun, largest_by_chance
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import read_vector, write_vector

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tlcapture.prompts.spans import TokenSpan, unfound
-from tlcapture.traits.dynamics import dynamics
-from tlcapture.traits.span_dynamics import by_span
+from tlcapture.traits.statistics.dynamics import dynamics
+from tlcapture.traits.statistics.span_dynamics import by_span
 
 
 def span(kind: str, role: str | None, start: int, stop: int) -> TokenSpan:

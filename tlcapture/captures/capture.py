@@ -24,7 +24,7 @@ from tlcapture.captures.format import FORMAT_VERSION, CaptureContent, PartConten
 from tlcapture.captures.index import index_record, read_index
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
-from tlcapture.models.finite_weights import remedy
+from tlcapture.models.checkpoints.finite_weights import remedy
 from tlcapture.names import PromptId
 from tlcapture.prompts.spans import TokenSpan, labels_of
 from tlcapture.shapes import Residual

@@ -19,7 +19,7 @@ from tlcapture.captures.provenance import (
 )
 from tlcapture.errors import StorageError
 from tlcapture.generation.outcomes import Generation
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.sampling.next_token import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.prompts.thinking import response_spans
 from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, decode, token_texts

@@ -14,7 +14,7 @@ import orjson
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.capture_names import CaptureNames
 from tlcapture.prompts.conversations import without_system
-from tlcapture.storage.file_index import Facts, as_facts
+from tlcapture.storage.experiments.file_index import Facts, as_facts
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens, Positions, kept_of
 

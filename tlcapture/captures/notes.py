@@ -23,11 +23,11 @@ from pydantic import Field, StringConstraints, model_validator
 from tlcapture.captures.provenance import now
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId, check_capture_set, file_name
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json, remove, write_json
 from tlcapture.storage.folders import stems_in
-from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import locked
-from tlcapture.storage.remote_roots import refresh
+from tlcapture.storage.remote.roots import refresh
 from tlcapture.storage.validation import Count, FileContent, checked
 from tlcapture.text import is_unicode
 

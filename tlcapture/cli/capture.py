@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.command import command
-from tlcapture.cli.console import Console
-from tlcapture.cli.given_prompts import given_prompt_options, given_prompts
-from tlcapture.cli.grouping import collected
-from tlcapture.cli.interventions import InOrder, InterventionOptions, intervention_options
-from tlcapture.cli.model_options import ModelOptions, model_options
-from tlcapture.cli.option_types import Count, LayerOrWord, TemplateArg, Text
-from tlcapture.cli.options import (
+from tlcapture.cli.options.cluster import ClusterOptions, cluster_options
+from tlcapture.cli.options.given_prompts import given_prompt_options, given_prompts
+from tlcapture.cli.options.grouping import collected
+from tlcapture.cli.options.interventions import InOrder, InterventionOptions, intervention_options
+from tlcapture.cli.options.model import ModelOptions, model_options
+from tlcapture.cli.options.sampling import SamplingOptions, sampling_options
+from tlcapture.cli.options.shared import (
     KeptOptions,
     Location,
     PromptSetOptions,
@@ -31,22 +30,23 @@ from tlcapture.cli.options import (
     shard_option,
     vector_options,
 )
-from tlcapture.cli.sampling import SamplingOptions, sampling_options
-from tlcapture.cli.tables import Column
-from tlcapture.cli.top_traits import show_top_traits
-from tlcapture.cli.variants import VariantOptions, check_target, variant_options, without_effect_on_replay
+from tlcapture.cli.options.types import Count, LayerOrWord, TemplateArg, Text
+from tlcapture.cli.options.variants import VariantOptions, check_target, variant_options, without_effect_on_replay
+from tlcapture.cli.output.console import Console
+from tlcapture.cli.output.tables import Column
+from tlcapture.cli.output.top_traits import show_top_traits
 from tlcapture.cli.work import working
 from tlcapture.names import base_set, variant_of
 from tlcapture.prompts.response_lengths import NEW_TOKENS, THINKING_TOKENS
 from tlcapture.text import counted, format_bytes
 
 if TYPE_CHECKING:
-    from tlcapture.commands.capture_options import CaptureOptions
-    from tlcapture.commands.given_responses import GivenResponses
+    from tlcapture.commands.capturing.given_responses import GivenResponses
+    from tlcapture.commands.capturing.options import CaptureOptions
     from tlcapture.prompts.prompt_sets import PromptSet
     from tlcapture.runs.model_loader import ModelLoader
     from tlcapture.runs.prompt_shares import PromptShare
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.experiments.layout import Layout
 
 _MOST_PATHS = 20  # that a dry run lists
 
@@ -85,7 +85,7 @@ class _Settings:
 
     def capture_options(self, responses_from: GivenResponses | None) -> CaptureOptions:
         """The options of the command, with the captures whose tokens are run, if any."""
-        from tlcapture.commands.capture_options import ALL_LAYERS, CaptureOptions
+        from tlcapture.commands.capturing.options import ALL_LAYERS, CaptureOptions
 
         layers = tuple(layer for layer in self.layer_internals if isinstance(layer, int))
         return CaptureOptions(
@@ -214,9 +214,9 @@ def capture(
         load.require()
     _check_vectors(location, settings)
     executor = cluster.make_executor(settings.batch_size, can_collect=not settings.projections_only)
-    from tlcapture.commands.adhoc_prompts import numbered_on
     from tlcapture.commands.capture import run_capture
-    from tlcapture.commands.capture_interventions import with_vectors
+    from tlcapture.commands.capturing.adhoc_prompts import numbered_on
+    from tlcapture.commands.capturing.interventions import with_vectors
 
     options = with_vectors(settings.capture_options(responses), layout, load)
     if responses is not None:
@@ -285,7 +285,7 @@ def _prompt_sets(
     for name in chosen.prompt_set:
         found = None
         if name == ADHOC and name not in location.datasets.prompt_sets():
-            from tlcapture.commands.adhoc_prompts import captured_adhoc
+            from tlcapture.commands.capturing.adhoc_prompts import captured_adhoc
 
             found, refused = captured_adhoc(location.layout)
         sets.append(found or read_prompt_set(location.datasets, name))
@@ -297,8 +297,8 @@ def _check_vectors(location: Location, settings: _Settings) -> None:
     experiment = settings.vectors.vector_experiment
     if experiment is None or (settings.no_project and not settings.interventions.are_given):
         return
-    from tlcapture.traits.packaged_vectors import vectors_layout
     from tlcapture.traits.vector_files import traits_with_vectors
+    from tlcapture.traits.vector_sources.packaged import vectors_layout
 
     source = vectors_layout(location.root, experiment)
     source.check_exists()
@@ -318,7 +318,7 @@ def _show_estimate(
     from tlcapture.commands.capture import estimate_capture
     from tlcapture.runs.report import Failed
     from tlcapture.storage.files import free_bytes
-    from tlcapture.storage.remote_roots import is_remote
+    from tlcapture.storage.remote.roots import is_remote
 
     estimate, affected = estimate_capture(layout, sets, options, load, elsewhere=elsewhere)
     free = None if is_remote(layout.folder) else free_bytes(layout.folder)

@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
+from tlcapture.cli.output.streams import lasting_streams
 from tlcapture.cli.settings_file import named_root, root_named, settings_of
-from tlcapture.cli.streams import lasting_streams
 from tlcapture.text import did_you_mean
 
 _OTHER = "Options"
@@ -87,7 +87,7 @@ class Command(_Printing):
         return super().parse_args(ctx, args)
 
     def _settings(self, ctx: click.Context, args: list[str]) -> dict[str, Any]:
-        from tlcapture.storage.object_stores import is_url
+        from tlcapture.storage.remote.object_stores import is_url
 
         try:
             os.getcwd()

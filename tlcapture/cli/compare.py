@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli import completion
-from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.command import command
-from tlcapture.cli.console import Console
-from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import PromptSets, Traits
-from tlcapture.cli.options import Location, VectorOptions, root_option, vector_options
-from tlcapture.cli.tables import Column
+from tlcapture.cli.options import completion
+from tlcapture.cli.options.cluster import ClusterOptions, cluster_options
+from tlcapture.cli.options.grouping import collected
+from tlcapture.cli.options.shared import Location, VectorOptions, root_option, vector_options
+from tlcapture.cli.options.types import PromptSets, Traits
+from tlcapture.cli.output.console import Console
+from tlcapture.cli.output.tables import Column
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
 from tlcapture.text import counted
 
 if TYPE_CHECKING:
-    from tlcapture.commands.compare_summary import ComparisonSummary
+    from tlcapture.commands.comparing.summary import ComparisonSummary
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def compare(console: Console, settings: _Settings, vectors: VectorOptions, clust
     (cosine and norm ratio by layer), and next-token distributions (KL of A from B, in nats). Writes
     experiments/A/analysis/compare.
     """
-    from tlcapture.commands.compared_sets import CaptureSet, compared_sets
+    from tlcapture.commands.comparing.compared_sets import CaptureSet, compared_sets
 
     a, b = (CaptureSet.parse(settings.root, text) for text in (settings.a, settings.b))
     sets = compared_sets(a, b, settings.prompt_set or ())
@@ -96,7 +96,7 @@ def compare(console: Console, settings: _Settings, vectors: VectorOptions, clust
     report = run_compare(sets, options, console, executor)
     if report.failures and not report.n_files:
         return
-    from tlcapture.commands.compare_summary import SavedComparisons
+    from tlcapture.commands.comparing.summary import SavedComparisons
 
     found = [SavedComparisons(each.a.layout, each.other, each.a.name or "").summary() for each in sets]
     summaries = [each for each in found if each.n_files]

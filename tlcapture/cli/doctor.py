@@ -10,9 +10,9 @@ from pathlib import Path
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.console import Console, one_line_errors
-from tlcapture.cli.model_options import MODEL_NAMES, EngineOptions, engine_options
-from tlcapture.cli.tables import Coloured, Column, echo_table
+from tlcapture.cli.options.model import MODEL_NAMES, EngineOptions, engine_options
+from tlcapture.cli.output.console import Console, one_line_errors
+from tlcapture.cli.output.tables import Coloured, Column, echo_table
 
 _COLUMNS = (Column(min_width=len("not applicable")), Column(min_width=len("raw basis")), Column())
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}

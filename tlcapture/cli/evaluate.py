@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.command import command
-from tlcapture.cli.console import Console
-from tlcapture.cli.model_options import ModelOptions, model_options
-from tlcapture.cli.options import (
+from tlcapture.cli.options.cluster import ClusterOptions, cluster_options
+from tlcapture.cli.options.model import ModelOptions, model_options
+from tlcapture.cli.options.shared import (
     GridOptions,
     Location,
     batch_size_option,
@@ -22,7 +21,8 @@ from tlcapture.cli.options import (
     location_options,
     seed_option,
 )
-from tlcapture.cli.tables import Column
+from tlcapture.cli.output.console import Console
+from tlcapture.cli.output.tables import Column
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tlcapture.commands.evaluate import EvaluateOptions
     from tlcapture.runs.executors import Executor
     from tlcapture.runs.model_loader import ModelLoader
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.experiments.layout import Layout
     from tlcapture.traits.evaluation_files import CarryOverRow, Evaluation, TraitEvaluation
 
 
@@ -147,7 +147,7 @@ def _carry_over(
 def _steering(layout: Layout, scored: Sequence[tuple[Trait, CarryOverRow]]) -> str | None:
     """The command that steers with the first vector of a trait that was not steered with, and others like it."""
     from tlcapture.commands.steer import is_steerable
-    from tlcapture.storage.command_lines import command_line
+    from tlcapture.storage.experiments.command_lines import command_line
 
     left = [
         (row.method, row.layer, str(trait))

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.console import Console
-from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import ByteSize, LayersOrNone, NewPath, PromptSets, StreamPoints
-from tlcapture.cli.options import Location, location_options
+from tlcapture.cli.options.grouping import collected
+from tlcapture.cli.options.shared import Location, location_options
+from tlcapture.cli.options.types import ByteSize, LayersOrNone, NewPath, PromptSets, StreamPoints
+from tlcapture.cli.output.console import Console
 from tlcapture.cli.work import working
 from tlcapture.text import counted, format_bytes, layers_named, shell_join
 
@@ -80,7 +80,7 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
 
     Vectors are written as safetensors and as GGUF control vectors. "tlcapture import" makes an experiment of it again.
     """
-    from tlcapture.storage.remote_roots import check_local
+    from tlcapture.storage.remote.roots import check_local
 
     check_local(settings.to, "--to")
     location.layout.check_exists()
@@ -108,7 +108,7 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
 
 
 def _show(console: Console, root: Path, settings: _Settings, manifest: Manifest) -> None:
-    from tlcapture.storage.command_lines import root_words
+    from tlcapture.storage.experiments.command_lines import root_words
 
     size = sum(path.stat().st_size for path in settings.to.rglob("*") if path.is_file())
     console.line(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import click
 
-from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.command import command
-from tlcapture.cli.console import Console
-from tlcapture.cli.model_options import ModelOptions, model_options
-from tlcapture.cli.options import (
+from tlcapture.cli.options.cluster import ClusterOptions, cluster_options
+from tlcapture.cli.options.model import ModelOptions, model_options
+from tlcapture.cli.options.shared import (
     GridOptions,
     Location,
     batch_size_option,
@@ -17,6 +16,7 @@ from tlcapture.cli.options import (
     location_options,
     seed_option,
 )
+from tlcapture.cli.output.console import Console
 from tlcapture.cli.work import working
 
 

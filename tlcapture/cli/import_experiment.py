@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.console import Console
-from tlcapture.cli.options import Location, location_options
+from tlcapture.cli.options.shared import Location, location_options
+from tlcapture.cli.output.console import Console
 from tlcapture.cli.work import working
 from tlcapture.text import counted
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.completion import experiments
-from tlcapture.cli.console import Console, one_line_errors
-from tlcapture.cli.options import DEFAULT_EXPERIMENT, Location, root_option
-from tlcapture.cli.tables import Column, echo_table
+from tlcapture.cli.options.completion import experiments
+from tlcapture.cli.options.shared import DEFAULT_EXPERIMENT, Location, root_option
+from tlcapture.cli.output.console import Console, one_line_errors
+from tlcapture.cli.output.tables import Column, echo_table
 from tlcapture.errors import StorageError, TlcaptureError, refused_path
 from tlcapture.text import printable
 
 if TYPE_CHECKING:
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.experiments.layout import Layout
 
 _MOST_RUNS = 5
 
@@ -35,7 +35,7 @@ def list_experiments(experiment: str | None, root: Path) -> None:
 
 
 def _list_all(root: Path) -> None:
-    from tlcapture.storage.layout import Layout, existing_experiments
+    from tlcapture.storage.experiments.layout import Layout, existing_experiments
 
     names = existing_experiments(root)
     if not names:
@@ -68,7 +68,7 @@ def _list_all(root: Path) -> None:
 
 def _row(layout: Layout) -> tuple[str, ...]:
     """Name, model, and numbers of prompt sets, captures and traits of an experiment."""
-    from tlcapture.storage.config import read_config
+    from tlcapture.storage.experiments.config import read_config
 
     layout.check_exists()
     config = read_config(layout)
@@ -85,8 +85,8 @@ def _row(layout: Layout) -> tuple[str, ...]:
 
 
 def _list_one(root: Path, name: str) -> None:
-    from tlcapture.storage.layout import Layout
-    from tlcapture.traits.packaged_vectors import listed_vectors
+    from tlcapture.storage.experiments.layout import Layout
+    from tlcapture.traits.vector_sources.packaged import listed_vectors
 
     layout = Layout(root, name)
     layout.check_exists()

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.console import Console, one_line_errors
-from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import BatchSize, ByteSize, Count, Finite, Views
-from tlcapture.cli.options import KeptOptions, kept_options, save_dtype_option
-from tlcapture.cli.plan_output import Estimate
+from tlcapture.cli.options.grouping import collected
+from tlcapture.cli.options.shared import KeptOptions, kept_options, save_dtype_option
+from tlcapture.cli.options.types import BatchSize, ByteSize, Count, Finite, Views
+from tlcapture.cli.output.console import Console, one_line_errors
+from tlcapture.cli.output.plan import Estimate
 from tlcapture.plan.accelerators import ACCELERATORS
 
 if TYPE_CHECKING:
     import torch
 
-    from tlcapture.commands.capture_options import CaptureOptions
+    from tlcapture.commands.capturing.options import CaptureOptions
     from tlcapture.plan.cost import Pace, Workload
 
 _DEFAULT_BATCH = 16
@@ -51,7 +51,7 @@ class _WorkloadOptions:
         return Workload(self.prompts, self.prompt_tokens, options, vectors)
 
     def _capture_options(self) -> CaptureOptions:
-        from tlcapture.commands.capture_options import ALL_LAYERS, CaptureOptions
+        from tlcapture.commands.capturing.options import ALL_LAYERS, CaptureOptions
 
         layers = tuple(int(view.partition(":")[2]) for view in self.views if view.startswith("internals:"))
         return CaptureOptions(
@@ -175,14 +175,14 @@ def plan(
     Reads only the model's config, unless --measure loads the model. Writes nothing.
     """
     speed.check()
-    from tlcapture.models.sources import check_name
+    from tlcapture.models.checkpoints.sources import check_name
 
     check_name(model)
     import torch
 
-    from tlcapture.models.checkpoints import fetch_config, quiet_loading
+    from tlcapture.models.checkpoints.checkpoint import fetch_config, quiet_loading
+    from tlcapture.models.checkpoints.sources import source_of
     from tlcapture.models.sizes import Measures
-    from tlcapture.models.sources import source_of
     from tlcapture.plan.cost import cost_of
     from tlcapture.plan.memory import memory_of
     from tlcapture.plan.reductions import reductions
@@ -217,7 +217,7 @@ def _dtype(config: Any) -> torch.dtype:
 
 
 def _bound(gpu: str, config: Any, workload: Workload, efficiency: float) -> Pace:
-    from tlcapture.models.checkpoints import count_parameters
+    from tlcapture.models.checkpoints.checkpoint import count_parameters
     from tlcapture.models.sizes import Measures
     from tlcapture.plan.cost import bound_pace
 

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.command import command
-from tlcapture.cli.console import Console
-from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import NewPath, Traits
-from tlcapture.cli.options import (
+from tlcapture.cli.options.cluster import ClusterOptions, cluster_options
+from tlcapture.cli.options.grouping import collected
+from tlcapture.cli.options.shared import (
     Location,
     PromptSetOptions,
     VectorOptions,
@@ -23,7 +21,9 @@ from tlcapture.cli.options import (
     shard_option,
     vector_options,
 )
-from tlcapture.cli.top_traits import show_top_traits
+from tlcapture.cli.options.types import NewPath, Traits
+from tlcapture.cli.output.console import Console
+from tlcapture.cli.output.top_traits import show_top_traits
 from tlcapture.cli.work import working
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
@@ -33,7 +33,7 @@ from tlcapture.views.hooks import COMPONENTS
 if TYPE_CHECKING:
     from tlcapture.commands.project import ProjectOptions
     from tlcapture.runs.prompt_shares import PromptShare
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.experiments.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def project(
     Writes a score for each token, layer and point to experiments/NAME/inference/TRAIT, and the dynamics of the trait:
     its velocity, and when it commits and how long it persists, each beside chance.
     """
-    from tlcapture.storage.remote_roots import check_local
+    from tlcapture.storage.remote.roots import check_local
 
     check_local(settings.plot, "--plot")
     layout = location.layout
@@ -141,11 +141,11 @@ def project(
 
 def _check_request(location: Location, names: tuple[str, ...], settings: _Settings) -> None:
     """Raise `InputError` if captures or vectors are missing."""
-    from tlcapture.commands.saved_prompts import saved_prompts
-    from tlcapture.storage.config import read_config
+    from tlcapture.commands.projecting.saved_prompts import saved_prompts
+    from tlcapture.storage.experiments.config import read_config
     from tlcapture.traits.missing_vectors import PACKAGED
-    from tlcapture.traits.packaged_vectors import takes_packaged, vectors_layout
     from tlcapture.traits.vector_files import traits_with_vectors
+    from tlcapture.traits.vector_sources.packaged import takes_packaged, vectors_layout
 
     layout = location.layout
     for name in names:
@@ -159,7 +159,7 @@ def _check_request(location: Location, names: tuple[str, ...], settings: _Settin
 
 
 def _captured_prompt_sets(layout: Layout, chosen: PromptSetOptions, *, dynamics_only: bool) -> tuple[str, ...]:
-    from tlcapture.storage.command_lines import command_line
+    from tlcapture.storage.experiments.command_lines import command_line
 
     if (chosen.prompt_set is not None) == chosen.all_prompt_sets:
         raise click.UsageError("give one of --prompt-set NAME and --all-prompt-sets")

@@ -56,7 +56,7 @@ def settings_of(root: Path, of: click.Command, ctx: click.Context, all_options: 
 def _read(path: Path) -> dict[str, Any]:
     import tomllib
 
-    from tlcapture.storage.remote_roots import local
+    from tlcapture.storage.remote.roots import local
 
     try:
         return tomllib.loads(decoded(local(path).read_bytes()))
@@ -126,7 +126,7 @@ def named_root(args: Sequence[str]) -> str:
 
 def root_named(named: str) -> Path:
     """The folder of a root; raises `click.UsageError` if it cannot be reached."""
-    from tlcapture.storage.remote_roots import root_folder
+    from tlcapture.storage.remote.roots import root_folder
 
     try:
         return root_folder(named)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.console import one_line_errors
-from tlcapture.cli.options import Location, location_options
+from tlcapture.cli.options.shared import Location, location_options
+from tlcapture.cli.output.console import one_line_errors
 from tlcapture.errors import TlcaptureError
 from tlcapture.text import printable
 
@@ -30,7 +30,7 @@ def shell(location: Location) -> None:
     It defines `exp`, `captures`, `model` (loaded on first use) and the magic %capture_prompt.
     """
     from tlcapture.explore.experiment import Experiment
-    from tlcapture.models.embedded import NAME as EMBEDDED
+    from tlcapture.models.checkpoints.embedded import NAME as EMBEDDED
     from tlcapture.models.lazy_model import LazyModel
 
     exp = Experiment(location.experiment, location.root)
@@ -63,7 +63,7 @@ def _banner(exp: Experiment) -> str:
 
 def _load(own: str | None, exp: Experiment) -> Model:
     """The experiment's model, or the one that a first capture would use."""
-    from tlcapture.models.embedded import NAME as EMBEDDED
+    from tlcapture.models.checkpoints.embedded import NAME as EMBEDDED
     from tlcapture.models.loading import load_model
 
     click.echo(f"loading {own or EMBEDDED} ...", err=True)

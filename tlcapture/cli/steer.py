@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.command import command
-from tlcapture.cli.console import Console
-from tlcapture.cli.grouping import collected
-from tlcapture.cli.model_options import ModelOptions, model_options
-from tlcapture.cli.option_types import LayerList, Names, NumberList, Traits
-from tlcapture.cli.options import Location, location_options
-from tlcapture.cli.tables import Column
+from tlcapture.cli.options.cluster import ClusterOptions, cluster_options
+from tlcapture.cli.options.grouping import collected
+from tlcapture.cli.options.model import ModelOptions, model_options
+from tlcapture.cli.options.shared import Location, location_options
+from tlcapture.cli.options.types import LayerList, Names, NumberList, Traits
+from tlcapture.cli.output.console import Console
+from tlcapture.cli.output.tables import Column
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
 from tlcapture.text import counted
 
 if TYPE_CHECKING:
     from tlcapture.commands.steer import SteerOptions
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.experiments.layout import Layout
     from tlcapture.traits.steering_files import SteeringMonitoring, SteeringResults, SteeringRun
 
 

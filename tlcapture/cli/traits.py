@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.command import Group
-from tlcapture.cli.console import Console, one_line_errors
-from tlcapture.cli.option_types import OneTrait, Traits
-from tlcapture.cli.options import DEFAULT_EXPERIMENT, Location, examples_as_option, location_options, root_option
-from tlcapture.cli.tables import Column, echo_table
+from tlcapture.cli.options.shared import DEFAULT_EXPERIMENT, Location, examples_as_option, location_options, root_option
+from tlcapture.cli.options.types import OneTrait, Traits
+from tlcapture.cli.output.console import Console, one_line_errors
+from tlcapture.cli.output.tables import Column, echo_table
 from tlcapture.cli.work import working
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.names import Trait
@@ -26,8 +26,8 @@ from tlcapture.views.hooks import COMPONENTS
 if TYPE_CHECKING:
     from tlcapture.extraction.example_checks import Cue, ExampleCheck
     from tlcapture.extraction.examples import Examples
-    from tlcapture.storage.datasets import Datasets
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.experiments.datasets import Datasets
+    from tlcapture.storage.experiments.layout import Layout
 
 _MOST_SIZES = 3  # shown of the numbers of examples that traits have
 
@@ -50,7 +50,7 @@ def check(traits: tuple[Trait, ...], examples_as: str, root: Path) -> None:
 
     The exit status is 1 if a check fails: docs/traits.md says why each of them matters.
     """
-    from tlcapture.storage.datasets import Datasets
+    from tlcapture.storage.experiments.datasets import Datasets
 
     datasets = Datasets(root)
     for trait in traits:
@@ -139,9 +139,9 @@ def list_(location: Location, component: str) -> None:
 
     Names the traits whose examples have changed since their vectors were extracted.
     """
-    from tlcapture.storage.config import read_config
-    from tlcapture.storage.datasets import Datasets
-    from tlcapture.traits.packaged_vectors import packaged_layout, takes_packaged, vectors_layout
+    from tlcapture.storage.experiments.config import read_config
+    from tlcapture.storage.experiments.datasets import Datasets
+    from tlcapture.traits.vector_sources.packaged import packaged_layout, takes_packaged, vectors_layout
 
     layout = vectors_layout(location.root, location.experiment)
     layout.check_exists()
@@ -253,7 +253,7 @@ def import_(
     (steering-vectors), or a .pt, .safetensors, .npz or .npy file with one vector per layer. Their method is called
     "imported".
     """
-    from tlcapture.models.sources import check_name
+    from tlcapture.models.checkpoints.sources import check_name
 
     if not lexists(file):
         raise InputError(f"{file}: no such file")

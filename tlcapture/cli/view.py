@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.console import Console, one_line_errors
-from tlcapture.cli.option_types import Finite, NewPath, PromptSets
-from tlcapture.cli.options import Location, location_options
+from tlcapture.cli.options.shared import Location, location_options
+from tlcapture.cli.options.types import Finite, NewPath, PromptSets
+from tlcapture.cli.output.console import Console, one_line_errors
 from tlcapture.errors import InputError, StorageError
 from tlcapture.text import counted, first_lines, format_bytes, printable
 
 if TYPE_CHECKING:
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.experiments.layout import Layout
 
 
 @command(
@@ -56,8 +56,8 @@ def view(
 
     Serves the page to this machine only, until Ctrl-C.
     """
-    from tlcapture.storage.missing_captures import no_captures
-    from tlcapture.storage.remote_roots import check_local
+    from tlcapture.storage.experiments.missing_captures import no_captures
+    from tlcapture.storage.remote.roots import check_local
 
     if (export or png) and port is not None:
         raise click.UsageError("--port applies to serving, not to --export or --png")

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tlcapture.cli.console import Console
-from tlcapture.cli.grouping import together
-from tlcapture.cli.option_types import NewPath
+from tlcapture.cli.options.grouping import together
+from tlcapture.cli.options.types import NewPath
+from tlcapture.cli.output.console import Console
 from tlcapture.cli.stopping import Interrupted, StopSignals
 from tlcapture.errors import InputError, NoSpaceError, TlcaptureError, refused_path
 from tlcapture.folder_names import named
@@ -63,7 +63,7 @@ def working(command: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         if verbose and quiet:
             raise click.UsageError("give one of --verbose and --quiet")
-        from tlcapture.cli.logs import logging_to
+        from tlcapture.cli.output.logs import logging_to
         from tlcapture.storage.files import FSYNC, fsyncing
 
         try:
@@ -86,7 +86,7 @@ def working(command: Callable[..., None]) -> Callable[..., None]:
 
 def _check_places(ctx: click.Context, log_file: Path | None) -> None:
     """Raise a `TlcaptureError` for what a remote root cannot do."""
-    from tlcapture.storage.remote_roots import check_local, url_of
+    from tlcapture.storage.remote.roots import check_local, url_of
 
     check_local(log_file, "--log-file")
     root = ctx.params.get("root")

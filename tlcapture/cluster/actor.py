@@ -22,15 +22,15 @@ from typing import Any
 
 from tlcapture.cluster.board import State
 from tlcapture.errors import ClusterError, InputError, NoSpaceError, TlcaptureError
-from tlcapture.models.transfer import ModelFiles
+from tlcapture.models.checkpoints.transfer import ModelFiles
 from tlcapture.runs.display import Display, Progress
 from tlcapture.runs.executors import Make, Work, Worker
 from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.received_files import experiment_inputs
 from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import check_changes, read_bytes, write_bytes
-from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import is_held
 from tlcapture.storage.temporary_files import writer
 from tlcapture.text import first_line

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
-from tlcapture.storage.command_lines import command_line
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.command_lines import command_line
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.traits.selection import COHERENT, effect_sizes, steering_runs
 from tlcapture.traits.vector_files import VectorFiles
 

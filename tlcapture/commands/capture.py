@@ -17,16 +17,16 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from tlcapture.commands.affected_files import AffectedFiles
-from tlcapture.commands.capture_interventions import with_vectors
-from tlcapture.commands.capture_options import NO_CHOICE, CaptureOptions
-from tlcapture.commands.capture_projections import NOTHING_KEPT
-from tlcapture.commands.capture_records import CaptureRecord
-from tlcapture.commands.capture_size import CaptureSize, n_projections
-from tlcapture.commands.capture_tasks import CaptureTask, TaskPlanner
-from tlcapture.commands.capture_worker import CaptureWorker
-from tlcapture.commands.memory_need import PromptSize, Sized, check_memory, most_memory, prompt_sizes
-from tlcapture.commands.projection_writing import merge_projections
+from tlcapture.commands.capturing.affected_files import AffectedFiles
+from tlcapture.commands.capturing.interventions import with_vectors
+from tlcapture.commands.capturing.memory_need import PromptSize, Sized, check_memory, most_memory, prompt_sizes
+from tlcapture.commands.capturing.options import NO_CHOICE, CaptureOptions
+from tlcapture.commands.capturing.projections import NOTHING_KEPT
+from tlcapture.commands.capturing.size import CaptureSize, n_projections
+from tlcapture.commands.capturing.tasks import CaptureTask, TaskPlanner
+from tlcapture.commands.capturing.worker import CaptureWorker
+from tlcapture.commands.prompt_files.projection_writing import merge_projections
+from tlcapture.commands.prompt_files.records import CaptureRecord
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.models.loading import Model, ModelOutline
 from tlcapture.models.sizes import Measures
@@ -40,18 +40,18 @@ from tlcapture.runs.processes import starting_early
 from tlcapture.runs.report import Failed, RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.storage.file_index import remember
+from tlcapture.storage.experiments.file_index import remember
+from tlcapture.storage.experiments.layout import Layout
+from tlcapture.storage.experiments.prompts_with_files import PromptsWithFiles
 from tlcapture.storage.files import free_bytes, remove, write_bytes
 from tlcapture.storage.folders import stems_in
-from tlcapture.storage.layout import Layout
-from tlcapture.storage.prompts_with_files import PromptsWithFiles
 from tlcapture.storage.regular_files import is_folder
 from tlcapture.storage.temporary_files import sweep_temporaries
 from tlcapture.text import format_bytes
 from tlcapture.traits.choice import ChosenVectors, choose_vectors
 from tlcapture.traits.missing_vectors import no_vectors
-from tlcapture.traits.packaged_vectors import NOTHING_TO_PROJECT_ONTO, PROJECTED_ONTO_PACKAGED
 from tlcapture.traits.vector_files import traits_with_vectors
+from tlcapture.traits.vector_sources.packaged import NOTHING_TO_PROJECT_ONTO, PROJECTED_ONTO_PACKAGED
 
 __all__ = ["CaptureOptions", "estimate_capture", "run_capture"]
 

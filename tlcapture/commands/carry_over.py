@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tlcapture.commands.evaluation_entries import add_entry, entries_put_in
+from tlcapture.commands.evaluating.entries import add_entry, entries_put_in
 from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.baselines import bag_of_words
 from tlcapture.extraction.cross_validation import null_aurocs, relabelled
@@ -26,12 +26,12 @@ from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
-from tlcapture.storage.datasets import Datasets
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.rounding import rounded_or_none
-from tlcapture.traits.critical_values import critical_value
-from tlcapture.traits.projection import check_fits
+from tlcapture.traits.projections.projection import check_fits
 from tlcapture.traits.selection import select
+from tlcapture.traits.statistics.critical_values import critical_value
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles, check_available, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector, read_vector
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
-from tlcapture.commands.capture_places import chunks
-from tlcapture.commands.compared_sets import ComparedSets
-from tlcapture.commands.projections import ChanceLevels, report_choice
-from tlcapture.commands.unembeddings import LoadedUnembeddings
+from tlcapture.commands.capturing.places import chunks
+from tlcapture.commands.comparing.compared_sets import ComparedSets
+from tlcapture.commands.comparing.unembeddings import LoadedUnembeddings
+from tlcapture.commands.projecting.projections import ChanceLevels, report_choice
 from tlcapture.comparison.comparing import (
     Comparison,
     NoDistributionsError,
@@ -33,13 +33,18 @@ from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.storage.config import read_config
+from tlcapture.storage.experiments.config import read_config
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import write_json
-from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import ChosenVector, VectorChoice, VectorChooser
 from tlcapture.traits.missing_vectors import extract_command, is_in_package, no_vectors
-from tlcapture.traits.packaged_vectors import PROJECTED_ONTO_PACKAGED, packaged_layout, takes_packaged, vectors_layout
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+from tlcapture.traits.vector_sources.packaged import (
+    PROJECTED_ONTO_PACKAGED,
+    packaged_layout,
+    takes_packaged,
+    vectors_layout,
+)
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.version import __version__
 

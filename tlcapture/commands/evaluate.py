@@ -8,11 +8,11 @@ from functools import cached_property, partial
 
 import torch
 
-from tlcapture.commands.cross_traits import cross_traits
-from tlcapture.commands.evaluation_entries import add_entry, entries_put_in, present_rows
-from tlcapture.commands.evaluation_rows import EvaluatedComponent, doubts, rows_of
+from tlcapture.commands.evaluating.cross_traits import cross_traits
+from tlcapture.commands.evaluating.entries import add_entry, entries_put_in, present_rows
+from tlcapture.commands.evaluating.reference import has_reference, keep_reference
+from tlcapture.commands.evaluating.rows import EvaluatedComponent, doubts, rows_of
 from tlcapture.commands.extract import kept_activations
-from tlcapture.commands.reference import has_reference, keep_reference
 from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.calibrating import calibrations
 from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
@@ -27,13 +27,13 @@ from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.storage.config import read_config
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.config import read_config
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import write_bytes, write_json
-from tlcapture.storage.layout import Layout
 from tlcapture.traits.calibration import HELD_OUT, merged_calibrations
 from tlcapture.traits.evaluation_files import Evaluation, EvaluationRow, read_evaluation
-from tlcapture.traits.projection import check_fits
+from tlcapture.traits.projections.projection import check_fits
 from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles, check_available, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector, read_vector
 from tlcapture.views.hooks import COMPONENTS

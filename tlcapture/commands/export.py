@@ -24,10 +24,10 @@ from tlcapture.exchange.parquet import Columns, ParquetFolder
 from tlcapture.exchange.single_files import SingleFiles
 from tlcapture.exchange.vectors import ExportedVectors, export_vectors
 from tlcapture.runs.run import Run
-from tlcapture.storage.command_lines import command_line
-from tlcapture.storage.config import read_config
-from tlcapture.storage.layout import Layout
-from tlcapture.storage.missing_captures import no_captures
+from tlcapture.storage.experiments.command_lines import command_line
+from tlcapture.storage.experiments.config import read_config
+from tlcapture.storage.experiments.layout import Layout
+from tlcapture.storage.experiments.missing_captures import no_captures
 from tlcapture.storage.whole_folders import write_folder
 from tlcapture.text import dtype_name, layers_named
 from tlcapture.version import __version__
@@ -253,8 +253,8 @@ def _left_out(layout: Layout, files: list[tuple[str, str]], seen: _Seen) -> list
 
 def _model_type(layout: Layout) -> str:
     """The architecture that control vectors are for, as a Hugging Face config names it, or `unknown`."""
-    from tlcapture.models.checkpoints import fetch_config, quiet_loading
-    from tlcapture.models.sources import source_of
+    from tlcapture.models.checkpoints.checkpoint import fetch_config, quiet_loading
+    from tlcapture.models.checkpoints.sources import source_of
 
     config = read_config(layout)
     name = config.extraction_model or config.inference_model

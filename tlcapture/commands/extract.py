@@ -29,9 +29,9 @@ from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.storage.config import read_config, update_config
-from tlcapture.storage.datasets import Datasets
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.config import read_config, update_config
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import as_ranges
 from tlcapture.traits.calibration import CALIBRATION, HELD_OUT, merged_calibrations
 from tlcapture.traits.mean_activations import write_means

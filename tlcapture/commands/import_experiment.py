@@ -12,10 +12,10 @@ from tlcapture.exchange.manifest import Manifest, check_digests, read_manifest
 from tlcapture.exchange.parquet import read_parquet
 from tlcapture.exchange.single_files import read_single_files
 from tlcapture.runs.display import Display
-from tlcapture.storage.layout import Layout
-from tlcapture.storage.remote_roots import discard_folder, is_incomplete
+from tlcapture.storage.experiments.layout import Layout
+from tlcapture.storage.remote.roots import discard_folder, is_incomplete
 from tlcapture.storage.whole_folders import write_folder
-from tlcapture.traits.exported_vectors import restore_vectors
+from tlcapture.traits.vector_sources.exported import restore_vectors
 
 
 @dataclass(frozen=True)

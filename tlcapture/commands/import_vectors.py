@@ -10,20 +10,20 @@ from typing import Any
 
 from tlcapture.captures.provenance import LAYERS, now
 from tlcapture.errors import InputError, ModelError
-from tlcapture.models.checkpoints import fetch_config, quiet_loading
+from tlcapture.models.checkpoints.checkpoint import fetch_config, quiet_loading
+from tlcapture.models.checkpoints.sources import source_of
 from tlcapture.models.sizes import Measures
-from tlcapture.models.sources import source_of
 from tlcapture.names import Trait
 from tlcapture.runs.display import Display
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.storage.config import settle_model, update_config
+from tlcapture.storage.experiments.config import settle_model, update_config
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_bytes
-from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges, layers_named
-from tlcapture.traits.layer_conventions import Placed, place
-from tlcapture.traits.other_tools import ToolVectors, read_tool_vectors
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
+from tlcapture.traits.vector_sources.layer_conventions import Placed, place
+from tlcapture.traits.vector_sources.other_tools import ToolVectors, read_tool_vectors
 from tlcapture.traits.vectors import write_vector
 from tlcapture.version import __version__
 from tlcapture.views.hooks import COMPONENT_HOOKS

@@ -9,9 +9,9 @@ from tlcapture.commands.plots import projection_picture
 from tlcapture.errors import StorageError
 from tlcapture.names import Trait
 from tlcapture.runs.display import Display
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import write_bytes
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.saved_projections import SavedProjection, no_projections, projections_saved
+from tlcapture.traits.projections.saved import SavedProjection, no_projections, projections_saved
 from tlcapture.views.hooks import check_component
 
 _LONGEST_NAME = 200  # of the 255 bytes that file systems allow; a name is longer while it is written

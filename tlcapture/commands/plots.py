@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tlcapture.traits.evaluation_files import EvaluationRow
+    from tlcapture.traits.projections.token_scores import TokenScores
     from tlcapture.traits.steering_files import SteeringResults
-    from tlcapture.traits.token_scores import TokenScores
 
 _DPI = 150
 _MOST_LABELS = 150  # tokens labelled along an axis; of longer sequences every second, third, ...

@@ -9,10 +9,8 @@ from functools import partial
 from typing import Any
 
 from tlcapture.captures.capture import Capture
-from tlcapture.commands.capture_places import chunks
-from tlcapture.commands.known_files import KnownFiles, PromptFiles
-from tlcapture.commands.projection_writing import merge_projections
-from tlcapture.commands.projections import (
+from tlcapture.commands.capturing.places import chunks
+from tlcapture.commands.projecting.projections import (
     TOKENS_MISSING,
     ChanceLevels,
     ExistingProjections,
@@ -22,7 +20,9 @@ from tlcapture.commands.projections import (
     vector_chooser,
     without_projection,
 )
-from tlcapture.commands.saved_prompts import saved_prompts
+from tlcapture.commands.projecting.saved_prompts import saved_prompts
+from tlcapture.commands.prompt_files.known_files import KnownFiles, PromptFiles
+from tlcapture.commands.prompt_files.projection_writing import merge_projections
 from tlcapture.errors import NumericalError
 from tlcapture.names import Trait
 from tlcapture.runs.display import Display
@@ -31,21 +31,21 @@ from tlcapture.runs.prompt_shares import PromptShare
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.storage.command_lines import command_line
-from tlcapture.storage.config import read_config
-from tlcapture.storage.file_index import remember
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.command_lines import command_line
+from tlcapture.storage.experiments.config import read_config
+from tlcapture.storage.experiments.file_index import remember
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.traits.centring import Centred
 from tlcapture.traits.choice import ChosenVector, VectorChoice
 from tlcapture.traits.mean_activations import check_means
 from tlcapture.traits.missing_vectors import no_component_vectors
-from tlcapture.traits.packaged_vectors import PROJECTED_ONTO_PACKAGED
-from tlcapture.traits.projection import dynamics_of_file, movement_of_file
-from tlcapture.traits.projection_files import ProjectionFile
-from tlcapture.traits.rises import DEFINITIONS
-from tlcapture.traits.saved_projections import SavedProjection, projections_saved, write_sharded
-from tlcapture.traits.span_dynamics import by_span
+from tlcapture.traits.projections.files import ProjectionFile
+from tlcapture.traits.projections.projection import dynamics_of_file, movement_of_file
+from tlcapture.traits.projections.saved import SavedProjection, projections_saved, write_sharded
+from tlcapture.traits.statistics.rises import DEFINITIONS
+from tlcapture.traits.statistics.span_dynamics import by_span
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+from tlcapture.traits.vector_sources.packaged import PROJECTED_ONTO_PACKAGED
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from os.path import lexists
 import torch
 from pydantic import ValidationError
 
-from tlcapture.commands.projections import random_directions
+from tlcapture.commands.projecting.projections import random_directions
 from tlcapture.commands.steering_results import Results, scored_by
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.extraction.judge import Judge
@@ -35,15 +35,15 @@ from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.storage.config import read_config
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.config import read_config
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_bytes, read_json, write_bytes
-from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import first_problem
 from tlcapture.text import decoded
-from tlcapture.traits.chance import RandomDirections
-from tlcapture.traits.projection import check_fits
+from tlcapture.traits.projections.projection import check_fits
 from tlcapture.traits.selection import COHERENT, select
+from tlcapture.traits.statistics.chance import RandomDirections
 from tlcapture.traits.steering_files import SteeringResults, SteeringRun
 from tlcapture.traits.vector_files import VectorFiles, check_available, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector, read_vector

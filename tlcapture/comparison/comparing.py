@@ -16,7 +16,7 @@ from tlcapture.comparison.differences import Unembed, cosine, divergence, norm_r
 from tlcapture.comparison.shared_tokens import SharedTokens, shared_tokens
 from tlcapture.errors import InputError
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_significant, rounded_or_none
-from tlcapture.traits.chance import RandomDirections
+from tlcapture.traits.statistics.chance import RandomDirections
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.kept_tokens import spread_rows
 

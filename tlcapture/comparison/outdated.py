@@ -12,7 +12,7 @@ from tlcapture.captures.provenance import is_same_computation
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import split_name
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 
 
 def is_outdated(layout: Layout, prompt_set: str, path: Path, file: ComparisonFile) -> bool:

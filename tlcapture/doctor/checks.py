@@ -19,9 +19,9 @@ from tlcapture.doctor.reference import ReferenceRun
 from tlcapture.errors import InputError, NumericalError, TlcaptureError
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Failure, Generation
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.sampling.next_token import Sampling
+from tlcapture.models.checkpoints.finite_weights import not_finite, remedy, said_of
 from tlcapture.models.deviation import BOUNDS, allowed, deviation
-from tlcapture.models.finite_weights import not_finite, remedy, said_of
 from tlcapture.models.loading import Model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, tokenize

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcapture.errors import OutOfMemoryError
-from tlcapture.models.checkpoints import cast, fetch_weights, quiet_loading
+from tlcapture.models.checkpoints.checkpoint import cast, fetch_weights, quiet_loading
+from tlcapture.models.checkpoints.sources import source_of
 from tlcapture.models.deviation import deviation
 from tlcapture.models.layer_inputs import layer_inputs
 from tlcapture.models.memory import within_memory
-from tlcapture.models.sources import source_of
 
 _NEW_TOKENS = 3
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from tlcapture.doctor import checks
 from tlcapture.doctor.checks import Check, guarded
 from tlcapture.doctor.reference import ReferenceRun, load_reference, reference_runs
-from tlcapture.models.checkpoints import fetch_config, fetch_tokenizer, quiet_loading
+from tlcapture.models.checkpoints.checkpoint import fetch_config, fetch_tokenizer, quiet_loading
+from tlcapture.models.checkpoints.sources import source_of
 from tlcapture.models.loading import Model, pick_device, pick_dtype, pick_engine
 from tlcapture.models.memory import release_memory
-from tlcapture.models.sources import source_of
 from tlcapture.runs.model_loader import ModelLoader
 
 

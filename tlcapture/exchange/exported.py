@@ -24,13 +24,13 @@ from tlcapture.captures.notes import Note, put_note, read_notes
 from tlcapture.errors import StorageError
 from tlcapture.names import Trait, prompt_id_problem
 from tlcapture.prompts.spans import TokenSpan, check_spans, labels_of
-from tlcapture.storage.command_lines import command_line
+from tlcapture.storage.experiments.command_lines import command_line
+from tlcapture.storage.experiments.layout import Layout
+from tlcapture.storage.experiments.projection_places import STREAM_FOLDERS
 from tlcapture.storage.files import Written, write_json
-from tlcapture.storage.layout import Layout
-from tlcapture.storage.projection_places import STREAM_FOLDERS
 from tlcapture.storage.validation import of_form
-from tlcapture.traits.projection_files import ProjectionFile
-from tlcapture.traits.saved_projections import all_saved
+from tlcapture.traits.projections.files import ProjectionFile
+from tlcapture.traits.projections.saved import all_saved
 from tlcapture.views.cache import stacked
 from tlcapture.views.hooks import POINTS
 from tlcapture.views.kept_points import KeptPoints, point_index

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_bytes, read_tensors, write_bytes
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.exported_vectors import HEADER, key, measured
-from tlcapture.traits.other_tools import LENGTH
-from tlcapture.traits.reference import read_reference
+from tlcapture.traits.statistics.reference import read_reference
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
+from tlcapture.traits.vector_sources.exported import HEADER, key, measured
+from tlcapture.traits.vector_sources.other_tools import LENGTH
 from tlcapture.traits.vectors import read_vector
 from tlcapture.views.hooks import COMPONENTS
 

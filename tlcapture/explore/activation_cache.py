@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tlcapture.captures.capture import Capture
-from tlcapture.models.checkpoints import quiet_loading
+from tlcapture.models.checkpoints.checkpoint import quiet_loading
 from tlcapture.models.lazy_model import LazyModel
 from tlcapture.views.hooks import POINTS, hook
 

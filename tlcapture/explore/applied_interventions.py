@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tlcapture.captures.capture import Capture
-from tlcapture.commands.replay import as_prompt
-from tlcapture.generation.interventions import HookFunction, Intervention
+from tlcapture.commands.prompt_files.replay import as_prompt
+from tlcapture.generation.interventions.intervention import HookFunction, Intervention
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
 from tlcapture.models.loading import Model
-from tlcapture.traits.intervention_records import variant_name
-from tlcapture.traits.resolved_interventions import ResolvedIntervention
+from tlcapture.traits.interventions.records import variant_name
+from tlcapture.traits.interventions.resolved import ResolvedIntervention
 from tlcapture.views.cache import Cache
 
 

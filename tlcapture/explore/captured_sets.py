@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from tlcapture.explore.experiment import Experiment
-    from tlcapture.explore.set_figures import SetFigures
+    from tlcapture.explore.figures.set_figures import SetFigures
 
 _MOST_ROWS = 50
 Names = list[str]
@@ -203,7 +203,7 @@ class Captures:
         Example:
             captures.plot.trajectory("behavioral/refusal")
         """
-        from tlcapture.explore.set_figures import SetFigures
+        from tlcapture.explore.figures.set_figures import SetFigures
 
         return SetFigures(self._experiment.layout, self.prompt_set)
 

@@ -24,8 +24,8 @@ from operator import index
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.commands.compare import CompareOptions, run_compare
-from tlcapture.commands.compare_summary import SavedComparisons
-from tlcapture.commands.compared_sets import CaptureSet, compared_sets
+from tlcapture.commands.comparing.compared_sets import CaptureSet, compared_sets
+from tlcapture.commands.comparing.summary import SavedComparisons
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import InputError, warn_user
 from tlcapture.explore.doubts import tell_of_vectors

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tlcapture.errors import warn_user
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.traits.projections.token_scores import TokenScores
 from tlcapture.traits.verdicts import Doubts, UsedVector
 
 _told: set[tuple[str, str]] = set()

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from tlcapture.errors import InputError
 from tlcapture.explore.captured_sets import AllCaptures
 from tlcapture.explore.roots import default_root, layout_of
-from tlcapture.storage.config import ExperimentConfig, read_config
-from tlcapture.storage.layout import Layout, existing_experiments
-from tlcapture.storage.remote_roots import FRESH, refresh, root_folder
+from tlcapture.storage.experiments.config import ExperimentConfig, read_config
+from tlcapture.storage.experiments.layout import Layout, existing_experiments
+from tlcapture.storage.remote.roots import FRESH, refresh, root_folder
 from tlcapture.text import counted
-from tlcapture.traits.packaged_vectors import listed_vectors, vectors_layout
+from tlcapture.traits.vector_sources.packaged import listed_vectors, vectors_layout
 from tlcapture.traits.verdicts import UsedVector
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class Experiment:
         """
         from tlcapture.explore.doubts import noted, tell_of_vectors
         from tlcapture.explore.projection_frames import tidy_frame
-        from tlcapture.traits.saved_projections import saved_projections
+        from tlcapture.traits.projections.saved import saved_projections
 
         vectors: dict[UsedVector, None] = {}
         projections = saved_projections(self._listed, prompt_set, component=component, traits=traits)
@@ -249,7 +249,7 @@ class Experiment:
 
         Raises `InputError` if there is nothing to compare.
         """
-        from tlcapture.commands.compared_sets import CaptureSet
+        from tlcapture.commands.comparing.compared_sets import CaptureSet
         from tlcapture.explore.comparisons import compare
 
         own, root = self.layout.experiment, self.layout.root

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from tlcapture.commands.top_traits import is_beyond, summary_of
+from tlcapture.commands.projecting.top_traits import is_beyond, summary_of
 from tlcapture.errors import StorageError, warn_user
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json
-from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import Evaluation, read_evaluation
-from tlcapture.traits.saved_projections import no_projections
+from tlcapture.traits.projections.saved import no_projections
 from tlcapture.traits.selection import steering_runs
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.verdicts import Doubts, layers_of

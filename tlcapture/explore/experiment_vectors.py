@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import did_you_mean, layers_named
 from tlcapture.traits.missing_vectors import no_vectors_by_method, no_vectors_of_trait
 from tlcapture.traits.selection import Selection, n_layers_of_origin, select

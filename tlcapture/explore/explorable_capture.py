@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError
 from tlcapture.explore.roots import default_root
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import as_ranges
-from tlcapture.traits.packaged_vectors import vectors_layout
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.traits.projections.token_scores import TokenScores
+from tlcapture.traits.vector_sources.packaged import vectors_layout
 from tlcapture.views.hooks import hook
 from tlcapture.views.kept_points import from_the_end
 
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
     from tlcapture.captures.capture import Capture
     from tlcapture.explore.applied_interventions import AppliedInterventions
-    from tlcapture.explore.attention_heads import AttentionHeads
-    from tlcapture.explore.capture_figures import CaptureFigures
-    from tlcapture.explore.logit_lens_table import LogitLensTable
+    from tlcapture.explore.figures.attention_heads import AttentionHeads
+    from tlcapture.explore.figures.capture_figures import CaptureFigures
+    from tlcapture.explore.figures.logit_lens_table import LogitLensTable
     from tlcapture.explore.projection_frames import Layers
     from tlcapture.models.loading import Model
-    from tlcapture.traits.projection import Projection
+    from tlcapture.traits.projections.projection import Projection
     from tlcapture.views.cache import Cache
     from tlcapture.views.logit_lens import LogitLens
 
@@ -138,7 +138,7 @@ class ExplorableCapture(ABC):
 
         The entries are those of `dynamics.by_span` in projection files. `how` are the options of `project`.
         """
-        from tlcapture.traits.span_dynamics import by_span
+        from tlcapture.traits.statistics.span_dynamics import by_span
 
         movement = self._project([trait], **how)[0].movement.numpy()
         return by_span(movement[None], self._captured.spans)[0]
@@ -183,7 +183,7 @@ class ExplorableCapture(ABC):
         Example:
             cap.plot.trajectory("behavioral/refusal").save("refusal.png")
         """
-        from tlcapture.explore.capture_figures import CaptureFigures
+        from tlcapture.explore.figures.capture_figures import CaptureFigures
 
         return CaptureFigures(self)
 
@@ -242,7 +242,7 @@ class ExplorableCapture(ABC):
 
         Raises `InputError` without attention that was stored, or captured with `attention=True`.
         """
-        from tlcapture.explore.head_figures import heads_frame
+        from tlcapture.explore.figures.head_figures import heads_frame
 
         return heads_frame(self)
 
@@ -262,7 +262,7 @@ class ExplorableCapture(ABC):
 
     @cached_property
     def _logit_lens(self) -> LogitLensTable:
-        from tlcapture.explore.logit_lens_table import table_of, table_of_view
+        from tlcapture.explore.figures.logit_lens_table import table_of, table_of_view
         from tlcapture.views.saved_lens import read_lens
 
         path = self._add_on("logit_lens")
@@ -297,7 +297,7 @@ class ExplorableCapture(ABC):
         return None if path is None else stored_internals(path, self._captured, layer)
 
     def _saved_heads(self, layer: int) -> AttentionHeads | None:
-        from tlcapture.explore.attention_heads import AttentionHeads
+        from tlcapture.explore.figures.attention_heads import AttentionHeads
         from tlcapture.views.saved_attention import read_attention
 
         path = self._add_on("attention")
@@ -316,7 +316,7 @@ class ExplorableCapture(ABC):
 
     def _heads_in(self, cache: Cache, layer: int, source: str) -> AttentionHeads:
         """The heads of a layer in a cache; as in files, without the rows of tokens that the capture does not hold."""
-        from tlcapture.explore.attention_heads import AttentionHeads
+        from tlcapture.explore.figures.attention_heads import AttentionHeads
 
         patterns, held = cache[hook("pattern", layer)].float().numpy(), self._captured.positions
         if not held.is_all:

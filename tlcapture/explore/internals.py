@@ -19,7 +19,7 @@ from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_hooks, internals_view
 
 if TYPE_CHECKING:
-    from tlcapture.explore.attention_heads import AttentionHeads
+    from tlcapture.explore.figures.attention_heads import AttentionHeads
     from tlcapture.models.loading import Model
     from tlcapture.views.cache import Cache
 

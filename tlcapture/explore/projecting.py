@@ -14,19 +14,19 @@ from typing import Any, SupportsIndex
 import torch
 
 from tlcapture.captures.capture import Capture
-from tlcapture.commands.projections import random_directions
+from tlcapture.commands.projecting.projections import random_directions
 from tlcapture.errors import InputError, warn_user
 from tlcapture.explore.doubts import tell
 from tlcapture.names import Trait
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import FileState
-from tlcapture.storage.layout import Layout
 from tlcapture.traits.calibration import Calibration, CalibrationRecord
-from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.choice import ChosenVector, VectorChoice, choose_vectors
 from tlcapture.traits.missing_vectors import no_component_vectors
-from tlcapture.traits.own_direction import project_direction
-from tlcapture.traits.projection import Projection, project
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.traits.projections.own_direction import project_direction
+from tlcapture.traits.projections.projection import Projection, project
+from tlcapture.traits.projections.token_scores import TokenScores
+from tlcapture.traits.statistics.chance import RandomDirections
 from tlcapture.traits.verdicts import Doubts, UsedVector
 from tlcapture.views.hooks import check_component
 from tlcapture.views.kept_points import from_the_end

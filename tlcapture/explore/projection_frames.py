@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from tlcapture.errors import InputError
 from tlcapture.prompts.spans import labels_of
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.traits.projections.token_scores import TokenScores
 
 if TYPE_CHECKING:
     from pandas import DataFrame

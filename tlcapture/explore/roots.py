@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from tlcapture.errors import InputError
-from tlcapture.storage.layout import Layout
-from tlcapture.storage.object_stores import is_url
-from tlcapture.storage.remote_roots import root_folder
+from tlcapture.storage.experiments.layout import Layout
+from tlcapture.storage.remote.object_stores import is_url
+from tlcapture.storage.remote.roots import root_folder
 
 
 def default_root() -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 from tlcapture.errors import InputError
 from tlcapture.explore.explorable_capture import ExplorableCapture
 from tlcapture.names import PromptId
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class SavedCapture(ExplorableCapture):
 
     def _applied(self) -> AppliedInterventions:
         from tlcapture.explore.applied_interventions import AppliedInterventions
-        from tlcapture.traits.resolved_interventions import of_records
+        from tlcapture.traits.interventions.resolved import of_records
 
         records = self.capture.metadata.get("interventions") or ()
         return AppliedInterventions(of_records(records, self.experiment.layout.root))

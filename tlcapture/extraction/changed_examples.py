@@ -10,7 +10,7 @@ from typing import Any
 from tlcapture.errors import InputError
 from tlcapture.extraction.examples import AUTO, Example, Examples, read_examples
 from tlcapture.names import Trait
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
 
 RECORDED = "examples_in_files"  # in the metadata of vectors
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
 from tlcapture.storage.files import read_bytes
 from tlcapture.storage.json_text import lost
 from tlcapture.storage.validation import first_problem

@@ -19,7 +19,7 @@ import torch
 from tlcapture.errors import StorageError
 from tlcapture.extraction.examples import Examples
 from tlcapture.extraction.readout import Activations
-from tlcapture.storage.config import ExperimentConfig
+from tlcapture.storage.experiments.config import ExperimentConfig
 from tlcapture.storage.files import Written, read_tensors, write_tensors
 from tlcapture.storage.tensors import is_plain
 

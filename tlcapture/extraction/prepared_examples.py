@@ -16,11 +16,11 @@ from tlcapture.extraction.methods import Labels
 from tlcapture.extraction.readout import Reading, generated_reading, tokenize_example
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
-from tlcapture.generation.sampling import GREEDY, STOP_TOKEN
+from tlcapture.generation.sampling.next_token import GREEDY, STOP_TOKEN
 from tlcapture.models.loading import Model
 from tlcapture.prompts.tokenization import TokenizedPrompt, decode, tokenize, unknown_token
-from tlcapture.storage.config import ExperimentConfig, read_config
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.config import ExperimentConfig, read_config
+from tlcapture.storage.experiments.layout import Layout
 
 NEW_TOKENS = 40
 

@@ -23,7 +23,7 @@ from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
 from tlcapture.extraction.examples import Example
 from tlcapture.generation.padding import right_pad
 from tlcapture.generation.typical_norms import TypicalNorms, norms_of
-from tlcapture.models.finite_weights import remedy
+from tlcapture.models.checkpoints.finite_weights import remedy
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, within_memory
 from tlcapture.prompts.tokenization import TokenizedPrompt, encode, place_response

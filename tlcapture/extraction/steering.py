@@ -30,12 +30,12 @@ from torch import Tensor
 
 from tlcapture.errors import InputError, NumericalError
 from tlcapture.extraction.examples import only_known_keys
-from tlcapture.generation.interventions import Add, Intervention, applied
+from tlcapture.generation.interventions.intervention import Add, Intervention, applied
 from tlcapture.generation.loop import continue_from, prefill
 from tlcapture.generation.outcomes import Failure, Outcome
 from tlcapture.generation.padding import right_pad
-from tlcapture.generation.sampling import GREEDY, STOP_TOKEN
-from tlcapture.models.finite_weights import remedy
+from tlcapture.generation.sampling.next_token import GREEDY, STOP_TOKEN
+from tlcapture.models.checkpoints.finite_weights import remedy
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import bytes_per_prompt, free_memory
 from tlcapture.prompts.tokenization import TokenizedPrompt, decode, place_response, unknown_token

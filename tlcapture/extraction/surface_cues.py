@@ -53,7 +53,7 @@ def tokens(text: str) -> float:
 def embedded_tokenizer() -> Tokenizer | None:
     """The tokenizer of the embedded model, read without torch; `None` before the model's first use."""
     from tlcapture.errors import ModelError
-    from tlcapture.models.embedded import embedded_folder, is_converted
+    from tlcapture.models.checkpoints.embedded import embedded_folder, is_converted
 
     try:
         if not is_converted():

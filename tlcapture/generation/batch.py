@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from tlcapture.errors import NumericalError
-from tlcapture.generation.acting import Acting, ActingInterventions
-from tlcapture.generation.interventions import HookFunction, Intervention, acting
-from tlcapture.generation.noise import GumbelNoise, stream_start
+from tlcapture.generation.interventions.acting import Acting, ActingInterventions
+from tlcapture.generation.interventions.intervention import HookFunction, Intervention, acting
 from tlcapture.generation.outcomes import Failure, Generation, Outcome
 from tlcapture.generation.padding import left_pad
-from tlcapture.generation.pattern_spools import Spooling
-from tlcapture.generation.processors import LogitProcessors, PromptTokens
-from tlcapture.generation.recording import Recorder
+from tlcapture.generation.recording.pattern_spools import Spooling
+from tlcapture.generation.recording.recorder import Recorder
+from tlcapture.generation.recording.transfers import Download
 from tlcapture.generation.samples import to_read
-from tlcapture.generation.sampling import (
+from tlcapture.generation.sampling.next_token import (
     GIVEN,
     STOP_TEXT,
     STOP_TOKEN,
@@ -29,10 +28,11 @@ from tlcapture.generation.sampling import (
     n_numbers,
     stop_reason,
 )
+from tlcapture.generation.sampling.noise import GumbelNoise, stream_start
+from tlcapture.generation.sampling.processors import LogitProcessors, PromptTokens
 from tlcapture.generation.stop_texts import StopTexts
-from tlcapture.generation.transfers import Download
+from tlcapture.models.checkpoints.finite_weights import remedy
 from tlcapture.models.engines.base import Step
-from tlcapture.models.finite_weights import remedy
 from tlcapture.models.loading import Model
 from tlcapture.models.streams import upload
 from tlcapture.prompts.chat_template import stop_ids

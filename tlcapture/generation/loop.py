@@ -21,13 +21,13 @@ import torch
 
 from tlcapture.errors import InputError, OutOfMemoryError
 from tlcapture.generation.batch import Batch, Settings
-from tlcapture.generation.interventions import HookFunction, Intervention
+from tlcapture.generation.interventions.intervention import HookFunction, Intervention
 from tlcapture.generation.outcomes import Failure, Outcome
 from tlcapture.generation.padding import left_pad
-from tlcapture.generation.pattern_spools import Spooling
-from tlcapture.generation.recording import check_hooks
+from tlcapture.generation.recording.pattern_spools import Spooling
+from tlcapture.generation.recording.recorder import check_hooks
 from tlcapture.generation.samples import n_together
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.sampling.next_token import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, release_memory, within_memory
 from tlcapture.names import PromptId

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from tlcapture.errors import ModelError, warn_user
-from tlcapture.models import embedded
-from tlcapture.models.adapters import Adapter, digest_of, given_adapter, merged, other_base
-from tlcapture.models.checkpoints import (
+from tlcapture.models.checkpoints import embedded
+from tlcapture.models.checkpoints.adapters import Adapter, digest_of, given_adapter, merged, other_base
+from tlcapture.models.checkpoints.checkpoint import (
     cast,
     fetch_config,
     fetch_tokenizer,
@@ -30,6 +30,10 @@ from tlcapture.models.checkpoints import (
     quiet_loading,
     weight_folders,
 )
+from tlcapture.models.checkpoints.finite_weights import unusable_weights
+from tlcapture.models.checkpoints.quantised import refused_in_one_line
+from tlcapture.models.checkpoints.sources import commit_of, source_of
+from tlcapture.models.checkpoints.text_models import text_model_of
 from tlcapture.models.engines.base import Model
 from tlcapture.models.engines.bridge import bridge_model, from_transformer_bridge
 from tlcapture.models.engines.hooked import (
@@ -41,13 +45,9 @@ from tlcapture.models.engines.hooked import (
     why_no_hooked_transformer,
 )
 from tlcapture.models.engines.hooked_config import architecture_of, covers
-from tlcapture.models.finite_weights import unusable_weights
 from tlcapture.models.lazy_model import LazyModel
-from tlcapture.models.quantised import refused_in_one_line
 from tlcapture.models.quick_check import PassedCheck, QuickReference, quick_check
 from tlcapture.models.sizes import Measures
-from tlcapture.models.sources import commit_of, source_of
-from tlcapture.models.text_models import text_model_of
 from tlcapture.text import first_line
 
 __all__ = [

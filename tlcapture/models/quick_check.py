@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcapture.errors import ModelError, StorageError
-from tlcapture.models.checkpoints import cast
+from tlcapture.models.checkpoints.checkpoint import cast
 from tlcapture.models.deviation import allowed, deviation
 from tlcapture.models.engines.base import Model
 from tlcapture.models.layer_inputs import layer_inputs

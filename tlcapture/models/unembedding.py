@@ -19,13 +19,13 @@ import torch
 from safetensors import SafetensorError
 
 from tlcapture.errors import ModelError
-from tlcapture.models.adapters import adapter_of, digest_of, given_adapter, is_within_layers
-from tlcapture.models.checkpoints import cast, fetch, fetch_tokenizer, fingerprint_of, quiet_loading
+from tlcapture.models.checkpoints.adapters import adapter_of, digest_of, given_adapter, is_within_layers
+from tlcapture.models.checkpoints.checkpoint import cast, fetch, fetch_tokenizer, fingerprint_of, quiet_loading
+from tlcapture.models.checkpoints.quantised import is_dequantised
+from tlcapture.models.checkpoints.sources import source_of
+from tlcapture.models.checkpoints.text_models import auto_class_of, text_model_of
 from tlcapture.models.engines.base import Model
 from tlcapture.models.loading import DTYPES, from_hugging_face, load_model, pick_device
-from tlcapture.models.quantised import is_dequantised
-from tlcapture.models.sources import source_of
-from tlcapture.models.text_models import auto_class_of, text_model_of
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 

@@ -32,16 +32,16 @@ from tlcapture.page.trait_contents import cross_traits_of, vectors_of
 from tlcapture.page.view_contents import head_content
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_file
 from tlcapture.runs.recorded_runs import capture_at_work
-from tlcapture.storage.comparisons import comparison_file, comparisons
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.comparisons import comparison_file, comparisons
+from tlcapture.storage.experiments.datasets import Datasets
+from tlcapture.storage.experiments.layout import Layout, existing_experiments
 from tlcapture.storage.files import FileState
 from tlcapture.storage.folders import state_of
-from tlcapture.storage.layout import Layout, existing_experiments
-from tlcapture.storage.remote_roots import shown
-from tlcapture.traits.intervention_records import described
+from tlcapture.storage.remote.roots import shown
+from tlcapture.traits.interventions.records import described
 from tlcapture.traits.missing_vectors import PACKAGED
-from tlcapture.traits.packaged_vectors import vectors_layout
-from tlcapture.traits.saved_projections import all_saved, saved_projection
+from tlcapture.traits.projections.saved import all_saved, saved_projection
+from tlcapture.traits.vector_sources.packaged import vectors_layout
 from tlcapture.traits.verdicts import Doubts
 from tlcapture.views.hooks import check_component
 from tlcapture.views.json_files import head_of

@@ -22,10 +22,10 @@ from tlcapture.page.contents import Contents, address
 from tlcapture.page.missing import MissingError, root_option
 from tlcapture.page.note_contents import EXPORTED
 from tlcapture.page.trait_contents import source_of
-from tlcapture.storage.comparisons import compared, comparisons
+from tlcapture.storage.experiments.comparisons import compared, comparisons
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import write_bytes
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.saved_projections import all_saved
+from tlcapture.traits.projections.saved import all_saved
 from tlcapture.views.hooks import COMPONENTS
 
 DEFAULT_MEBIBYTES = 50

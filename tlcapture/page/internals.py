@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tlcapture.captures.capture_names import check_place
 from tlcapture.errors import InputError, StorageError
 from tlcapture.page import missing
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.tensor_arrays import read_arrays
 from tlcapture.storage.validation import of_form
 from tlcapture.views.hooks import HOOKS, POINTS, hook, is_pattern

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Lock
 
-from tlcapture.commands.compare_summary import ComparisonSummary, SavedComparisons
-from tlcapture.commands.compared_sets import CaptureSet, compared_with
-from tlcapture.commands.top_traits import Summary, summary_of
+from tlcapture.commands.comparing.compared_sets import CaptureSet, compared_with
+from tlcapture.commands.comparing.summary import ComparisonSummary, SavedComparisons
+from tlcapture.commands.projecting.top_traits import Summary, summary_of
 from tlcapture.names import COMPACT
-from tlcapture.storage.comparisons import comparison_file
-from tlcapture.storage.layout import Layout
-from tlcapture.storage.projection_shards import MERGED
+from tlcapture.storage.compact.projection_shards import MERGED
+from tlcapture.storage.experiments.comparisons import comparison_file
+from tlcapture.storage.experiments.layout import Layout
 
 _LONGEST_PAUSE = 1.0  # seconds between two prompts, however many other requests there are
 

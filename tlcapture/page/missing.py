@@ -7,12 +7,12 @@ from pathlib import Path
 
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.names import base_set
-from tlcapture.storage.command_lines import root_words
-from tlcapture.storage.config import read_config
-from tlcapture.storage.layout import Layout, existing_experiments
-from tlcapture.storage.remote_roots import url_of
+from tlcapture.storage.experiments.command_lines import root_words
+from tlcapture.storage.experiments.config import read_config
+from tlcapture.storage.experiments.layout import Layout, existing_experiments
+from tlcapture.storage.remote.roots import url_of
 from tlcapture.text import shell_join
-from tlcapture.traits.packaged_vectors import takes_packaged
+from tlcapture.traits.vector_sources.packaged import takes_packaged
 
 
 class MissingError(InputError):

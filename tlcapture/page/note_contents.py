@@ -22,7 +22,7 @@ from tlcapture.captures.notes import (
 )
 from tlcapture.errors import InputError
 from tlcapture.page.view_contents import ViewContents
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.validation import Count, FileContent, first_problem
 
 READ_ONLY = "this page was started with --read-only: it takes no notes"

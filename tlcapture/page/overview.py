@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tlcapture.commands.top_traits import TopTrait
+from tlcapture.commands.projecting.top_traits import TopTrait
 from tlcapture.errors import TlcaptureError
 from tlcapture.page.captured import captured_tokens
 from tlcapture.page.long_reading import SHORT_REQUESTS, summary_read
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.traits.verdicts import Doubts
 
 _SHOWN = 300  # characters of an answer

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from tlcapture.errors import StorageError
-from tlcapture.traits.projection_files import ProjectionFile
-from tlcapture.traits.rises import DEFINITIONS, peak_of
-from tlcapture.traits.saved_projections import SavedProjection
-from tlcapture.traits.token_scores import dynamics_command
+from tlcapture.traits.projections.files import ProjectionFile
+from tlcapture.traits.projections.saved import SavedProjection
+from tlcapture.traits.projections.token_scores import dynamics_command
+from tlcapture.traits.statistics.rises import DEFINITIONS, peak_of
 from tlcapture.traits.verdicts import Doubts, used_vector
 
 

@@ -18,10 +18,10 @@ from tlcapture.errors import TlcaptureError
 from tlcapture.names import Trait, base_set, split_name
 from tlcapture.page.captured import captured_tokens, given_text
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt
+from tlcapture.storage.compact.projection_shards import MERGED, sharded_texts
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.folders import stems_in
-from tlcapture.storage.layout import Layout
-from tlcapture.storage.projection_shards import MERGED, sharded_texts
-from tlcapture.storage.remote_roots import local
+from tlcapture.storage.remote.roots import local
 from tlcapture.views.hooks import COMPONENTS
 
 _TEXT_AT_THE_START = re.compile(rb'\{\s*"prompt"\s*:\s*\{\s*"text"\s*:\s*("(?:[^"\\]|\\.)*")')

@@ -27,7 +27,7 @@ from tlcapture.page.contents import RESOURCES, Contents, from_address
 from tlcapture.page.long_reading import SHORT_REQUESTS
 from tlcapture.page.missing import MissingError
 from tlcapture.page.note_contents import READ_ONLY, ClosedError
-from tlcapture.storage.remote_roots import FRESH, refresh
+from tlcapture.storage.remote.roots import FRESH, refresh
 from tlcapture.text import printable
 
 HOST = "127.0.0.1"

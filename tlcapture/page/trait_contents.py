@@ -10,13 +10,13 @@ from typing import Any
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.names import Trait
 from tlcapture.page import missing
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.missing_vectors import PACKAGED, has_packaged
-from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.selection import Selection, n_layers_of_origin, runner_up, select, steering_results
 from tlcapture.traits.steering_files import largest_by_chance
 from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vector_sources.packaged import vectors_layout
 from tlcapture.views.hooks import COMPONENTS
 
 _OF_TRAIT = ("nested_auroc", "nested_sd", "nested_effect_size", "chosen_layers", "baselines", "p", "verdict")

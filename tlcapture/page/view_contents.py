@@ -15,7 +15,7 @@ import numpy as np
 from tlcapture.errors import InputError, TlcaptureError, refused_path
 from tlcapture.page import missing
 from tlcapture.page.internals import contributions_of, internals_of, internals_of_layer, internals_of_token
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.rounding import rounded_or_none
 from tlcapture.views.head_summary import summarised, weights_of
 from tlcapture.views.json_files import PerTokenHead

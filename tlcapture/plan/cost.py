@@ -4,7 +4,7 @@
     cost = cost_of(workload, outline.measures)
     cost.n_bytes, cost.by_view["raw residual"].each
 
-Bytes are those of `tlcapture.commands.capture_size`, for prompts that are all as long as the mean. Time is new tokens
+Bytes are those of `tlcapture.commands.capturing.size`, for prompts that are all as long as the mean. Time is new tokens
 divided by tokens per second, which are given, measured, or bounded by an accelerator's data sheet: `bound_pace`.
 """
 
@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tlcapture.commands.capture_options import CaptureOptions
-from tlcapture.commands.capture_size import sizes
+from tlcapture.commands.capturing.options import CaptureOptions
+from tlcapture.commands.capturing.size import sizes
 from tlcapture.models.sizes import Measures
 from tlcapture.plan.accelerators import Accelerator
 from tlcapture.views.kept_tokens import kept_of

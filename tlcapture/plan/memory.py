@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tlcapture.commands.memory_need import Sized, memory_need
+from tlcapture.commands.capturing.memory_need import Sized, memory_need
 from tlcapture.models.sizes import Measures
 from tlcapture.plan.cost import Workload
 from tlcapture.text import dtype_name

@@ -10,19 +10,19 @@ from tempfile import TemporaryDirectory
 import torch
 
 from tlcapture.captures.from_generation import capture_of
-from tlcapture.commands.capture_outputs import AddOns, Outputs, computed_add_ons, write_capture
-from tlcapture.commands.projections import ChanceLevels, project_capture
-from tlcapture.generation.checkpoint_sampling import sampling_for
+from tlcapture.commands.projecting.projections import ChanceLevels, project_capture
+from tlcapture.commands.prompt_files.outputs import AddOns, Outputs, computed_add_ons, write_capture
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.samples import sampled
+from tlcapture.generation.sampling.checkpoint_sampling import sampling_for
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size
 from tlcapture.names import Trait
 from tlcapture.plan.cost import Pace, Workload
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.run import Run
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import dtype_name
 from tlcapture.traits.choice import ChosenVector
 from tlcapture.traits.selection import Selection, fallback_layer

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tlcapture.commands.capture_options import CaptureOptions
+from tlcapture.commands.capturing.options import CaptureOptions
 from tlcapture.models.sizes import Measures
 from tlcapture.plan.cost import Workload, cost_of
 

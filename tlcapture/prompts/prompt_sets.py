@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId, check_prompt_set, prompt_id_problem
 from tlcapture.prompts.conversations import check_messages, system_prompt_of, text_of
-from tlcapture.storage.datasets import Datasets
+from tlcapture.storage.experiments.datasets import Datasets
 from tlcapture.storage.files import read_json
 from tlcapture.storage.validation import first_problem
 from tlcapture.text import is_unicode

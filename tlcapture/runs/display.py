@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tlcapture.runs.report import RunReport
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.experiments.layout import Layout
 
 
 class Progress:

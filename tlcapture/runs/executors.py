@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tlcapture.runs.run import Run
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 
 if TYPE_CHECKING:
     from tlcapture.models.loading import Model, ModelOutline

@@ -13,13 +13,13 @@ from tlcapture.captures.capture import Capture
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import StorageError
 from tlcapture.names import PromptId
-from tlcapture.storage.compact_files import is_compact
+from tlcapture.storage.compact.compact_files import is_compact
+from tlcapture.storage.compact.projection_shards import Shard
+from tlcapture.storage.experiments.layout import Layout, derived_files
 from tlcapture.storage.files import read_json, read_tensors, remove
-from tlcapture.storage.layout import Layout, derived_files
-from tlcapture.storage.projection_shards import Shard
 from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.validation import not_valid
-from tlcapture.traits.saved_projections import remove_sharded
+from tlcapture.traits.projections.saved import remove_sharded
 from tlcapture.views.json_files import AttentionHead, LensHead
 from tlcapture.views.saved_attention import read_attention
 from tlcapture.views.saved_lens import read_lens

@@ -7,15 +7,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tlcapture.models.adapters import adapter_folder
-from tlcapture.models.embedded import NAME as EMBEDDED
-from tlcapture.models.embedded import is_converted
+from tlcapture.models.checkpoints.adapters import adapter_folder
+from tlcapture.models.checkpoints.embedded import NAME as EMBEDDED
+from tlcapture.models.checkpoints.embedded import is_converted
 from tlcapture.runs.display import Display
 from tlcapture.text import dtype_name
 
 if TYPE_CHECKING:
+    from tlcapture.models.checkpoints.transfer import ModelFiles
     from tlcapture.models.loading import Model, ModelOutline
-    from tlcapture.models.transfer import ModelFiles
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class ModelLoader:
 
     def require(self) -> None:
         """Raise `ModelError` if the model cannot be there, within a few seconds and without importing torch."""
-        from tlcapture.models.sources import check_name
+        from tlcapture.models.checkpoints.sources import check_name
 
         if self.source is None:
             check_name(self.name)
         if self.adapter is not None:
-            from tlcapture.models.adapters import given_adapter
+            from tlcapture.models.checkpoints.adapters import given_adapter
 
             given_adapter(self.adapter, self.name)
 
@@ -65,7 +65,7 @@ class ModelLoader:
 
     def files(self) -> ModelFiles:
         """The model's files; those of a hub model are downloaded once."""
-        from tlcapture.models.transfer import ModelFiles
+        from tlcapture.models.checkpoints.transfer import ModelFiles
 
         return ModelFiles.of(self.name, self.adapter)
 

@@ -19,7 +19,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
-from tlcapture.storage.remote_roots import in_other_processes
+from tlcapture.storage.remote.roots import in_other_processes
 from tlcapture.text import first_line
 
 Result = TypeVar("Result")
@@ -235,7 +235,7 @@ def _make_ready(process: _Process, free: SimpleQueue[_Process]) -> None:
 
 def _prepare() -> None:
     """Import the modules that the work needs."""
-    import tlcapture.traits.projection  # noqa: F401
+    import tlcapture.traits.projections.projection  # noqa: F401
 
 
 _EARLY: ContextVar[Processes | None] = ContextVar("early processes", default=None)

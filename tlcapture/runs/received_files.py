@@ -12,11 +12,11 @@ from tlcapture.errors import StorageError
 from tlcapture.names import COMPACT, Trait
 from tlcapture.runs.existing_files import check_replaceable, remove_derived
 from tlcapture.runs.report import Done, Failed
-from tlcapture.storage.config import update_config
+from tlcapture.storage.compact.shard_writing import adopt, take_out
+from tlcapture.storage.experiments.config import update_config
+from tlcapture.storage.experiments.layout import Layout, derived_files
+from tlcapture.storage.experiments.projection_places import STREAM_FOLDERS, place_of_projection
 from tlcapture.storage.files import Written, read_bytes, remove, write_bytes
-from tlcapture.storage.layout import Layout, derived_files
-from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
-from tlcapture.storage.shard_writing import adopt, take_out
 
 _INPUTS = (
     "config.json",

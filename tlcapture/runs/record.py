@@ -27,9 +27,9 @@ from typing import Any
 
 from tlcapture.errors import StorageError
 from tlcapture.runs.report import Done, RunReport
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import Written, write_json
-from tlcapture.storage.layout import Layout
-from tlcapture.storage.working_copies import HOST, is_running
+from tlcapture.storage.remote.working_copies import HOST, is_running
 from tlcapture.version import __version__, installed
 
 _PACKAGES = ("torch", "transformer_lens", "transformers", "numpy")

@@ -16,9 +16,9 @@ from typing import Any
 from tlcapture.errors import StorageError
 from tlcapture.names import check_capture_set
 from tlcapture.runs.record import RUNNING
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json
 from tlcapture.storage.folders import stems_in
-from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import is_held
 
 _MOST_RECORDS = 100  # of the latest runs

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tlcapture.errors import NoSpaceError, TlcaptureError
 from tlcapture.folder_names import named
-from tlcapture.storage.file_index import Learned
+from tlcapture.storage.experiments.file_index import Learned
 from tlcapture.text import counted, format_bytes
 
 if TYPE_CHECKING:

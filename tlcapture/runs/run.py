@@ -16,9 +16,9 @@ from pathlib import Path
 
 from tlcapture.runs.display import Display, Progress
 from tlcapture.runs.report import Done, RunReport
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import Written
-from tlcapture.storage.layout import Layout
-from tlcapture.storage.remote_roots import check_writable
+from tlcapture.storage.remote.roots import check_writable
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tlcapture.runs.prompt_shares import PromptShare
 from tlcapture.runs.run import Run
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.locks import holder, locked
 
 

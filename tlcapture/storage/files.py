@@ -24,11 +24,11 @@ import orjson
 from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.storage.archives import Archive, Buffer, MoreRecords, archive_of, storages_of
 from tlcapture.storage.json_text import parsed
-from tlcapture.storage.object_stores import is_url
 from tlcapture.storage.regular_files import check_regular, in_place_of_folder
-from tlcapture.storage.remote_roots import discard, is_remote, local, publish
+from tlcapture.storage.remote.object_stores import is_url
+from tlcapture.storage.remote.roots import discard, is_remote, local, publish
+from tlcapture.storage.remote.working_copies import is_copy
 from tlcapture.storage.temporary_files import sweep_once, temporary_path
-from tlcapture.storage.working_copies import is_copy
 from tlcapture.text import first_line, format_bytes
 
 _log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from filelock import FileLock, Timeout
 
 from tlcapture.errors import InputError, StorageError
 from tlcapture.storage.regular_files import in_place_of_folder
-from tlcapture.storage.remote_locks import held, remotely_locked
-from tlcapture.storage.remote_roots import refresh, store_of
+from tlcapture.storage.remote.locks import held, remotely_locked
+from tlcapture.storage.remote.roots import refresh, store_of
 
 _log = logging.getLogger(__name__)
 _FRESH = 30.0  # seconds for which a listing of a remote experiment is current, unless the run waited for another

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tlcapture.errors import StorageError
 from tlcapture.storage.folders import stems_in
-from tlcapture.storage.working_copies import HOST, is_running
+from tlcapture.storage.remote.working_copies import HOST, is_running
 
 _LONGEST = 255  # bytes of a file's name
 _TEMPORARY = re.compile(rf"\..+\.{re.escape(HOST)}\.(\d+)\.[0-9a-f]+\.tmp")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tlcapture.errors import StorageError
 from tlcapture.storage.archives import Archive
 from tlcapture.storage.files import FileState
-from tlcapture.storage.remote_roots import local
+from tlcapture.storage.remote.roots import local
 from tlcapture.text import first_line
 
 _BFLOAT16 = "bfloat16"

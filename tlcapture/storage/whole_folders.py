@@ -12,7 +12,7 @@ from pathlib import Path
 from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.files import FOR_ALL_FILES
-from tlcapture.storage.remote_roots import publish_folder
+from tlcapture.storage.remote.roots import publish_folder
 from tlcapture.storage.temporary_files import sweep_temporaries, temporary_path
 from tlcapture.text import first_line
 

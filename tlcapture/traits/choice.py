@@ -14,14 +14,14 @@ from typing import Any, Protocol, runtime_checkable
 
 from tlcapture.errors import NotKeptError, TlcaptureError
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import as_ranges
 from tlcapture.traits.missing_vectors import PACKAGED
 from tlcapture.traits.origin import check_origin, origin_notes
-from tlcapture.traits.packaged_vectors import takes_packaged, vectors_layout
-from tlcapture.traits.projection import check_fits, check_kept
+from tlcapture.traits.projections.projection import check_fits, check_kept
 from tlcapture.traits.selection import Selection, select
 from tlcapture.traits.vector_files import VectorFiles, check_available, traits_with_vectors
+from tlcapture.traits.vector_sources.packaged import takes_packaged, vectors_layout
 from tlcapture.traits.vectors import TraitVector, read_vector
 from tlcapture.views.kept_points import KeptPoints
 

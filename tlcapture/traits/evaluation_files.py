@@ -15,7 +15,7 @@ from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.files import FileState, read_json
 from tlcapture.storage.validation import FileContent, Layer, Number, Share, checked
-from tlcapture.traits.critical_values import LEVEL
+from tlcapture.traits.statistics.critical_values import LEVEL
 
 
 class EvaluationRow(FileContent):

@@ -14,12 +14,12 @@ from torch import Tensor
 from tlcapture.errors import InputError, VectorError
 from tlcapture.names import Trait
 from tlcapture.shapes import Vector
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import Written, read_tensors, write_tensors
-from tlcapture.storage.layout import Layout
 from tlcapture.storage.tensors import described, is_plain
 from tlcapture.traits.missing_vectors import how_to_extract
-from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vector_sources.packaged import vectors_layout
 from tlcapture.traits.vectors import TraitVector
 
 

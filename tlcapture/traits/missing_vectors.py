@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from tlcapture.errors import InputError, VectorError
-from tlcapture.models.embedded import NAME as EMBEDDED
+from tlcapture.models.checkpoints.embedded import NAME as EMBEDDED
 from tlcapture.names import Trait
 from tlcapture.storage.cache_folder import cache_folder
-from tlcapture.storage.command_lines import command_line
-from tlcapture.storage.config import read_config
-from tlcapture.storage.datasets import shipped_datasets
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.command_lines import command_line
+from tlcapture.storage.experiments.config import read_config
+from tlcapture.storage.experiments.datasets import shipped_datasets
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import as_ranges, beside, did_you_mean, listed
 
 PACKAGED = "packaged"  # the name of the experiment that comes with the package

@@ -16,8 +16,8 @@ from os.path import lexists
 from typing import SupportsIndex
 
 from tlcapture.errors import InputError
-from tlcapture.storage.command_lines import command_line
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.experiments.command_lines import command_line
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.traits.evaluation_files import Evaluation, EvaluationRow
 from tlcapture.traits.missing_vectors import no_vector, no_vectors_by_method
 from tlcapture.traits.steering_files import SteeringMonitoring, SteeringResults, SteeringRun, largest_by_chance

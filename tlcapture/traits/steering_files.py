@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tlcapture.storage.files import read_json
 from tlcapture.storage.validation import Count, FileContent, Layer, Number, Percent, Share, checked
-from tlcapture.traits.critical_values import critical_score, critical_value
+from tlcapture.traits.statistics.critical_values import critical_score, critical_value
 
 Component = Literal["residual", "attn_out"]
 

@@ -22,9 +22,9 @@ from pydantic import Field
 
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_bytes, read_json, remove, write_json
 from tlcapture.storage.folders import stems_in
-from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import FileContent, Layer, Number, checked
 from tlcapture.text import beside, layers_named
 from tlcapture.traits.calibration import CalibrationRecord

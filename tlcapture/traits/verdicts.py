@@ -10,10 +10,10 @@ from pathlib import Path
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.names import Trait
 from tlcapture.traits.evaluation_files import Evaluation
-from tlcapture.traits.packaged_vectors import vectors_layout
-from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.projections.files import ProjectionFile
 from tlcapture.traits.selection import is_current
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
+from tlcapture.traits.vector_sources.packaged import vectors_layout
 
 _BY = ", by 'tlcapture evaluate'"
 _UNREAD = "whether it shows anything is unknown: its evaluation, extraction_evaluation.json, cannot be read"

@@ -17,10 +17,10 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_
 
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import COMPACT, base_set, capture_name
-from tlcapture.storage.compact_files import is_compact, open_compact
+from tlcapture.storage.compact.compact_files import is_compact, open_compact
 from tlcapture.storage.files import read_json
 from tlcapture.storage.regular_files import check_regular
-from tlcapture.storage.remote_roots import local
+from tlcapture.storage.remote.roots import local
 from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem, not_valid
 from tlcapture.text import layers_named
 from tlcapture.views.kept_tokens import Positions, stated_positions

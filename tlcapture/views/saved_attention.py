@@ -20,10 +20,10 @@ import orjson
 from numpy.typing import NDArray
 
 from tlcapture.errors import NumericalError, StorageError
-from tlcapture.storage.compact_files import compact_metadata, is_compact, open_compact
+from tlcapture.storage.compact.compact_files import compact_metadata, is_compact, open_compact
+from tlcapture.storage.compact.safetensors_files import TensorSpec, write_safetensors
 from tlcapture.storage.files import Written
 from tlcapture.storage.rounding import WEIGHT_DIGITS, rounded_for_json
-from tlcapture.storage.safetensors_files import TensorSpec, write_safetensors
 from tlcapture.storage.validation import not_valid
 from tlcapture.views.json_files import AttentionEntry, AttentionHead, no_weights, pattern_of_layer
 from tlcapture.views.kept_tokens import Positions

@@ -23,10 +23,10 @@ import orjson
 from numpy.typing import NDArray
 
 from tlcapture.errors import StorageError
-from tlcapture.storage.compact_files import compact_metadata, is_compact, open_compact
+from tlcapture.storage.compact.compact_files import compact_metadata, is_compact, open_compact
+from tlcapture.storage.compact.safetensors_files import TensorSpec, write_safetensors
 from tlcapture.storage.files import Written
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
-from tlcapture.storage.safetensors_files import TensorSpec, write_safetensors
 from tlcapture.views.json_files import LensEntry, LensHead, LensOverview
 from tlcapture.views.token_entries import TokenEntries, no_token
 

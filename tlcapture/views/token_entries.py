@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.storage.remote_roots import local
+from tlcapture.storage.remote.roots import local
 
 _LISTS = ("attention", "predictions")  # the keys of the entries
 _ENTRY_START = re.compile(rb'\{\s*"token_idx"\s*:\s*(\d{1,9})')

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tlcapture.errors import ModelError
-from tlcapture.models.checkpoints import fingerprint
+from tlcapture.models.checkpoints.checkpoint import fingerprint
 from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step, soft_cap
 from tlcapture.models.engines.booting import text_only
 from tlcapture.models.engines.hook_layouts import (

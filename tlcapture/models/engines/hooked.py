@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tlcapture.errors import ModelError
-from tlcapture.models.checkpoints import fingerprint
+from tlcapture.models.checkpoints.checkpoint import fingerprint
 from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step, soft_cap
 from tlcapture.models.engines.hooked_config import hooked_fields, weight_converter
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos

@@ -1,0 +1,1 @@
+"""What `compare` compares: the chosen captures, their unembeddings, and the summary."""

@@ -1,0 +1,1 @@
+"""Projections of captures and the summary of a projected prompt set."""

@@ -1,0 +1,1 @@
+"""Figures and displays of captures and prompt sets in notebooks."""

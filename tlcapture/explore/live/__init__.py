@@ -1,0 +1,1 @@
+"""Captures made in Python: `capture(...)`, its prompts, and its interventions."""

@@ -1,0 +1,1 @@
+"""Recording activations and attention patterns of a batch while the model runs."""

@@ -1,0 +1,1 @@
+"""Safetensors files: of attention and logit lens, and shards of projections."""

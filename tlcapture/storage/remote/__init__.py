@@ -1,0 +1,1 @@
+"""Roots in an object store: listing, locks, and the working copy on this machine."""

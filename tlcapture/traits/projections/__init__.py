@@ -1,0 +1,1 @@
+"""Projecting activations onto vectors, and the content of projection files."""

@@ -1,0 +1,1 @@
+"""Statistics of a projection along a response, each beside its chance level."""

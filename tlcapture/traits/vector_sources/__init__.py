@@ -1,0 +1,1 @@
+"""Vectors that were not extracted here: packaged, exported, and made by other tools."""
