@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from earlier_names import accept_earlier_names
 
 _HERE = Path(__file__).resolve().parent
 _FOUND = "found "
@@ -80,6 +81,7 @@ def _work(tree: Path, model_name: str, n_prompts: int, *, project: bool) -> None
 
     if not Path(tlcapture.__file__).resolve().is_relative_to(tree.resolve()):
         raise SystemExit(f"{tlcapture.__file__} is not in {tree}")
+    accept_earlier_names()
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         root = Path(folder)

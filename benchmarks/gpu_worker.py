@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from earlier_names import accept_earlier_names
+
 NEW_TOKENS, PROMPT_TOKENS, LONG = 50, 100, 4096
 N_TRAITS = 10
 BRIDGE = "bridge: "
@@ -430,6 +432,8 @@ def main() -> None:
     name, work, last = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     if name == "prepare":
         return prepare(work, Path(last), int(sys.argv[4]))
+    if name != "hugging face":
+        accept_earlier_names()
     workloads = (HuggingFace if name == "hugging face" else Ours)(work, last)
     for line in sys.stdin:
         try:

@@ -19,13 +19,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 from driver import Worker, in_turn_by_worker, serve
+from earlier_names import accept_earlier_names
 
 _HERE = Path(__file__).resolve().parent
 _SHAPES = {"tiny": (10, 64), "smollm2": (30, 576), "gemma-2-2b": (26, 2304)}  # layers and width
@@ -40,6 +39,7 @@ def work(tree: Path, clock: Callable[[], float]) -> None:
 
     if not Path(tlcapture.__file__).resolve().is_relative_to(tree):
         raise SystemExit(f"{tlcapture.__file__} is not in {tree}")
+    accept_earlier_names()
     memory = Path("/dev/shm")  # the time that a disk takes for a file varies more than what is compared
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         made: dict[str, Callable[[], object]] = {}
@@ -66,6 +66,7 @@ def _project(root: Path, n_layers: int, d_model: int, at_many_layers: bool) -> C
     from tlcapture.commands.project import ProjectOptions, run_project
     from tlcapture.names import Trait
     from tlcapture.storage.experiments.layout import Layout
+    from tlcapture.traits.statistics.reference import Reference
     from tlcapture.traits.vector_files import VectorFiles
     from tlcapture.traits.vectors import write_vector
 
@@ -78,11 +79,9 @@ def _project(root: Path, n_layers: int, d_model: int, at_many_layers: bool) -> C
         write_vector(files, "residual", "probe", layer, torch.randn(d_model, generator=generator))
         origin = {"extraction_model": "bench", "extraction_experiment": "bench"}
         files.write_metadata("residual", {**origin, "methods": ["probe"], "layers": [layer]})
-    if find_spec("tlcapture.traits.statistics.reference") is not None:
-        means = torch.randn(2, n_layers, _REFERENCE_PROMPTS, d_model, generator=generator)
-        reference = import_module("tlcapture.traits.statistics.reference").Reference
-        prompts = [str(number) for number in range(_REFERENCE_PROMPTS)]
-        reference("bench", "bench", prompts, *means.unbind()).write(layout, "residual")
+    means = torch.randn(2, n_layers, _REFERENCE_PROMPTS, d_model, generator=generator)
+    prompts = [str(number) for number in range(_REFERENCE_PROMPTS)]
+    Reference("bench", "bench", prompts, *means.unbind()).write(layout, "residual")
 
     def project() -> None:
         report = run_project(layout, ["bench"], ProjectOptions())
