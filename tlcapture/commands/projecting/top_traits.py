@@ -18,7 +18,7 @@ from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.json_text import kept_json
 from tlcapture.text import REPLACEMENT
 from tlcapture.traits.projections.files import ProjectionFile
-from tlcapture.traits.projections.saved import ListedProjections, SavedProjection, projections_saved
+from tlcapture.traits.projections.saved import ListedProjections, SavedProjection, projections_of_prompt
 from tlcapture.traits.statistics.critical_values import critical_score, critical_score_within, critical_value, widening
 from tlcapture.traits.verdicts import UsedVector
 
@@ -242,7 +242,7 @@ def _saved(
 ) -> list[SavedProjection]:
     """A prompt's projections; none where a damaged shard may hold them."""
     try:
-        return projections_saved(layout, prompt_set, prompt_id, component)
+        return projections_of_prompt(layout, prompt_set, prompt_id, component)
     except StorageError as error:
         on_problem(error)
         return []

@@ -1,4 +1,7 @@
-"""The projections of a prompt or of a prompt set, no matter whether in JSON files or in shards. Loads no torch."""
+"""Finding, reading and rewriting the projections of a prompt or of a prompt set, in JSON files or in shards.
+
+`projection_files` checks the content of one, and `token_scores` holds it as arrays. Loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from tlcapture.traits.projections.token_scores import TokenScores
 from tlcapture.views.hooks import COMPONENTS, check_component
 
 
-def saved_projections(
+def scores_of_set(
     layout: Layout, prompt_set: str, *, component: str = "residual", traits: Iterable[str] | str | None = None
 ) -> Iterator[TokenScores]:
     """The projections in the files of a prompt set, in the order of its prompts and then of traits, read one by one.
@@ -38,30 +41,23 @@ def saved_projections(
         remedy = f"run '{command_line(layout, 'capture', '--prompt-set', prompt_set)}'"
         raise no_captures(layout, prompt_set, layout.prompt_sets(), remedy)
     names = [traits] if isinstance(traits, str) else traits
-    wanted = None if names is None else list(dict.fromkeys(Trait.parse(name) for name in names))
+    named = None if names is None else list(dict.fromkeys(Trait.parse(name) for name in names))
     projected: set[str] = set()
-    bare = []
+    ids_without = []
     for prompt_id in ids:
-        saved = projections_saved(layout, prompt_set, prompt_id, component, wanted)
+        saved = projections_of_prompt(layout, prompt_set, prompt_id, component, named)
         if not saved:
-            bare.append(prompt_id)
+            ids_without.append(prompt_id)
         for each in saved:
             scores = each.scores()
             projected.add(scores.trait)
             yield scores
-    without = [trait for trait in wanted or () if str(trait) not in projected]
-    if not projected or without:
-        raise no_projections(layout, prompt_set, component, without)
-    if bare:
-        which = f"{len(bare)} of {len(ids)} captures of {prompt_set!r}"
-        warn_user(f"{which} have no projection and are left out: {listed(bare)}")
-
-
-def projections_of(
-    layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
-) -> list[TokenScores]:
-    """A prompt's projections, in the order of traits; of all traits if none is named."""
-    return [each.scores() for each in projections_saved(layout, prompt_set, prompt_id, component, traits)]
+    traits_without = [trait for trait in named or () if str(trait) not in projected]
+    if not projected or traits_without:
+        raise no_projections(layout, prompt_set, component, traits_without)
+    if ids_without:
+        which = f"{len(ids_without)} of {len(ids)} captures of {prompt_set!r}"
+        warn_user(f"{which} have no projection and are left out: {listed(ids_without)}")
 
 
 @dataclass(frozen=True)
@@ -155,7 +151,7 @@ def saved_projection(
     return SavedProjection(trait, component, place, sharded)
 
 
-def projections_saved(
+def projections_of_prompt(
     layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
 ) -> list[SavedProjection]:
     """A prompt's projections of a component, in the order of traits; of all traits if none is named."""
@@ -191,9 +187,9 @@ class ListedProjections:
         self._traits.sort(key=lambda each: each[1])
 
     def of(self, prompt_id: PromptId) -> list[SavedProjection]:
-        """A prompt's projections in the order of traits; raises `StorageError` like `projections_saved`."""
+        """A prompt's projections in the order of traits; raises `StorageError` like `projections_of_prompt`."""
         if not self._is_listed:
-            return projections_saved(self._layout, self._prompt_set, str(prompt_id), self._component)
+            return projections_of_prompt(self._layout, self._prompt_set, str(prompt_id), self._component)
         name = f"{file_name(prompt_id)}.json"
         return [
             SavedProjection(trait, self._component, folder / name)

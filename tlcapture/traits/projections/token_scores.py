@@ -1,4 +1,4 @@
-"""One capture's tokens and their projection onto one trait, for figures, frames and pictures. Loads no torch.
+"""One saved projection as arrays: tokens and their scores, for figures, frames and pictures. Loads no torch.
 
 scores = TokenScores.read(path)        # a projection file
 scores.trajectory                      # [n_tokens], at the vector's own layer
