@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tlcapture.products import linear_each
@@ -192,22 +191,23 @@ class RandomDirections:
     def _drawn_for(self, vectors: Sequence[TraitVector]) -> _Drawn:
         names = tuple((str(each.trait), each.method, each.layer) for each in vectors)
         if names not in self._drawn:
-            layers = list(dict.fromkeys(each.layer for each in vectors))
-            layer_rows = [layers.index(each.layer) for each in vectors]
-            rows = [[row for row, each in enumerate(layer_rows) if each == number] for number in range(len(layers))]
-            directions, over = [], []
-            for layer, of_layer in zip(layers, rows, strict=True):
-                own, drawn = [vectors[row] for row in of_layer], self._layer(layer)
-                directions.append(torch.stack([drawn.directions(str(each.trait)) for each in own]))
-                if self.reference is not None:
-                    over.append(drawn.reference_rises(own, directions[-1], self.reference))
-            order = np.argsort(np.concatenate(rows))
-            joined = _OverReference.of(over, order) if over else None
-            of_layers = [self._layer(each) for each in layers]
-            bases = torch.stack([each.basis for each in of_layers])
-            same = torch.stack([each.directions("all").T for each in of_layers])
-            self._drawn[names] = _Drawn(layers, layer_rows, bases, same, torch.cat(directions)[order], joined)
+            numbers = list(dict.fromkeys(each.layer for each in vectors))
+            layers = [self._layer(each) for each in numbers]
+            self._drawn[names] = _Drawn(
+                layers=numbers,
+                layer_rows=[numbers.index(each.layer) for each in vectors],
+                bases=torch.stack([each.basis for each in layers]),
+                of_layers=torch.stack([each.directions("all").T for each in layers]),
+                directions=torch.stack([self._layer(each.layer).directions(str(each.trait)) for each in vectors]),
+                over=None if self.reference is None else self._over(self.reference, vectors),
+            )
         return self._drawn[names]
+
+    def _over(self, reference: Reference, vectors: Sequence[TraitVector]) -> _OverReference:
+        found = [self._layer(each.layer).reference_rises(each, reference) for each in vectors]
+        means, deviations = (np.stack(each) for each in zip(*found, strict=True))
+        own = list(zip(means[:, 0].tolist(), deviations[:, 0].tolist(), strict=True))
+        return _OverReference(own, means[:, 1:], deviations[:, 1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,13 +220,6 @@ class _OverReference:
     own: Sequence[tuple[float, float]]
     means: Values
     deviations: Values
-
-    @classmethod
-    def of(cls, found: Sequence[tuple[Values, Values]], order: NDArray[np.intp]) -> _OverReference:
-        """From the results for the vectors of each layer, each vector's own first; `order` undoes the grouping."""
-        means, deviations = (np.concatenate(each)[order] for each in zip(*found, strict=True))
-        own = [(float(mean), float(sd)) for mean, sd in zip(means[:, 0], deviations[:, 0], strict=True)]
-        return cls(own, means[:, 1:], deviations[:, 1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,27 +293,23 @@ class _Layer:
             self._directions[name] = drawn / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
         return self._directions[name]
 
-    def reference_rises(
-        self, vectors: Sequence[TraitVector], directions: Directions, reference: Reference
-    ) -> tuple[Values, Values]:
-        """Mean and deviation of rises over the reference prompts `[n_vectors, 1 + 200]`, each vector's own first.
+    def reference_rises(self, vector: TraitVector, reference: Reference) -> tuple[Values, Values]:
+        """Mean and deviation over the reference prompts of the vector's rise, and of its 200 directions' `[1 + 200]`.
 
         The part of a random direction that is a prompt's own response is left out of its rise there: with it, random
         directions would rise further over the prompts that they are made of than over any other.
         """
         moved = (reference.response_means[self.number] - reference.prompt_means[self.number]).double()
-        units = torch.nn.functional.normalize(torch.stack([each.vector for each in vectors]).double(), dim=1)
+        own = moved @ torch.nn.functional.normalize(vector.vector.double(), dim=0)
         products = moved @ self.basis.double().T  # of each prompt's move and each response
-        random = torch.einsum("pb,vrb->pvr", products.fill_diagonal_(0), directions.double())
-        own = torch.stack([moved @ unit for unit in units], dim=1)  # one by one: beside others, they round differently
-        found = torch.cat([own.unsqueeze(2), random], dim=2)
-        return found.mean(dim=0).numpy(), found.std(dim=0).clamp(min=1e-30).numpy()
+        random = products.fill_diagonal_(0) @ self.directions(str(vector.trait)).double().T
+        rises = torch.cat([own.unsqueeze(1), random], dim=1)
+        return rises.mean(dim=0).numpy(), rises.std(dim=0).clamp(min=1e-30).numpy()
 
 
 def _on_basis(activations: Sequence[Tensor], bases: Tensor, held: Positions) -> OnBasis:
     """The products of activations of some layers `[n_held, d_model]` and their bases; NaN at tokens not held."""
-    products = linear_each(activations, bases)
-    return products if held.is_all else with_gaps(products.transpose(0, 1), held).transpose(0, 1)
+    return with_gaps(linear_each(activations, bases), held)
 
 
 def _of_usual_size(values: Tensor) -> Tensor:
@@ -329,12 +318,12 @@ def _of_usual_size(values: Tensor) -> Tensor:
     return values if _SMALL < largest < 1 / _SMALL or largest == 0 else values / largest
 
 
-def with_gaps(rows: Tensor, held: Positions) -> Tensor:
-    """`[n_tokens, ...]` from `[n_held, ...]`, NaN at the tokens that are not held."""
+def with_gaps(values: Float[Tensor, "n n_held *rest"], held: Positions) -> Float[Tensor, "n n_tokens *rest"]:
+    """Values of every token, NaN for those that are not held."""
     if held.is_all:
-        return rows
-    whole = rows.new_full((held.n_tokens, *rows.shape[1:]), torch.nan)
-    whole[list(held.kept)] = rows
+        return values
+    whole = values.new_full((len(values), held.n_tokens, *values.shape[2:]), torch.nan)
+    whole[:, list(held.kept)] = values
     return whole
 
 
