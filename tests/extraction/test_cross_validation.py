@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tlcapture.extraction.baselines import Baseline, _gain_interval, text_baselines, verdict
-from tlcapture.extraction.cross_validation import cross_validate, folds, largest_by_chance, relabelled
+from tlcapture.extraction.cross_validation import cross_validate, folds, largest_of_fitted, relabelled
 from tlcapture.extraction.many_fits import Span
 from tlcapture.extraction.methods import FITS
 
@@ -98,13 +98,13 @@ def test_the_null_is_as_large_as_the_best_of_noise_and_smaller_than_a_trait() ->
     ranks = []
     for seed in range(20):
         span = Span.of(examples(*[0.0] * 10, seed=seed))
-        best = largest_by_chance(span, LABELS, GROUPS, held_out, grid, seed=seed)
+        best = largest_of_fitted(span, LABELS, GROUPS, held_out, grid, seed=seed)
         observed = max(_held_out_auroc(span, method, held_out) for method in grid)
         ranks.append(float((best >= observed).float().mean()))
     assert sum(rank <= 0.05 for rank in ranks) <= 4
     assert 0.3 < sum(ranks) / 20 < 0.8
     strong = Span.of(examples(*[5.0] * 10))
-    best = largest_by_chance(strong, LABELS, GROUPS, held_out, grid)
+    best = largest_of_fitted(strong, LABELS, GROUPS, held_out, grid)
     assert (best >= _held_out_auroc(strong, "mean_diff", held_out)).float().mean() < 0.05
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcapture.extraction.cross_validation import NestedScore
+from tlcapture.extraction.cross_validation import NestedScore, fold_aurocs
 from tlcapture.extraction.evaluation import CONFIDENCE, auroc
 from tlcapture.extraction.many_fits import Training
 from tlcapture.extraction.methods import Labels
@@ -40,9 +40,7 @@ class Baseline:
     @classmethod
     def of(cls, name: str, scores: Float[Tensor, " n_examples"], labels: Labels, outer: Training) -> Baseline:
         """A baseline from the scores that each example got in the folds that left it out."""
-        folds = [out for out in outer if (out & labels).any() and (out & ~labels).any()] or [torch.ones_like(labels)]
-        rates = torch.stack([auroc(scores[out], labels[out]) for out in folds])
-        return cls(name, float(rates.mean()), scores)
+        return cls(name, float(fold_aurocs(scores, labels, outer).mean()), scores)
 
 
 def text_baselines(texts: Sequence[str], n_tokens: Sequence[int], labels: Labels, outer: Training) -> list[Baseline]:
