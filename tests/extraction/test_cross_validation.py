@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tlcapture.extraction.baselines import Baseline, _gain_interval, text_baselines, verdict
+from tlcapture.extraction.baselines import Baseline, _gain_interval, _resampled_aurocs, text_baselines, verdict
 from tlcapture.extraction.cross_validation import cross_validate, folds, largest_of_fitted, relabelled
+from tlcapture.extraction.evaluation import auroc
 from tlcapture.extraction.many_fits import Span
 from tlcapture.extraction.methods import FITS
 
@@ -109,8 +110,6 @@ def test_the_null_is_as_large_as_the_best_of_noise_and_smaller_than_a_trait() ->
 
 
 def _held_out_auroc(span: Span, method: str, held_out: Tensor) -> float:
-    from tlcapture.extraction.evaluation import auroc
-
     scores = span.scores(method, ~held_out[None], LABELS[None])[0, 0]
     return float(auroc(scores[:, held_out], LABELS[held_out]).max())
 
@@ -144,6 +143,16 @@ def test_the_interval_of_a_gain_is_wider_than_that_of_pairs_alone() -> None:
     percentiles = _gain_interval(nested, baseline, LABELS, GROUPS, 0)
     assert found.interval == pytest.approx([found.gain + 1.5 * (each - found.gain) for each in percentiles])
     assert percentiles[0] < found.gain < percentiles[1]
+
+
+def test_a_resampled_auroc_is_that_of_the_examples_as_often_as_they_are_drawn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels, scores = torch.arange(12) < 4, torch.randint(0, 5, (12,), generator=generator).float()
+    times = torch.randint(0, 3, (20, 12), generator=generator)
+    times[:, [0, 11]] += 1
+    drawn = [torch.arange(12).repeat_interleave(row) for row in times]
+    expected = torch.stack([auroc(scores[each], labels[each]) for each in drawn])
+    assert torch.equal(_resampled_aurocs(scores, labels, times.double()), expected)
 
 
 def test_too_few_examples_cannot_be_left_out_twice() -> None:
