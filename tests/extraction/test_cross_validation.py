@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tlcapture.extraction.baselines import Baseline, _gain_interval, _resampled_aurocs, text_baselines, verdict
-from tlcapture.extraction.cross_validation import cross_validate, folds, largest_of_fitted, relabelled
+from tlcapture.extraction.cross_validation import (
+    cross_validate,
+    farthest_of_given,
+    folds,
+    largest_of_fitted,
+    relabelled,
+)
 from tlcapture.extraction.evaluation import auroc
 from tlcapture.extraction.many_fits import Span
 from tlcapture.extraction.methods import FITS
@@ -143,6 +150,16 @@ def test_the_interval_of_a_gain_is_wider_than_that_of_pairs_alone() -> None:
     percentiles = _gain_interval(nested, baseline, LABELS, GROUPS, 0)
     assert found.interval == pytest.approx([found.gain + 1.5 * (each - found.gain) for each in percentiles])
     assert percentiles[0] < found.gain < percentiles[1]
+
+
+def test_the_farthest_auroc_of_a_labelling_is_that_of_numpy() -> None:
+    """Of several vectors, in either direction, where labels are exchanged within pairs."""
+    scores = torch.randn(3, len(LABELS), generator=torch.Generator().manual_seed(2))
+    expected = []
+    for labels in relabelled(LABELS, GROUPS).numpy():
+        aurocs = [np.mean(each[labels][:, None] > each[~labels]) for each in scores.numpy()]
+        expected.append(max(abs(each - 0.5) for each in aurocs))
+    assert np.allclose(farthest_of_given(scores, LABELS, GROUPS), expected, atol=1e-6)
 
 
 def test_a_resampled_auroc_is_that_of_the_examples_as_often_as_they_are_drawn() -> None:
