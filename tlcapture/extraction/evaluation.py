@@ -51,6 +51,9 @@ def auroc(scores: Scores, labels: Labels) -> PerDirection:
 def auroc_error(scores: Scores, labels: Labels) -> PerDirection:
     """The standard error of the AUROC, whatever the distributions of the sides; NaN for a side of one example.
 
+    It is `sqrt(var(A) / n_positive + var(B) / n_negative)`: for each positive example, `A` has the share of negative
+    ones that project lower, and `B`, for each negative example, the share of positive ones that do.
+
     Source: DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver operating
     characteristic curves" (1988).
     """
@@ -72,8 +75,9 @@ def _twice_below(scores: Scores, labels: Labels) -> Float[Tensor, "*directions n
 def hedges_g(
     positive: Float[Tensor, "*directions n_positive"], negative: Float[Tensor, "*directions n_negative"]
 ) -> PerDirection:
-    """The difference of means over the pooled standard deviation, corrected for small samples.
+    """The difference of means over the pooled standard deviation, times `1 - 3 / (4 f - 1)` for small samples.
 
+    `f` are the degrees of freedom, `n_positive + n_negative - 2`.
     NaN with fewer than two examples per side, and if the standard deviation is 0 up to rounding.
 
     Source: Hedges, "Distribution theory for Glass's estimator of effect size and related estimators" (1981).

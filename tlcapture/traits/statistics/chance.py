@@ -123,12 +123,15 @@ class RandomDirections:
         return "isotropic" if self.reference is None else "reference"
 
     def levels(
-        self, activations: dict[int, Tensor], vectors: Sequence[TraitVector], held: Positions, own: Motion
+        self, activations: dict[int, Tensor], vectors: Sequence[TraitVector], held: Positions, motion: Motion
     ) -> Sequence[ChanceLevel | None]:
-        """The chance level of each vector; the same row of `own` has its change points and rises.
+        """The chance level of each vector.
 
-        `activations` are the capture's at each vector's layer, `[n_held, d_model]`.
         Without every token of the response there is no chance level.
+
+        Args:
+            activations: the capture's at each vector's layer, `[n_held, d_model]`.
+            motion: the change points and rises of the vectors' own trajectories, in the same order.
         """
         if not held.has_all(max(1, held.n_prompt), held.n_tokens):
             return [None] * len(vectors)
@@ -136,13 +139,13 @@ class RandomDirections:
         on_basis = _on_basis([activations[each] for each in drawn.layers], drawn.bases, held)
         random = drawn.strengths(on_basis, held)
         commit, persist = (each.reshape(-1, N_DIRECTIONS).sum(axis=1) for each in (random.commits, random.persists))
-        commitment = _shares(random.changes, own.changes, drawn.layer_rows)
-        persistence = _shares(random.rises, own.rises, drawn.layer_rows)
+        commitment = _shares(random.changes, motion.changes, drawn.layer_rows)
+        persistence = _shares(random.rises, motion.rises, drawn.layer_rows)
         rises = drawn.rises(on_basis, held)
-        over = drawn.over if rises is not None else None
+        known = drawn.reference_rises if rises is not None else None
         rounded = None if rises is None else _rounded(rises)
-        wider = np.ones(len(vectors)) if over is None else _widenings(own.values, held, over.own)
-        standardised = None if rises is None or over is None else _rounded((rises - over.means) / over.deviations)
+        wider = np.ones(len(vectors)) if known is None else _widenings(motion.values, held, known.own)
+        standardised = None if rises is None or known is None else _rounded((rises - known.means) / known.deviations)
         return [
             ChanceLevel(
                 covariance=self.covariance,
@@ -152,7 +155,7 @@ class RandomDirections:
                 commitment=commitment[row],
                 persistence=persistence[row],
                 rises=None if rounded is None else rounded[row],
-                reference_rises=None if over is None else over.own[row],
+                reference_rises=None if known is None else known.own[row],
                 standardised=None if standardised is None else standardised[row],
                 n_reference=0 if self.reference is None else len(self.reference.prompts),
                 widening=float(wider[row]),
@@ -199,19 +202,19 @@ class RandomDirections:
                 bases=torch.stack([each.basis for each in layers]),
                 of_layers=torch.stack([each.directions("all").T for each in layers]),
                 directions=torch.stack([self._layer(each.layer).directions(str(each.trait)) for each in vectors]),
-                over=None if self.reference is None else self._over(self.reference, vectors),
+                reference_rises=None if self.reference is None else self._reference_rises(self.reference, vectors),
             )
         return self._drawn[names]
 
-    def _over(self, reference: Reference, vectors: Sequence[TraitVector]) -> _OverReference:
+    def _reference_rises(self, reference: Reference, vectors: Sequence[TraitVector]) -> _ReferenceRises:
         found = [self._layer(each.layer).reference_rises(each, reference) for each in vectors]
         means, deviations = (np.stack(each) for each in zip(*found, strict=True))
         own = list(zip(means[:, 0].tolist(), deviations[:, 0].tolist(), strict=True))
-        return _OverReference(own, means[:, 1:], deviations[:, 1:])
+        return _ReferenceRises(own, means[:, 1:], deviations[:, 1:])
 
 
 @dataclass(frozen=True, eq=False)
-class _OverReference:
+class _ReferenceRises:
     """Mean and deviation of rises over the reference prompts: of each vector, and of its random directions.
 
     `means` and `deviations` are `[n_vectors, n_directions]`.
@@ -232,7 +235,7 @@ class _Drawn:
         bases: `[n_layers, n_basis, d_model]`.
         of_layers: `[n_layers, n_basis, n_directions]`, those whose change points and rises are found.
         directions: `[n_vectors, n_directions, n_basis]`, those whose rises are compared with the vectors'.
-        over: their rises over the reference prompts; `None` without any.
+        reference_rises: rises over the reference prompts; `None` without any.
     """
 
     layers: Sequence[int]
@@ -240,7 +243,7 @@ class _Drawn:
     bases: Float[Tensor, "n_layers n_basis d_model"]
     of_layers: Float[Tensor, "n_layers n_basis n_directions"]
     directions: Directions
-    over: _OverReference | None
+    reference_rises: _ReferenceRises | None
 
     def strengths(self, on_basis: OnBasis, held: Positions) -> Strengths:
         """The strengths of all layers' random directions, `[n_layers * n_directions]`, computed for a few at once."""

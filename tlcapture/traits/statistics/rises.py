@@ -37,7 +37,7 @@ class Rises:
         rise: the largest rise of the smoothed response above the baseline.
         peak: the response token with the largest rise.
         persistence: how many tokens from the peak on, itself counted, stay at or above half of that rise.
-        p: how often a permutation rises as far.
+        p: how often a permutation rises as far: of `n` permutations, `(1 + n_as_far) / (1 + n)`.
         strength: the rise in standard deviations of the permutations' rises, from their mean.
     """
 
