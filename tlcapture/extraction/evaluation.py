@@ -157,7 +157,7 @@ def separation(
     The threshold of the accuracy is halfway between the class means of the training examples.
 
     Args:
-        sides: the held-out examples of which the effect size is; by default all, without pairs.
+        sides: the held-out examples whose effect size is measured; by default all, without pairs.
     """
     scores = projected(vectors, activations)
     train, train_labels = scores[:, ~held_out], labels[~held_out]
