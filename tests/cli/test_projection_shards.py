@@ -57,7 +57,7 @@ def saved(data: Path) -> dict[str, Any]:
     """The contents of all projections, whatever form they are in."""
     layout = Layout(data, "exp")
     return {
-        each.place.relative_to(layout.folder / "inference").as_posix(): undated(each.content())
+        each.json_path.relative_to(layout.folder / "inference").as_posix(): undated(each.content())
         for prompt_id in layout.prompt_ids("short")
         for each in all_saved(layout, "short", prompt_id)
     }

@@ -65,7 +65,7 @@ def write_pictures(
 
 def _place(layout: Layout, file: SavedProjection, prompt_set: str) -> Path:
     """Where a picture lies; one whose name would be too long for a file system is called by its prompt alone."""
-    below = file.place.relative_to(layout.folder / "inference")
+    below = file.json_path.relative_to(layout.folder / "inference")
     component = "" if file.component == "residual" else f"_{file.component}"
     shown = f"{file.trait.category}_{file.trait.name}{component}_{prompt_set.replace('/', '_')}_{below.stem}"
     name = f"{layout.experiment}_{shown}"

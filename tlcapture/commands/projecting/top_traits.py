@@ -183,7 +183,7 @@ def summary_of(
     for name in names:
         before_each()
         for saved in _saved(layout, prompt_set, name, component, on_problem) if listed is None else listed.of(name):
-            written = known.get(saved.place.as_posix().removeprefix(folder))
+            written = known.get(saved.json_path.as_posix().removeprefix(folder))
             if content := _read(saved, written, on_problem):
                 found = Summarised.of(content, str(saved.trait), component, found)
                 prompt = (name if found.sample is None else str(found.prompt_id), found.sample is not None)

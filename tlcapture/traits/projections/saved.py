@@ -65,38 +65,38 @@ class SavedProjection:
     """A prompt's projection onto a trait in a file.
 
     Attributes:
-        place: the path that its JSON file has or would have.
-        sharded: its place in the shard; `None` for a JSON file.
+        json_path: the path that its JSON file has or would have.
+        sharded: where it is in a shard; `None` for a JSON file.
     """
 
     trait: Trait
     component: str
-    place: Path
+    json_path: Path
     sharded: Sharded | None = None
 
     @property
     def path(self) -> Path:
         """The file that holds it: its JSON file, or a shard."""
-        return self.place if self.sharded is None else self.sharded.path
+        return self.json_path if self.sharded is None else self.sharded.path
 
     @property
     def written_ns(self) -> int:
         """When it was written, in nanoseconds since the epoch."""
         if self.sharded is not None:
             return self.sharded.written_ns
-        check_regular(self.place)
-        return self.place.stat().st_mtime_ns
+        check_regular(self.json_path)
+        return self.json_path.stat().st_mtime_ns
 
     def content(self, *, exact: bool = False) -> Any:
         """The content of the JSON file, unchecked; raises `StorageError` for a damaged one.
 
         Content that is to be rewritten must be `exact`, see `read_json`.
         """
-        return read_json(self.place, exact=exact) if self.sharded is None else self.sharded.content()
+        return read_json(self.json_path, exact=exact) if self.sharded is None else self.sharded.content()
 
     def labels(self) -> Any:
         """The content without its numbers, if they can be left out; raises like `content`."""
-        return read_json(self.place) if self.sharded is None else self.sharded.content(scored=False)
+        return read_json(self.json_path) if self.sharded is None else self.sharded.content(scored=False)
 
     def read(self) -> ProjectionFile:
         """The content, checked; raises `StorageError` for a damaged file."""
@@ -104,12 +104,12 @@ class SavedProjection:
 
     def scores(self) -> TokenScores:
         """Tokens and scores; raises `StorageError` for a damaged file."""
-        return TokenScores.of(self.read(), self.path, self.place)
+        return TokenScores.of(self.read(), self.path, self.json_path)
 
     def write(self, content: Mapping[str, Any]) -> Written:
         """Write other content in the same form."""
         if self.sharded is None:
-            return write_json(self.place, content)
+            return write_json(self.json_path, content)
         return write_sharded(self, {self.sharded.trait: content})
 
 
@@ -133,22 +133,23 @@ def all_saved(layout: Layout, prompt_set: str, prompt_id: str) -> list[SavedProj
         found[path] = SavedProjection(trait, component, path)
     for component in COMPONENTS:
         for name, sharded in sharded_of(layout.shards(component, prompt_set), str(prompt_id)).items():
-            place = layout.projection(Trait.parse(name), component, prompt_set, prompt_id)
-            if place not in found or found[place].written_ns < sharded.written_ns:
-                found[place] = SavedProjection(Trait.parse(name), component, place, sharded)
-    return [found[place] for place in sorted(found)]
+            trait = Trait.parse(name)
+            path = layout.projection(trait, component, prompt_set, prompt_id)
+            if path not in found or found[path].written_ns < sharded.written_ns:
+                found[path] = SavedProjection(trait, component, path, sharded)
+    return [found[path] for path in sorted(found)]
 
 
 def saved_projection(
     layout: Layout, trait: Trait, component: str, prompt_set: str, prompt_id: PromptId
 ) -> SavedProjection | None:
     """A prompt's projection onto a trait; `None` if there is none. Raises `StorageError` like `all_saved`."""
-    place = layout.projection(trait, component, prompt_set, prompt_id)
+    path = layout.projection(trait, component, prompt_set, prompt_id)
     sharded = sharded_of(layout.shards(component, prompt_set), str(prompt_id)).get(str(trait))
-    of_json = SavedProjection(trait, component, place) if lexists(place) else None
+    of_json = SavedProjection(trait, component, path) if lexists(path) else None
     if sharded is None or (of_json is not None and of_json.written_ns >= sharded.written_ns):
         return of_json
-    return SavedProjection(trait, component, place, sharded)
+    return SavedProjection(trait, component, path, sharded)
 
 
 def projections_of_prompt(
@@ -177,13 +178,13 @@ class ListedProjections:
         self._is_listed = not any(layout.shards(each, prompt_set).exists() for each in STREAM_FOLDERS)
         stream = STREAM_FOLDERS[component]
         for folder in map(Path, layout.places_of_projections(prompt_set) if self._is_listed else ()):
-            place = folder.relative_to(layout.folder / "inference").parts
-            if place[2] == stream and folder.is_dir():
+            category, name, stream_folder, *_ = folder.relative_to(layout.folder / "inference").parts
+            if stream_folder == stream and folder.is_dir():
                 with scandir(layout.own(folder)) as entries:
                     found = list(entries)
                 self._is_listed &= not any(each.is_symlink() for each in found)
                 names = frozenset(each.name for each in found)
-                self._traits.append((Trait(place[0], place[1]), folder, names))
+                self._traits.append((Trait(category, name), folder, names))
         self._traits.sort(key=lambda each: each[1])
 
     def of(self, prompt_id: PromptId) -> list[SavedProjection]:
