@@ -16,8 +16,16 @@ from numpy.typing import NDArray
 from tests.evidence import Evidence
 from tlcapture.commands.against_steering import _correlation, _Points
 from tlcapture.comparison.paired import LEVEL, paired_differences
-from tlcapture.extraction.cross_validation import farthest_of_given, largest_of_given
+from tlcapture.extraction.baselines import Baseline, verdict
+from tlcapture.extraction.cross_validation import (
+    OUTER_FOLDS,
+    cross_validate,
+    farthest_of_given,
+    folds,
+    largest_of_given,
+)
 from tlcapture.extraction.evaluation import auroc, effect_size_interval
+from tlcapture.extraction.many_fits import Span
 from tlcapture.extraction.monitoring import RANDOM_VECTORS, monitoring
 from tlcapture.traits.statistics.chance import RandomDirections
 from tlcapture.traits.statistics.change_points import change_points
@@ -119,6 +127,18 @@ def separation_of_another_trait(draw: Draw, n: int) -> Values:
     return np.array(found)
 
 
+def gain_over_layer_0(draw: Draw, n: int) -> Values:
+    """The verdict on vectors of layer 1, whose activations separate 13 pairs as well as those of layer 0."""
+    labels, groups, found = torch.arange(26) < 13, [str(number % 13) for number in range(26)], []
+    for activations in torch.from_numpy(draw((n // 2, 2, 4, 26))).float().mT:
+        activations[:, labels, 0] += 2.0
+        scores = cross_validate(Span.of(activations), labels, groups, {"mean_diff": [1]})
+        outer = folds(groups, labels, OUTER_FOLDS)
+        layer_0 = Baseline.of("layer 0", scores.layer_0, labels, outer)
+        found.append(verdict(scores.nested, [layer_0], labels, groups, 1 / 201).text.startswith("adds +"))
+    return np.array(found)
+
+
 def monitored(draw: Draw, n: int) -> Values:
     """A random vector that is said to follow the coefficient, in responses to three questions."""
     random, own = RandomDirections(None, 1, 32).vectors(RANDOM_VECTORS + n, 0).split([RANDOM_VECTORS, n])
@@ -165,6 +185,7 @@ FINDINGS = {
     "the best of three vectors separates": (separation, "labels exchanged within pairs", 0.06, False),
     "the best of three separates 8 from 32": (separation_by_few, "shuffled labels, spread", 0.08, False),
     "a vector separates another trait": (separation_of_another_trait, "labels exchanged within pairs", 0.06, False),
+    "a verdict says that a vector adds": (gain_over_layer_0, "a bootstrap over pairs, widened", 0.06, False),
     "a projection follows steering": (monitored, "random vectors", 0.06, True),
     "a gain of steering selects a vector": (gain_of_steering, "random vectors", 0.12, True),
     "effect size correlates with steering": (correlation_with_steering, "the effective number of layers", 0.08, True),

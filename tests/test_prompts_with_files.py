@@ -11,7 +11,7 @@ from tlcapture.errors import StorageError
 from tlcapture.names import Trait
 from tlcapture.storage.experiments.layout import Layout, derived_files
 from tlcapture.storage.experiments.prompts_with_files import PromptsWithFiles
-from tlcapture.traits.projections.saved import ListedProjections, projections_saved
+from tlcapture.traits.projections.saved import ListedProjections, projections_of_prompt
 
 LOUD, WARM = Trait("tone", "loud"), Trait("tone", "warm")
 PLACES: dict[str, Callable[[Layout], Path]] = {
@@ -58,7 +58,7 @@ def test_projections_of_listed_folders_are_those_of_each_prompt(tmp_path: Path) 
     for component in ("residual", "attn_out"):
         listed = ListedProjections(layout, "s", component)
         for name in ("1", "2", "3"):
-            assert listed.of(name) == projections_saved(layout, "s", name, component)
+            assert listed.of(name) == projections_of_prompt(layout, "s", name, component)
     assert [each.trait for each in ListedProjections(layout, "s", "residual").of("1")] == [LOUD, WARM]
 
 

@@ -23,7 +23,7 @@ from tlcapture.page.contents import Contents
 from tlcapture.storage.compact import shard_writing
 from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import read_json
-from tlcapture.traits.projections.saved import all_saved, projections_of
+from tlcapture.traits.projections.saved import all_saved, projections_of_prompt
 
 Run = Callable[..., Result]
 GREEDY = ("--temperature", 0)
@@ -57,7 +57,7 @@ def saved(data: Path) -> dict[str, Any]:
     """The contents of all projections, whatever form they are in."""
     layout = Layout(data, "exp")
     return {
-        each.place.relative_to(layout.folder / "inference").as_posix(): undated(each.content())
+        each.json_path.relative_to(layout.folder / "inference").as_posix(): undated(each.content())
         for prompt_id in layout.prompt_ids("short")
         for each in all_saved(layout, "short", prompt_id)
     }
@@ -200,7 +200,7 @@ def test_projections_of_a_variant_lie_beside_those_of_its_set(
     layout, contents = Layout(data, "exp"), []
     for form in ("json", "compact"):
         assert capture(*GREEDY, *steered, "--format", form).exit_code == 0
-        found = projections_of(layout, "short@v", "1", "residual")
+        found = [each.scores() for each in projections_of_prompt(layout, "short@v", "1", "residual")]
         contents.append([(each.trait, each.prompt_set, each.scores.tolist()) for each in found])
     assert contents[0] == contents[1]
     assert [name for _, name, _ in contents[1]] == ["short@v"] * 2

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tlcapture.extraction.baselines import Baseline, _gain_interval, text_baselines, verdict
-from tlcapture.extraction.cross_validation import cross_validate, folds, largest_by_chance, relabelled
+from tlcapture.extraction.baselines import Baseline, _gain_interval, _resampled_aurocs, text_baselines, verdict
+from tlcapture.extraction.cross_validation import (
+    cross_validate,
+    farthest_of_given,
+    folds,
+    largest_of_fitted,
+    relabelled,
+)
+from tlcapture.extraction.evaluation import auroc
 from tlcapture.extraction.many_fits import Span
 from tlcapture.extraction.methods import FITS
 
@@ -98,19 +106,17 @@ def test_the_null_is_as_large_as_the_best_of_noise_and_smaller_than_a_trait() ->
     ranks = []
     for seed in range(20):
         span = Span.of(examples(*[0.0] * 10, seed=seed))
-        best = largest_by_chance(span, LABELS, GROUPS, held_out, grid, seed=seed)
+        best = largest_of_fitted(span, LABELS, GROUPS, held_out, grid, seed=seed)
         observed = max(_held_out_auroc(span, method, held_out) for method in grid)
         ranks.append(float((best >= observed).float().mean()))
     assert sum(rank <= 0.05 for rank in ranks) <= 4
     assert 0.3 < sum(ranks) / 20 < 0.8
     strong = Span.of(examples(*[5.0] * 10))
-    best = largest_by_chance(strong, LABELS, GROUPS, held_out, grid)
+    best = largest_of_fitted(strong, LABELS, GROUPS, held_out, grid)
     assert (best >= _held_out_auroc(strong, "mean_diff", held_out)).float().mean() < 0.05
 
 
 def _held_out_auroc(span: Span, method: str, held_out: Tensor) -> float:
-    from tlcapture.extraction.evaluation import auroc
-
     scores = span.scores(method, ~held_out[None], LABELS[None])[0, 0]
     return float(auroc(scores[:, held_out], LABELS[held_out]).max())
 
@@ -144,6 +150,26 @@ def test_the_interval_of_a_gain_is_wider_than_that_of_pairs_alone() -> None:
     percentiles = _gain_interval(nested, baseline, LABELS, GROUPS, 0)
     assert found.interval == pytest.approx([found.gain + 1.5 * (each - found.gain) for each in percentiles])
     assert percentiles[0] < found.gain < percentiles[1]
+
+
+def test_the_farthest_auroc_of_a_labelling_is_that_of_numpy() -> None:
+    """Of several vectors, in either direction, where labels are exchanged within pairs."""
+    scores = torch.randn(3, len(LABELS), generator=torch.Generator().manual_seed(2))
+    expected = []
+    for labels in relabelled(LABELS, GROUPS).numpy():
+        aurocs = [np.mean(each[labels][:, None] > each[~labels]) for each in scores.numpy()]
+        expected.append(max(abs(each - 0.5) for each in aurocs))
+    assert np.allclose(farthest_of_given(scores, LABELS, GROUPS), expected, atol=1e-6)
+
+
+def test_a_resampled_auroc_is_that_of_the_examples_as_often_as_they_are_drawn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels, scores = torch.arange(12) < 4, torch.randint(0, 5, (12,), generator=generator).float()
+    times = torch.randint(0, 3, (20, 12), generator=generator)
+    times[:, [0, 11]] += 1
+    drawn = [torch.arange(12).repeat_interleave(row) for row in times]
+    expected = torch.stack([auroc(scores[each], labels[each]) for each in drawn])
+    assert torch.equal(_resampled_aurocs(scores, labels, times.double()), expected)
 
 
 def test_too_few_examples_cannot_be_left_out_twice() -> None:

@@ -12,7 +12,7 @@ from tests import tiny
 from tlcapture.errors import NumericalError
 from tlcapture.extraction.monitoring import RANDOM_VECTORS, monitoring
 from tlcapture.extraction.steering import RANDOM_VECTORS as STEERED_VECTORS
-from tlcapture.extraction.steering import Addition, SteeringScorer
+from tlcapture.extraction.steering import Addition, SteeringScore, SteeringScorer
 from tlcapture.generation.interventions.intervention import Add, applied
 from tlcapture.generation.loop import generate
 from tlcapture.prompts.tokenization import tokenize
@@ -29,6 +29,10 @@ def isotropic(d_model: int, n: int = STEERED_VECTORS) -> torch.Tensor:
 def scorer_of(model: Any, **options: Any) -> tuple[SteeringScorer, list[Any]]:
     prompts = [tokenize(model.tokenizer, q, prompt_set="s", prompt_id=str(n)) for n, q in enumerate(QUESTIONS)]
     return SteeringScorer(model, prompts, COMPLETIONS, **options), prompts
+
+
+def score(scorer: SteeringScorer, layer: int, vector: torch.Tensor, coefficient: float) -> SteeringScore:
+    return scorer.scores([Addition(layer, vector, coefficient)])[0]
 
 
 def mean_log_probability(name: str, prompt: tuple[int, ...], text: str) -> float:
@@ -78,7 +82,7 @@ def test_additions_that_share_a_batch_score_as_they_do_alone(name: str, engine: 
     together = scorer.scores(additions)
     assert len({tuple(each.responses) for each in together}) > 1
     for addition, score, trait in zip(additions, together, scorer.trait_scores(additions), strict=True):
-        alone = scorer.score(addition.layer, addition.vector, addition.coefficient)
+        (alone,) = scorer.scores([addition])
         assert score.responses == alone.responses
         assert torch.allclose(score.trait, alone.trait, atol=1e-5)
         assert torch.allclose(score.coherence, alone.coherence, atol=1e-4)
@@ -101,7 +105,7 @@ def test_rows_that_have_stopped_take_their_addends_along() -> None:
 def test_the_standard_error_is_that_of_the_differences_between_questions() -> None:
     scorer, _ = scorer_of(tiny.model("llama"), new_tokens=2)
     baseline = scorer.baseline()
-    steered = scorer.score(1, torch.randn(tiny.D_MODEL, generator=torch.Generator().manual_seed(1)), 1.0)
+    steered = score(scorer, 1, torch.randn(tiny.D_MODEL, generator=torch.Generator().manual_seed(1)), 1.0)
     gains = [100 * (float(a) - float(b)) for a, b in zip(steered.trait, baseline.trait, strict=True)]
     mean = sum(gains) / 3
     expected = (sum((gain - mean) ** 2 for gain in gains) / 2 / 3) ** 0.5
@@ -175,13 +179,13 @@ def test_responses_are_read_back_as_hugging_face_reads_them(engine: str) -> None
 def test_a_steered_model_without_finite_logits_is_an_error() -> None:
     scorer, _ = scorer_of(tiny.model("llama"), new_tokens=2)
     with pytest.raises(NumericalError, match=r"steering question 0: the model's logits are NaN or inf at token \d+"):
-        scorer.score(1, torch.full((tiny.D_MODEL,), torch.nan), 1.0)
+        score(scorer, 1, torch.full((tiny.D_MODEL,), torch.nan), 1.0)
 
 
 def test_coherence_falls_with_the_coefficient_and_tiny_steering_changes_nothing() -> None:
     scorer, _ = scorer_of(tiny.model("llama"), new_tokens=6)
     vector = torch.randn(tiny.D_MODEL, generator=torch.Generator().manual_seed(0))
-    scores = [scorer.score(1, vector, coefficient) for coefficient in (1e-6, 0.5, 8.0)]
+    scores = [score(scorer, 1, vector, coefficient) for coefficient in (1e-6, 0.5, 8.0)]
     assert scores[0].coherence_mean == pytest.approx(100, abs=0.1)
     assert scores[0].trait_mean == pytest.approx(scorer.baseline().trait_mean, abs=0.1)
     assert scores[2].coherence_mean < scores[0].coherence_mean
@@ -194,7 +198,7 @@ def test_steering_along_the_unembedding_of_a_completion_makes_it_likelier() -> N
     ids = [tiny.tokenizer()(pair[0], add_special_tokens=False)["input_ids"] for pair in COMPLETIONS]
     flat = sorted({i for one in ids for i in one})
     towards = tiny.hf_model("llama").lm_head.weight[flat].mean(0).detach()
-    assert scorer.score(2, towards, 2.0).trait_mean > scorer.baseline().trait_mean
+    assert score(scorer, 2, towards, 2.0).trait_mean > scorer.baseline().trait_mean
 
 
 def test_without_completions_the_typical_norm_is_that_of_the_models_own_responses() -> None:

@@ -13,7 +13,7 @@ from tlcapture.names import Trait
 from tlcapture.storage.experiments.layout import Layout
 from tlcapture.traits.projections.projection import project
 from tlcapture.traits.selection import Selection
-from tlcapture.traits.statistics.chance import N_DIRECTIONS, RandomDirections, _Layer
+from tlcapture.traits.statistics.chance import N_DIRECTIONS, RandomDirections, _generator, _Layer
 from tlcapture.traits.statistics.reference import Reference, read_reference
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.kept_tokens import Positions
@@ -52,6 +52,24 @@ def test_random_directions_commit_as_seldom_as_chance_allows() -> None:
     assert found.chance.commit <= 0.1 * N_DIRECTIONS
     assert found.chance.persist <= 0.12 * N_DIRECTIONS
     assert found.dynamics.commitment_point is None or found.chance.commitment is not None
+
+
+def test_random_directions_are_combinations_of_responses_as_defined_in_numpy() -> None:
+    """Over a reference prompt, the part of each that is the prompt's own response is left out."""
+    made, activation = reference(), random(WIDTH, seed=9)
+    directions, own = RandomDirections(made, LAYERS, WIDTH), vector()
+    responses = made.response_means[1].double().numpy()
+    basis, moved = responses - responses.mean(axis=0), responses - made.prompt_means[1].double().numpy()
+    drawn = torch.randn(N_DIRECTIONS, 40, generator=_generator("c/a", 1)).double().numpy()
+    weights = drawn / np.linalg.norm(drawn @ basis, axis=1, keepdims=True)
+    found = directions.projections("c/a", 1, activation)
+    assert np.allclose(found, weights @ basis @ activation.double().numpy(), rtol=1e-5, atol=1e-5)
+    rises = [[(row * (np.arange(40) != prompt)) @ basis @ moved[prompt] for row in weights] for prompt in range(40)]
+    means, deviations = directions._layer(1).reference_rises(own, made)
+    assert np.allclose(means[1:], np.mean(rises, axis=0), rtol=1e-4, atol=1e-5)
+    assert np.allclose(deviations[1:], np.std(rises, axis=0, ddof=1), rtol=1e-4)
+    of_vector = moved @ own.vector.double().numpy() / np.linalg.norm(own.vector.double().numpy())
+    assert (means[0], deviations[0]) == pytest.approx((of_vector.mean(), of_vector.std(ddof=1)))
 
 
 def test_a_change_that_all_directions_share_is_not_a_finding_of_one() -> None:
@@ -107,13 +125,10 @@ def test_random_directions_rise_as_far_over_the_reference_as_over_another_prompt
     few, wide = 12, 64
     means = random(LAYERS, few, wide, seed=2), random(LAYERS, few, wide, seed=3)
     layer = _Layer(1, Reference("print", "digest", [str(number) for number in range(few)], *means), wide)
-    directions, own = (
-        layer.directions("all"),
-        TraitVector(Trait("c", "a"), "residual", "probe", 1, "exp", random(wide), {}),
-    )
-    _, deviations = layer.reference_rises([own], directions[None], layer.reference)
-    others = (random(300, wide, seed=4) - random(300, wide, seed=5)) @ (directions @ layer.basis).T
-    assert float(others.std(dim=0).mean()) == pytest.approx(deviations[:, 1:].mean(), rel=0.1)
+    own = TraitVector(Trait("c", "a"), "residual", "probe", 1, "exp", random(wide), {})
+    _, deviations = layer.reference_rises(own, layer.reference)
+    others = (random(300, wide, seed=4) - random(300, wide, seed=5)) @ (layer.directions("c/a") @ layer.basis).T
+    assert float(others.std(dim=0).mean()) == pytest.approx(deviations[1:].mean(), rel=0.1)
 
 
 def test_random_vectors_have_the_covariance_of_responses_and_are_the_same_combinations_at_every_layer() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -137,6 +138,12 @@ def test_a_still_response_after_a_prompt_that_moves_has_no_dynamics_nor_has_its_
     responses = [ResidualStream(part - (part @ each.unit)[..., None] * each.unit) for part in drawn]
     found = [project(prompt, response, chosen(each))[0] for response in responses]
     assert {projection.still_from for projection in found} == {5}
+    scores, means = found[0].trajectory.numpy().astype(float), found[0].means()
+    with_level = np.concatenate([scores[1:5], np.full(len(scores) - 5, scores[5:].mean())])
+    assert means == pytest.approx({
+        "prompt": scores[1:5].mean(), "response": scores[5:].mean(), "deviation": with_level.std(),
+        "response_deviation": 0.0,
+    }, rel=1e-5)  # fmt: skip
     assert {projection.dynamics.commitment_point for projection in found} == {None}
     assert {projection.dynamics.commitment_shift for projection in found} == {0}
     assert all(max(projection.dynamics.velocity[:4].abs()) > 0.1 for projection in found)  # of the prompt

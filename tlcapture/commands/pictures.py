@@ -11,7 +11,7 @@ from tlcapture.names import Trait
 from tlcapture.runs.display import Display
 from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import write_bytes
-from tlcapture.traits.projections.saved import SavedProjection, no_projections, projections_saved
+from tlcapture.traits.projections.saved import SavedProjection, no_projections, projections_of_prompt
 from tlcapture.views.hooks import check_component
 
 _LONGEST_NAME = 200  # of the 255 bytes that file systems allow; a name is longer while it is written
@@ -38,7 +38,9 @@ def write_pictures(
     """
     check_component(component)
     files = [
-        each for prompt_id in prompt_ids for each in projections_saved(layout, prompt_set, prompt_id, component, traits)
+        each
+        for prompt_id in prompt_ids
+        for each in projections_of_prompt(layout, prompt_set, prompt_id, component, traits)
     ]
     if not files:
         raise no_projections(layout, prompt_set, component, traits)
@@ -63,7 +65,7 @@ def write_pictures(
 
 def _place(layout: Layout, file: SavedProjection, prompt_set: str) -> Path:
     """Where a picture lies; one whose name would be too long for a file system is called by its prompt alone."""
-    below = file.place.relative_to(layout.folder / "inference")
+    below = file.json_path.relative_to(layout.folder / "inference")
     component = "" if file.component == "residual" else f"_{file.component}"
     shown = f"{file.trait.category}_{file.trait.name}{component}_{prompt_set.replace('/', '_')}_{below.stem}"
     name = f"{layout.experiment}_{shown}"

@@ -41,7 +41,7 @@ from tlcapture.traits.mean_activations import check_means
 from tlcapture.traits.missing_vectors import no_component_vectors
 from tlcapture.traits.projections.files import ProjectionFile
 from tlcapture.traits.projections.projection import dynamics_of_file, movement_of_file
-from tlcapture.traits.projections.saved import SavedProjection, projections_saved, write_sharded
+from tlcapture.traits.projections.saved import SavedProjection, projections_of_prompt, write_sharded
 from tlcapture.traits.statistics.rises import DEFINITIONS
 from tlcapture.traits.statistics.span_dynamics import by_span
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
@@ -209,7 +209,7 @@ def _recompute_dynamics(run: Run, prompt_set: str, ids: Sequence[str], options: 
             name = f"{prompt_set}/{prompt_id}"
             projections: list[SavedProjection] | None = None
             with run.attempt(name):
-                projections = projections_saved(
+                projections = projections_of_prompt(
                     layout, prompt_set, prompt_id, options.component, options.vectors.traits
                 )
             if not projections:

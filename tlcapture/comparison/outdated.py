@@ -1,4 +1,4 @@
-"""Whether a comparison is of captures that are still there, or were made again since. Loads torch only where they were.
+"""Whether captures were made again since they were compared. Loads torch only where they were.
 
 A capture that is made again removes the comparisons that its prompt set holds, but not those that hold it as `b`.
 """

@@ -178,7 +178,12 @@ def _skewed(value: float, skewness: float, n: int) -> float:
 
 
 def _by_sign_flips(values: Values) -> Values:
-    """The p of each column by sign flips, corrected for their number."""
+    """The p of each column by sign flips, corrected for their number.
+
+    The statistic is `|sum(d)| / sqrt(sum(d ** 2))` of a column's differences `d`; its p, the share of flips of all
+    columns at once whose largest statistic is as large. For one column, `scipy.stats.permutation_test` has the same p,
+    with `permutation_type="samples"`.
+    """
     lengths = np.sqrt((values**2).sum(axis=0))
     units = values / np.where(lengths > 0, lengths, 1.0)
     own = np.abs(units.sum(axis=0))

@@ -99,7 +99,7 @@ def read_exported(layout: Layout, prompt_set: str, file: str, wanted: Wanted) ->
     """
     raw = layout.residual(prompt_set, file)
     capture = Capture.open(raw) if raw.is_file() else None
-    saved = {each.place: each for each in all_saved(layout, prompt_set, file)}
+    saved = {each.json_path: each for each in all_saved(layout, prompt_set, file)}
     projections = {place: each.content() for place, each in saved.items()}
     contents = {place: ProjectionFile.parse(value, saved[place].path) for place, value in projections.items()}
     again = command_line(layout, "project", "--prompt-set", prompt_set)

@@ -225,10 +225,10 @@ class Experiment:
         """
         from tlcapture.explore.doubts import noted, tell_of_vectors
         from tlcapture.explore.projection_frames import tidy_frame
-        from tlcapture.traits.projections.saved import saved_projections
+        from tlcapture.traits.projections.saved import scores_of_set
 
         vectors: dict[UsedVector, None] = {}
-        projections = saved_projections(self._listed, prompt_set, component=component, traits=traits)
+        projections = scores_of_set(self._listed, prompt_set, component=component, traits=traits)
         frame = tidy_frame(noted(projections, vectors), layers)
         tell_of_vectors(self.layout.root, vectors)
         return frame

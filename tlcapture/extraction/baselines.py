@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcapture.extraction.cross_validation import NestedScore
+from tlcapture.extraction.cross_validation import NestedScore, fold_aurocs
 from tlcapture.extraction.evaluation import CONFIDENCE, auroc
 from tlcapture.extraction.many_fits import Training
 from tlcapture.extraction.methods import Labels
@@ -40,9 +40,7 @@ class Baseline:
     @classmethod
     def of(cls, name: str, scores: Float[Tensor, " n_examples"], labels: Labels, outer: Training) -> Baseline:
         """A baseline from the scores that each example got in the folds that left it out."""
-        folds = [out for out in outer if (out & labels).any() and (out & ~labels).any()] or [torch.ones_like(labels)]
-        rates = torch.stack([auroc(scores[out], labels[out]) for out in folds])
-        return cls(name, float(rates.mean()), scores)
+        return cls(name, float(fold_aurocs(scores, labels, outer).mean()), scores)
 
 
 def text_baselines(texts: Sequence[str], n_tokens: Sequence[int], labels: Labels, outer: Training) -> list[Baseline]:
@@ -140,18 +138,28 @@ def verdict(
 def _gain_interval(
     nested: NestedScore, baseline: Baseline, labels: Labels, groups: Sequence[str], seed: int
 ) -> tuple[float, float]:
-    """The percentiles of the gain over resampled pairs."""
-    ours, theirs = nested.scores, baseline.scores
-    members: dict[str, list[int]] = {}
-    for number, group in enumerate(groups):
-        members.setdefault(group, []).append(number)
-    generator, names = np.random.default_rng(seed), list(members)
-    gains = []
-    for _ in range(RESAMPLES):
-        drawn = [number for n in generator.integers(len(names), size=len(names)) for number in members[names[n]]]
-        sides = labels[drawn]
-        if sides.any() and not sides.all():
-            gains.append(float(auroc(ours[drawn], sides) - auroc(theirs[drawn], sides)))
+    """The percentiles of the gain over resampled pairs (Efron and Tibshirani, "An Introduction to the Bootstrap")."""
+    number_of = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    n_groups = len(number_of)
+    drawn = torch.from_numpy(np.random.default_rng(seed).integers(n_groups, size=(RESAMPLES, n_groups)))
+    ones = torch.ones(drawn.shape, dtype=torch.float64)
+    times_of_group = torch.zeros_like(ones).scatter_add_(1, drawn, ones)
+    times = times_of_group[:, [number_of[group] for group in groups]]
+    times = times[times[:, labels].any(dim=1) & times[:, ~labels].any(dim=1)]
+    if not len(times):
+        return float("nan"), float("nan")
+    ours, theirs = (_resampled_aurocs(each.scores, labels, times) for each in (nested, baseline))
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(gains, [tail, 1 - tail]) if gains else (float("nan"), float("nan"))
+    low, high = np.quantile((ours - theirs).numpy().astype(np.float64), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _resampled_aurocs(
+    scores: Float[Tensor, " n_examples"], labels: Labels, times: Float[Tensor, "n_resamples n_examples"]
+) -> Float[Tensor, " n_resamples"]:
+    """The AUROC of each resample, in which every example counts as often as `times` says."""
+    values, rank = scores.unique(return_inverse=True)
+    negative = torch.zeros(len(times), len(values), dtype=times.dtype).index_add_(1, rank[~labels], times[:, ~labels])
+    below = negative.cumsum(dim=1) - negative / 2  # how many negative examples score lower; ties count half
+    won = (times[:, labels] * below[:, rank[labels]]).sum(dim=1)
+    return (won / (times[:, labels].sum(dim=1) * times[:, ~labels].sum(dim=1))).float()

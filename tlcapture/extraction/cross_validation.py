@@ -24,6 +24,7 @@ OUTER_FOLDS, INNER_FOLDS = 5, 4
 RELABELLINGS = 200
 
 PerLayer = Float[Tensor, " n_layers"]
+PerLayerScores = Float[Tensor, "n_layers n_examples"]
 NullAurocs = Float[Tensor, "n_labellings n_vectors"]
 
 
@@ -94,34 +95,44 @@ def cross_validate(
     training = torch.cat([~outer, *(~left_out & ~each for left_out, each in zip(outer, inner, strict=True))])
     if not all(_has_both(row, labels) for row in training):
         raise ValueError("too few examples of a side to leave some out twice")
-    scores = {
-        method: _calibrated(span.scores(method, training, labels[None])[:, 0], training, labels) for method in grid
-    }
-    n_outer = len(outer)
-    by_outer = {method: values[:n_outer] for method, values in scores.items()}
-    starts = [n_outer + sum(map(len, inner[:number])) for number in range(n_outer)]
+    by_outer: dict[str, PerLayerScores] = {}
+    by_inner: list[dict[str, PerLayerScores]] = [{} for _ in outer]  # of each outer fold
+    for method in grid:
+        scores = _calibrated(span.scores(method, training, labels[None])[:, 0], training, labels)
+        of_outer, *of_inner = scores.split([len(outer), *map(len, inner)])
+        by_outer[method] = _left_out_scores(of_outer, outer)
+        for number, each in enumerate(of_inner):
+            by_inner[number][method] = _left_out_scores(each, inner[number])
     chosen, nested = [], torch.zeros(len(labels))
-    for number, left_out in enumerate(outer):
-        within = {m: values[starts[number] : starts[number] + len(inner[number])] for m, values in scores.items()}
-        sizes = {m: _effect_size(values, inner[number], labels) for m, values in within.items()}
+    for left_out, within in zip(outer, by_inner, strict=True):
+        sizes = {method: _effect_size(scores[:, ~left_out], labels[~left_out]) for method, scores in within.items()}
         method, layer = _best(sizes, grid)
         chosen.append((method, layer))
-        nested[left_out] = by_outer[method][number, layer, left_out]
-    by_fold = [float(auroc(nested[out], labels[out])) for out in outer if _has_both(out, labels)]
-    aurocs = torch.tensor(by_fold if by_fold else [float(auroc(nested, labels))])
-    score = NestedScore(
-        float(aurocs.mean()),
-        float(aurocs.std()) if len(aurocs) > 1 else float("nan"),
-        float(hedges_g(nested[labels], nested[~labels])),
-        chosen,
-        nested,
-    )
+        nested[left_out] = by_outer[method][layer, left_out]
+    aurocs = fold_aurocs(nested, labels, outer)
     return CrossValidated(
-        {method: _auroc(values, outer, labels) for method, values in by_outer.items()},
-        {method: _effect_size(values, outer, labels) for method, values in by_outer.items()},
-        score,
-        _pooled(next(iter(by_outer.values())), outer)[0][0],
+        auroc={method: fold_aurocs(scores, labels, outer).mean(dim=0) for method, scores in by_outer.items()},
+        effect_size={method: _effect_size(scores, labels) for method, scores in by_outer.items()},
+        nested=NestedScore(
+            auroc=float(aurocs.mean()),
+            auroc_sd=float(aurocs.std()) if len(aurocs) > 1 else float("nan"),
+            effect_size=float(_effect_size(nested, labels)),
+            chosen=chosen,
+            scores=nested,
+        ),
+        layer_0=next(iter(by_outer.values()))[0],
     )
+
+
+def fold_aurocs(
+    scores: Float[Tensor, "*vectors n_examples"], labels: Labels, outer: Training
+) -> Float[Tensor, "n_folds ..."]:
+    """The AUROC of the examples that each fold leaves out, of all examples together if no fold leaves out both sides.
+
+    `scores` are each example's in the fold that left it out.
+    """
+    rows = [out for out in outer if _has_both(out, labels)] or [torch.ones_like(labels)]
+    return torch.stack([auroc(scores[..., out], labels[out]) for out in rows])
 
 
 def relabelled(
@@ -146,7 +157,7 @@ def relabelled(
     return drawn
 
 
-def largest_by_chance(
+def largest_of_fitted(
     span: Span,
     labels: Labels,
     groups: Sequence[str],
@@ -243,26 +254,16 @@ def _calibrated(scores: Tensor, training: Training, labels: Labels) -> Float[Ten
     return (scores - negative.unsqueeze(-1)) / distance.unsqueeze(-1)
 
 
-def _pooled(scores: Tensor, left_out: Training) -> tuple[Float[Tensor, "n_layers n_seen"], Labels]:
-    """Each example's score in the fold that leaves it out, and a mask of the examples that some fold leaves out."""
-    pooled = torch.zeros_like(scores[0])
-    for values, rows in zip(scores, left_out, strict=True):
-        pooled[:, rows] = values[:, rows]
-    seen = left_out.any(dim=0)
-    return pooled[:, seen], seen
+def _left_out_scores(scores: Float[Tensor, "n_folds n_layers n_examples"], left_out: Training) -> PerLayerScores:
+    """Each example's score in the fold that leaves it out; 0 where none does."""
+    found = torch.zeros_like(scores[0])
+    for of_fold, rows in zip(scores, left_out, strict=True):
+        found[:, rows] = of_fold[:, rows]
+    return found
 
 
-def _effect_size(scores: Tensor, left_out: Training, labels: Labels) -> PerLayer:
-    pooled, seen = _pooled(scores, left_out)
-    return hedges_g(pooled[:, labels[seen]], pooled[:, ~labels[seen]])
-
-
-def _auroc(scores: Tensor, left_out: Training, labels: Labels) -> PerLayer:
-    found = [auroc(v[:, out], labels[out]) for v, out in zip(scores, left_out, strict=True) if _has_both(out, labels)]
-    if found:
-        return torch.stack(found).mean(dim=0)
-    pooled, seen = _pooled(scores, left_out)
-    return auroc(pooled, labels[seen])
+def _effect_size(scores: Float[Tensor, "*layers n_examples"], labels: Labels) -> Float[Tensor, "*layers"]:
+    return hedges_g(scores[..., labels], scores[..., ~labels])
 
 
 def _best(sizes: Mapping[str, PerLayer], grid: Mapping[str, Sequence[int]]) -> tuple[str, int]:

@@ -41,6 +41,8 @@ class Separation:
 def auroc(scores: Scores, labels: Labels) -> PerDirection:
     """The probability that a positive example projects higher than a negative one, ties counting half.
 
+    It is `sklearn.metrics.roc_auc_score`, for many directions at once.
+
     Source: Hanley and McNeil, "The meaning and use of the area under a ROC curve" (1982).
     """
     return (_twice_below(scores, labels).mean(dim=-1) / (2 * int((~labels).sum()))).float()
@@ -49,16 +51,17 @@ def auroc(scores: Scores, labels: Labels) -> PerDirection:
 def auroc_error(scores: Scores, labels: Labels) -> PerDirection:
     """The standard error of the AUROC, whatever the distributions of the sides; NaN for a side of one example.
 
+    It is `sqrt(var(A) / n_positive + var(B) / n_negative)`: for each positive example, `A` has the share of negative
+    ones that project lower, and `B`, for each negative example, the share of positive ones that do.
+
     Source: DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver operating
     characteristic curves" (1988).
     """
     n_positive, n_negative = int(labels.sum()), int((~labels).sum())
     if min(n_positive, n_negative) < 2:
         return torch.full(scores.shape[:-1], torch.nan)
-    positive, negative = (
-        _twice_below(scores, labels) / (2 * n_negative),
-        _twice_below(scores, ~labels) / (2 * n_positive),
-    )
+    positive = _twice_below(scores, labels) / (2 * n_negative)
+    negative = _twice_below(scores, ~labels) / (2 * n_positive)
     return (positive.var(dim=-1) / n_positive + negative.var(dim=-1) / n_negative).sqrt().float()
 
 
@@ -72,8 +75,9 @@ def _twice_below(scores: Scores, labels: Labels) -> Float[Tensor, "*directions n
 def hedges_g(
     positive: Float[Tensor, "*directions n_positive"], negative: Float[Tensor, "*directions n_negative"]
 ) -> PerDirection:
-    """The difference of means over the pooled standard deviation, corrected for small samples.
+    """The difference of means over the pooled standard deviation, times `1 - 3 / (4 f - 1)` for small samples.
 
+    `f` are the degrees of freedom, `n_positive + n_negative - 2`.
     NaN with fewer than two examples per side, and if the standard deviation is 0 up to rounding.
 
     Source: Hedges, "Distribution theory for Glass's estimator of effect size and related estimators" (1981).
@@ -108,23 +112,11 @@ def effect_size_interval(
     n_positive, n_negative = positive.shape[-1], negative.shape[-1]
     if min(n_positive, n_negative) < 2:
         return torch.full((len(positive), 2), torch.nan)
-    tail = (1 - CONFIDENCE) / 2
     deviation = _pooled_deviation(positive, negative).double().numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
         size = (positive.mean(dim=-1) - negative.mean(dim=-1)).double().numpy() / deviation
-    if not paired:
-        one, other = (side.double().var(dim=-1).numpy() / side.shape[-1] for side in (positive, negative))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            freedom = (one + other) ** 2 / (one**2 / (n_positive - 1) + other**2 / (n_negative - 1))
-            scale = deviation / np.sqrt(one + other)
-    else:
-        spread = positive - positive.mean(dim=-1, keepdim=True), negative - negative.mean(dim=-1, keepdim=True)
-        covariance = (spread[0] * spread[1]).double().sum(dim=-1).numpy() / (n_positive - 1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            correlation = np.clip(covariance / deviation**2, -0.999, 0.999)
-        scale = np.sqrt(n_positive / (2 * (1 - correlation)))
-        freedom = 2 * (n_positive - 1) / (1 + correlation**2)
-    bounds = []
+        scale, freedom = (_of_pairs if paired else _of_sides)(positive, negative, deviation)
+    bounds, tail = [], (1 - CONFIDENCE) / 2
     for share in (1 - tail, tail):
         bound = _noncentrality(size * scale, freedom, share)
         if paired:
@@ -133,6 +125,23 @@ def effect_size_interval(
             bound = _noncentrality(size * scale, np.round(freedom_there, 1), share)
         bounds.append(bound / scale)
     return torch.from_numpy(np.stack(bounds, axis=-1)).float()
+
+
+def _of_pairs(positive: Tensor, negative: Tensor, deviation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By what an effect size of pairs is multiplied to be a t, and the degrees of freedom of the pooled variance."""
+    n_pairs = positive.shape[-1]
+    apart = positive - positive.mean(dim=-1, keepdim=True), negative - negative.mean(dim=-1, keepdim=True)
+    covariance = (apart[0] * apart[1]).double().sum(dim=-1).numpy() / (n_pairs - 1)
+    correlation = np.clip(covariance / deviation**2, -0.999, 0.999)
+    return np.sqrt(n_pairs / (2 * (1 - correlation))), 2 * (n_pairs - 1) / (1 + correlation**2)
+
+
+def _of_sides(positive: Tensor, negative: Tensor, deviation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By what an effect size without pairs is multiplied to be Welch's t, and its degrees of freedom."""
+    n_positive, n_negative = positive.shape[-1], negative.shape[-1]
+    one, other = (side.double().var(dim=-1).numpy() / side.shape[-1] for side in (positive, negative))
+    freedom = (one + other) ** 2 / (one**2 / (n_positive - 1) + other**2 / (n_negative - 1))
+    return deviation / np.sqrt(one + other), freedom
 
 
 def projected(vectors: LayerVectors, activations: Activations) -> Float[Tensor, "n_layers n_examples"]:
@@ -148,7 +157,7 @@ def separation(
     The threshold of the accuracy is halfway between the class means of the training examples.
 
     Args:
-        sides: the held-out examples of which the effect size is; by default all, without pairs.
+        sides: the held-out examples whose effect size is measured; by default all, without pairs.
     """
     scores = projected(vectors, activations)
     train, train_labels = scores[:, ~held_out], labels[~held_out]

@@ -84,15 +84,11 @@ class Span:
     def _gradient(self, training: Training, signs: Tensor) -> Scores:
         centres, units = self._centres_and_units(training)
         n_folds, n_labellings, n_examples = signs.shape
-        by_fit = {
-            "centres": centres.permute(1, 2, 0).repeat_interleave(n_labellings, dim=2),
-            "units": units.T.unsqueeze(1).repeat_interleave(n_labellings, dim=2),
-        }
         scale = self.coordinates.pow(2).mean(dim=(1, 2), keepdim=True).sqrt().clamp(min=1e-300)
         features = Features(
             (self.coordinates / scale).float(),
-            (by_fit["centres"] / scale).float(),
-            (by_fit["units"] / scale).float(),
+            (centres.permute(1, 2, 0).repeat_interleave(n_labellings, dim=2) / scale).float(),
+            (units.T.unsqueeze(1).repeat_interleave(n_labellings, dim=2) / scale).float(),
         )
         flat = signs.reshape(-1, n_examples).T.expand(len(self.start), -1, -1)
         found = features.onto(descend(features, self.start.float(), flat))

@@ -73,7 +73,7 @@ def monitoring(
 
 
 def _followed(coefficients: np.ndarray, projected: np.ndarray) -> np.ndarray | None:
-    """The mean over questions of the rank correlation, by vector.
+    """The mean over questions of the rank correlation, by vector, as `scipy.stats.spearmanr` has it for one.
 
     `projected` is `[n_vectors, n_coefficients, n_questions]`; `None` where no question has two responses.
     """
@@ -84,7 +84,7 @@ def _followed(coefficients: np.ndarray, projected: np.ndarray) -> np.ndarray | N
         seen = ~np.isnan(column[0])
         if seen.sum() > 1:
             middle = (seen.sum() + 1) / 2
-            ranks, wanted = rankdata(column[:, seen], axis=1) - middle, rankdata(coefficients[seen]) - middle
-            lengths = np.sqrt((ranks**2).sum(axis=1) * (wanted**2).sum())
-            found.append((ranks @ wanted) / np.where(lengths > 0, lengths, np.inf))
+            ranks, expected = rankdata(column[:, seen], axis=1) - middle, rankdata(coefficients[seen]) - middle
+            lengths = np.sqrt((ranks**2).sum(axis=1) * (expected**2).sum())
+            found.append((ranks @ expected) / np.where(lengths > 0, lengths, np.inf))
     return np.mean(found, axis=0) if found else None

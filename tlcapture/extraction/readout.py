@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ from tlcapture.views.hooks import component_hooks
 
 Activations = Float[Tensor, "n_layers n_examples d_model"]
 
-
 POSITIONS = ("auto", "response_mean", "last_prompt_token", "all_mean")
 
 
@@ -49,6 +49,11 @@ class Reading:
     chat_template: bool = False
     merged: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+
+    def after(self, prefix: int) -> Reading:
+        """The reading of the same span in the tokens after the first `prefix` ones, which it does not read."""
+        rest = self.token_ids[prefix:]
+        return replace(self, token_ids=rest, start=self.start - prefix, stop=self.stop - prefix)
 
 
 def tokenize_example(
@@ -128,21 +133,21 @@ def read_out(
         raise InputError(f"an example has {longest} tokens, the model's context is {model.n_ctx}")
     layers = {part: list(component_layers(model, part)) for part in components}
     names = {part: component_hooks(part, layers[part]) for part in components}
-    hooks = frozenset(name for part in components for name in names[part])
     means = {part: torch.zeros(model.n_layers, len(readings), model.d_model) for part in components}
     waiting = sorted(range(len(readings)), key=lambda number: len(readings[number].token_ids), reverse=True)
-    size = batch_size or fitting_batch_size(model, longest, len(readings), hooks, in_one_step=True)
+    size = batch_size or fitting_batch_size(model, longest, len(readings), _all(names), in_one_step=True)
     prefix = shared_prefix(readings) if model.can_continue_in_pieces else 0
     state = model.start(1)
     if prefix:
         tokens = torch.tensor([readings[0].token_ids[:prefix]])
         model.step(tokens, torch.ones_like(tokens), state, frozenset(), want_logits=False)
+        readings = [each.after(prefix) for each in readings]
     while waiting:
         batch = waiting[:size]
         try:
             with within_memory(f"out of memory with an example of up to {longest} tokens on its own"):
-                rest = [readings[number] for number in batch]
-                read = _read_batch(model, model.branch(state, [0] * len(batch)), prefix, rest, names, hooks, norms)
+                branch = model.branch(state, [0] * len(batch))
+                read = _read_batch(model, branch, [readings[number] for number in batch], names, norms)
         except OutOfMemoryError:
             if size == 1:
                 raise
@@ -177,18 +182,12 @@ def shared_prefix(readings: Sequence[Reading]) -> int:
 
 
 def _read_batch(
-    model: Model,
-    state: Any,
-    prefix: int,
-    readings: Sequence[Reading],
-    names: dict[str, list[str]],
-    hooks: frozenset[str],
-    norms: TypicalNorms | None,
+    model: Model, state: Any, readings: Sequence[Reading], names: dict[str, list[str]], norms: TypicalNorms | None
 ) -> dict[str, Activations]:
-    """Means of a batch whose first `prefix` tokens are in `state` already."""
-    tokens, mask = right_pad([reading.token_ids[prefix:] for reading in readings])
-    weights = _weights(readings, prefix, tokens.shape[1])
-    step = model.step(tokens, mask, state, hooks, want_logits=False)
+    """The means of a batch, whose tokens follow those in `state`, by component; `names` are the hooks of each."""
+    tokens, mask = right_pad([reading.token_ids for reading in readings])
+    weights = _weights(readings, tokens.shape[1])
+    step = model.step(tokens, mask, state, _all(names), want_logits=False)
     devices = {step.cache[name].device for by_layer in names.values() for name in by_layer}
     on = {device: weights.to(device) for device in devices}
     means = {
@@ -215,9 +214,13 @@ def _in_main_memory(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([next(copies[each.device]) for each in tensors])
 
 
-def _weights(readings: Sequence[Reading], prefix: int, width: int) -> Float[Tensor, "batch pos"]:
-    """Weights of the positions after the prefix, whose sum over the span that is read out is 1."""
-    weights = torch.zeros(len(readings), width)
+def _weights(readings: Sequence[Reading], n_tokens: int) -> Float[Tensor, "batch pos"]:
+    """Weights of the tokens with which their sum is the mean over the span that is read out."""
+    weights = torch.zeros(len(readings), n_tokens)
     for row, reading in enumerate(readings):
-        weights[row, reading.start - prefix : reading.stop - prefix] = 1 / (reading.stop - reading.start)
+        weights[row, reading.start : reading.stop] = 1 / (reading.stop - reading.start)
     return weights
+
+
+def _all(names: dict[str, list[str]]) -> frozenset[str]:
+    return frozenset(chain.from_iterable(names.values()))

@@ -217,15 +217,11 @@ class SteeringScorer:
             self._norms[layer] = float(torch.cat(norms).median())
         return self._norms[layer]
 
-    def score(self, layer: int, vector: Vector, coefficient: float) -> SteeringScore:
-        """The scores under steering at a layer with `coefficient` typical residual norms along the vector.
+    def scores(self, additions: Sequence[Addition]) -> list[SteeringScore]:
+        """The scores under each addition; additions share batches, in which every row has its own addend.
 
         Raises `NumericalError` where the steered model's logits are NaN or inf.
         """
-        return self.scores([Addition(layer, vector, coefficient)])[0]
-
-    def scores(self, additions: Sequence[Addition]) -> list[SteeringScore]:
-        """The scores under each addition; additions share batches, in which every row has its own addend."""
         return [score for batch in self._batches(additions) for score in self._score(len(batch), self._steer(batch))]
 
     def trait_scores(self, additions: Sequence[Addition]) -> list[PerQuestion]:

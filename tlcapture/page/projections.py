@@ -22,12 +22,12 @@ def projection_of(saved: SavedProjection, content: ProjectionFile, doubts: Doubt
     prompt, response = content.trajectory
     dynamics = content.dynamics
     if dynamics is None or dynamics.velocity is None or dynamics.acceleration is None:
-        raise StorageError(f"{path}: its dynamics are incomplete: run '{dynamics_command(saved.place)}'")
+        raise StorageError(f"{path}: its dynamics are incomplete: run '{dynamics_command(saved.json_path)}'")
     scale, is_current = content.calibration, content.metadata.definitions == DEFINITIONS
     vector = used_vector(content, str(trait), component)
     warnings = [*content.metadata.warnings, *filter(None, [vector and doubts.of(vector)])]
     if not is_current:
-        warnings.append(f"its dynamics follow earlier definitions: run '{dynamics_command(saved.place)}'")
+        warnings.append(f"its dynamics follow earlier definitions: run '{dynamics_command(saved.json_path)}'")
     held = content.positions
     has_peak = is_current and dynamics.persistence is not None and held.has_all(held.n_prompt, held.n_tokens)
     trajectory = [*prompt, *response]

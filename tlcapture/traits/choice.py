@@ -112,7 +112,7 @@ class ChosenVector:
 class ChosenVectors:
     """A vector per trait, in the order of the traits, and why others have none.
 
-    `warning` is of packaged vectors that nobody asked for, and that are left out.
+    `warning` says that packaged vectors, which nobody asked for, are left out, and what to do.
     """
 
     vectors: Sequence[ChosenVector]

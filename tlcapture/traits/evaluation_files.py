@@ -220,13 +220,9 @@ def read_evaluation(path: Path) -> list[EvaluationRow]:
 
 def best_by_trait(rows: Iterable[EvaluationRow]) -> dict[str, EvaluationRow]:
     """Each trait's row with the largest effect size, among residual vectors, or all vectors if none is residual."""
-    measured = [row for row in rows if row.effect_size is not None]
-    best: dict[str, EvaluationRow] = {}
-    for row in [row for row in measured if row.component == "residual"] or measured:
-        if row.trait not in best or _size(row) > _size(best[row.trait]):
-            best[row.trait] = row
-    return best
-
-
-def _size(row: EvaluationRow) -> float:
-    return float("-inf") if row.effect_size is None else row.effect_size
+    measured = [(row.effect_size, row) for row in rows if row.effect_size is not None]
+    best: dict[str, tuple[float, EvaluationRow]] = {}
+    for size, row in [each for each in measured if each[1].component == "residual"] or measured:
+        if row.trait not in best or size > best[row.trait][0]:
+            best[row.trait] = size, row
+    return {trait: row for trait, (_, row) in best.items()}

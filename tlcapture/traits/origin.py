@@ -5,7 +5,7 @@ Only fields that both record are compared: files of earlier versions and of othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlcapture.captures.provenance import RAW
@@ -51,7 +51,7 @@ def check_origin(vector: TraitVector, capture: Metadata) -> None:
                 f"{RAW!r}; make it again from unprocessed weights"
             )
     layers = (origin.get("num_layers"), capture.get("n_layers"))
-    if _same_name(vector, capture) and None not in layers and layers[0] != layers[1]:
+    if _same_name(vector, capture) and _differ(layers):
         raise VectorError(
             f"{name} is from a model with {layers[0]} layers, the capture from one with {layers[1]}, although both are "
             f"named {vector.model!r}: extract it from the captured model"
@@ -72,14 +72,14 @@ def origin_notes(vector: TraitVector, capture: Metadata, *, other_model_intended
     notes = [] if is_intended else [_other_model(vector, capture)]
     if same_weights:
         ran = [_how_it_ran(metadata) for metadata in (origin, capture)]
-        if None not in ran and ran[0] != ran[1]:
+        if _differ(ran):
             notes.append(f"the vector was extracted {ran[0]}, the capture made {ran[1]}: they differ by rounding")
     templates = [metadata.get("chat_template") for metadata in (origin, capture)]
-    if None not in templates and templates[0] != templates[1]:
+    if _differ(templates):
         how = [f"with{'' if used else 'out'} a chat template" for used in templates]
         notes.append(f"the vector was extracted {how[0]}, the capture made {how[1]}")
     counts = [_bos_count(metadata) for metadata in (origin, capture)]
-    if None not in counts and counts[0] != counts[1]:
+    if _differ(counts):
         notes.append(f"the vector's examples begin with {counts[0]} BOS, the capture's prompt with {counts[1]}")
     return notes
 
@@ -112,12 +112,17 @@ def described_origin(origin: Metadata) -> str:
 _VERSIONS = {"model_revision": "revision", "model_fingerprint": "weights"}
 
 
+def _differ(recorded: Sequence[Any]) -> bool:
+    """Whether both of two values are recorded, and differ."""
+    return None not in recorded and recorded[0] != recorded[1]
+
+
 def _other_model(vector: TraitVector, capture: Metadata) -> str:
     detail = ""
     if _same_name(vector, capture):
         detail = ", whose weights differ although the name is the same"
         revisions = (vector.metadata.get("model_revision"), capture.get("model_revision"))
-        if None not in revisions and revisions[0] != revisions[1]:
+        if _differ(revisions):
             detail += f" (revision {revisions[0]} and {revisions[1]})"
     if vector.model is None:
         return "the vectors do not name their model: it is not known to be the captured one"
@@ -143,7 +148,7 @@ def _same_weights(vector: TraitVector, capture: Metadata) -> bool:
     if all(fingerprints) and len({str(each).startswith("tl-") for each in fingerprints}) == 1:
         return fingerprints[0] == fingerprints[1]
     revisions = [metadata.get("model_revision") for metadata in (vector.metadata, capture)]
-    return _same_name(vector, capture) and (None in revisions or revisions[0] == revisions[1])
+    return _same_name(vector, capture) and not _differ(revisions)
 
 
 def _how_it_ran(metadata: Metadata) -> str | None:

@@ -168,7 +168,7 @@ def _current(
 ) -> Iterator[Selection]:
     """Those whose score belongs to the present vector, best first; the first one warns of a better one left out."""
     warning = None
-    for selection, score in sorted(scored, key=lambda pair: _score(pair[0]), reverse=True):
+    for selection, score in sorted(scored, key=lambda pair: pair[0].score or 0.0, reverse=True):
         if is_current(files, score, component):
             notes = [*filter(None, (selection.warning, warning))]
             yield replace(selection, warning="; ".join(notes) or None)
@@ -230,14 +230,14 @@ def _no_null(layout: Layout) -> str:
 
 
 def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence[str], remedy: str) -> Selection:
-    wanted = fallback_layer(n_layers)
-    layer = min({each for layers in available.values() for each in layers}, key=lambda each: (abs(each - wanted), each))
+    usual = fallback_layer(n_layers)
+    layer = min({each for layers in available.values() for each in layers}, key=lambda each: (abs(each - usual), each))
     method = next(name for name, layers in available.items() if layer in layers)
     notes = list(notes)
-    if wanted != FALLBACK_LAYER:
+    if usual != FALLBACK_LAYER:
         notes.append(f"the model has no layer {FALLBACK_LAYER}")
-    if layer != wanted:
-        notes.append(f"no vector at layer {wanted}")
+    if layer != usual:
+        notes.append(f"no vector at layer {usual}")
     reason = f" ({', '.join(notes)})" if notes else ""
     warning = f"layer {layer} by default{reason}, not by steering or effect size: {remedy} would choose one"
     return Selection(layer, method, "fallback", None, warning)
@@ -252,7 +252,3 @@ def _method_at(
         if layer in available[method]:
             return method
     raise no_vector(files.layout, files.trait, component, next(iter(available)), layer, files.available(component))
-
-
-def _score(selection: Selection) -> float:
-    return selection.score if selection.score is not None else float("-inf")

@@ -17,7 +17,7 @@ from tlcapture.extraction.cross_validation import (
     NestedScore,
     cross_validate,
     folds,
-    largest_by_chance,
+    largest_of_fitted,
     largest_of_given,
 )
 from tlcapture.extraction.evaluation import CONFIDENCE, Separation, projected, separation
@@ -78,7 +78,7 @@ def rows_of(
     grid = {method: [v.layer for v in found] for method, found in vectors.items() if method in FITS and found}
     outer = folds(groups, labels, OUTER_FOLDS, seed=seed)
     baselines = text_baselines(kept.texts, kept.n_tokens, labels, outer)
-    largest = largest_by_chance(span, labels, groups, held_out, grid, seed=seed) if grid else torch.zeros(0)
+    largest = largest_of_fitted(span, labels, groups, held_out, grid, seed=seed) if grid else torch.zeros(0)
     try:
         validated = cross_validate(span, labels, groups, grid, seed=seed) if grid else None
     except ValueError:

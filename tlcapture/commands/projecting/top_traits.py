@@ -18,7 +18,7 @@ from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.json_text import kept_json
 from tlcapture.text import REPLACEMENT
 from tlcapture.traits.projections.files import ProjectionFile
-from tlcapture.traits.projections.saved import ListedProjections, SavedProjection, projections_saved
+from tlcapture.traits.projections.saved import ListedProjections, SavedProjection, projections_of_prompt
 from tlcapture.traits.statistics.critical_values import critical_score, critical_score_within, critical_value, widening
 from tlcapture.traits.verdicts import UsedVector
 
@@ -183,7 +183,7 @@ def summary_of(
     for name in names:
         before_each()
         for saved in _saved(layout, prompt_set, name, component, on_problem) if listed is None else listed.of(name):
-            written = known.get(saved.place.as_posix().removeprefix(folder))
+            written = known.get(saved.json_path.as_posix().removeprefix(folder))
             if content := _read(saved, written, on_problem):
                 found = Summarised.of(content, str(saved.trait), component, found)
                 prompt = (name if found.sample is None else str(found.prompt_id), found.sample is not None)
@@ -242,7 +242,7 @@ def _saved(
 ) -> list[SavedProjection]:
     """A prompt's projections; none where a damaged shard may hold them."""
     try:
-        return projections_saved(layout, prompt_set, prompt_id, component)
+        return projections_of_prompt(layout, prompt_set, prompt_id, component)
     except StorageError as error:
         on_problem(error)
         return []

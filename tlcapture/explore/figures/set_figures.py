@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tlcapture.storage.experiments.layout import Layout
-from tlcapture.traits.projections.saved import saved_projections
+from tlcapture.traits.projections.saved import scores_of_set
 from tlcapture.traits.verdicts import UsedVector
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class SetFigures:
         vectors: dict[UsedVector, None] = {}
         found = {}
         for name in names:
-            projections = saved_projections(self._layout, name, component=component, traits=traits or None)
+            projections = scores_of_set(self._layout, name, component=component, traits=traits or None)
             found[name] = [*map(SetLine.of, noted(projections, vectors))]
         tell_of_vectors(self._layout.root, vectors)
         return mean_trajectory_figure(found, calibrated=calibrated)

@@ -11,6 +11,7 @@ from tlcapture.traits.interventions.requested import KINDS, layers_text
 
 VECTORS, PROMPTS = "vectors", "prompts"  # where typical norms come from
 _LONGEST_NAME = 48
+_AMOUNTS = {"steer": " {coefficient:+g}", "cap": " to {value:g}"}
 
 
 def identity(records: Sequence[Mapping[str, Any]] | None) -> str:
@@ -39,9 +40,8 @@ def variant_name(records: Sequence[Mapping[str, Any]]) -> str:
         number = record.get("coefficient", record.get("value"))
         amount = [] if number is None else [f"{number:g}".replace("+", "")]
         layers = "L" + layers_text(tuple(record["layers"])).replace(",", "_")
-        where = (
-            [] if record["where"] == str(KINDS[record["kind"]].default_where) else [record["where"].replace("=", "")]
-        )
+        is_default = record["where"] == str(KINDS[record["kind"]].default_where)
+        where = [] if is_default else [record["where"].replace("=", "")]
         parts.append("-".join([record["kind"], trait, *amount, layers, *where]))
     digest = blake2b(identity(records).encode(), digest_size=4).hexdigest()
     return f"{'.'.join(parts)[:_LONGEST_NAME].rstrip('-.')}-{digest}"
@@ -54,8 +54,7 @@ def described(record: Mapping[str, Any]) -> str:
     layers = record["layers"]
     at = f"at layer{'s' if len(layers) > 1 else ''} {layers_text(tuple(layers))}"
     trait = record.get("trait") or "along a vector given in Python"
-    number = {"steer": "coefficient", "cap": "value"}.get(record["kind"])
-    amount = "" if number is None else f" {record[number]:+g}" if number == "coefficient" else f" to {record[number]:g}"
+    amount = _AMOUNTS.get(record["kind"], "").format(**record)
     where = record["where"].replace("_", " ")
     return f"{record['kind']} {trait}{amount} {at}, {where}"
 

@@ -50,6 +50,18 @@ def layers_text(layers: Layers) -> str:
     return layers if isinstance(layers, str) else as_ranges(layers).replace(" to ", "-").replace(" ", "")
 
 
+def _checked_layers(name: str, layers: SupportsIndex | Iterable[SupportsIndex] | str) -> Layers:
+    """Layers as the user gives them in Python, to the intervention `name`; raises `InputError` for invalid ones."""
+    if isinstance(layers, str):
+        return parse_layers(layers)
+    several = list(layers) if isinstance(layers, Iterable) else [layers]
+    if all(isinstance(layer, SupportsIndex) for layer in several):
+        chosen = tuple(sorted({index(layer) for layer in several}))
+        if chosen and chosen[0] >= 0:
+            return chosen
+    raise InputError(f"{name}: layers {layers!r}: expected {LAYER_FORMS}")
+
+
 def _as_float(number: Any) -> float:
     """A number of Python, NumPy or torch as a float; NaN for anything else."""
     try:
@@ -92,15 +104,7 @@ class TraitIntervention(ABC):
         value = None if self.number_name is None else _as_float(number)
         if value is not None and not math.isfinite(value):
             raise InputError(f"{name}: {self.number_name} {number!r}: expected a finite number")
-        if isinstance(layers, str):
-            chosen = parse_layers(layers)
-        else:
-            several = list(layers) if isinstance(layers, Iterable) else [layers]
-            if not all(isinstance(layer, SupportsIndex) for layer in several):
-                raise InputError(f"{name}: layers {layers!r}: expected {LAYER_FORMS}")
-            chosen = tuple(sorted({index(layer) for layer in several}))
-            if not chosen or chosen[0] < 0:
-                raise InputError(f"{name}: layers {layers!r}: expected {LAYER_FORMS}")
+        chosen = _checked_layers(name, layers)
         if chosen == AUTO and not isinstance(vector, Trait):
             raise InputError(f"{name}: a vector of your own has no selected layer: pass layers=16 or layers='all'")
         object.__setattr__(self, "vector", vector)

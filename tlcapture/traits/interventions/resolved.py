@@ -94,7 +94,8 @@ def resolve(
         InputError: a trait has no vectors, or the model does not have a layer.
         VectorError: a layer has no vector, or one of another width.
     """
-    return tuple(_resolved(each, source, n_layers, d_model, model, method) for each in asked)
+    resolver = _Resolver(source, n_layers, d_model, model, method)
+    return tuple(resolver.resolved(each) for each in asked)
 
 
 def of_records(records: Sequence[Mapping[str, Any]], root: Path) -> tuple[ResolvedIntervention, ...]:
@@ -105,81 +106,88 @@ def of_records(records: Sequence[Mapping[str, Any]], root: Path) -> tuple[Resolv
     return tuple(_of_record(record, root) for record in records)
 
 
-def _resolved(
-    asked: TraitIntervention, source: Layout | None, n_layers: int, d_model: int, model: str, method: str | None
-) -> ResolvedIntervention:
-    record: dict[str, Any] = {"kind": asked.kind}
-    if isinstance(asked.vector, Trait):
-        if source is None:
+@dataclass(frozen=True)
+class _Resolver:
+    """Finds the vectors of interventions on a model, in an experiment; see `resolve`."""
+
+    source: Layout | None
+    n_layers: int
+    d_model: int
+    model: str
+    method: str | None
+
+    def resolved(self, asked: TraitIntervention) -> ResolvedIntervention:
+        record: dict[str, Any] = {"kind": asked.kind}
+        if isinstance(asked.vector, Trait):
+            files = self._files(asked)
+            found, doubts = self._trait_vectors(asked, files)
+            vectors = [each.vector for each in found]
+            record |= _origin(found, files)
+        else:
+            layers = self._checked_layers(asked)
+            found, doubts, vectors = [], [], [self._own_vector(asked)] * len(layers)
+            record |= {"layers": list(layers), "vector_digests": [_digest(vector) for vector in vectors]}
+        record |= {"point": "residual_out", "where": str(asked.where)}
+        if asked.number_name is not None:
+            record[asked.number_name] = asked.number
+        norms = [_stored_norm(each, self.model) for each in found]
+        if asked.kind == "steer" and norms and None not in norms:
+            record |= {"typical_norms": norms, "norms_from": VECTORS}
+        return ResolvedIntervention(record, torch.nn.functional.normalize(torch.stack(vectors), dim=-1), tuple(doubts))
+
+    def _files(self, asked: TraitIntervention) -> VectorFiles:
+        if self.source is None:
             raise InputError(
                 f"{asked!r}: name the experiment with vectors of {asked.vector}: vectors=Experiment(NAME), or "
                 "vectors=Experiment('packaged') for those that come with the package"
             )
-        found, doubts = _trait_vectors(asked, source, n_layers, d_model, model, method)
-        vectors, more = [each.vector for each in found], _origin(found, source)
-    else:
-        layers = _checked_layers(asked, n_layers)
-        found, doubts, vectors = [], [], [_own_vector(asked, d_model)] * len(layers)
-        more = {"layers": list(layers), "vector_digests": [_digest(vector) for vector in vectors]}
-    record |= {**more, "point": "residual_out", "where": str(asked.where)}
-    if asked.number_name is not None:
-        record[asked.number_name] = asked.number
-    norms = [_stored_norm(each, model) for each in found]
-    if asked.kind == "steer" and norms and None not in norms:
-        record |= {"typical_norms": norms, "norms_from": VECTORS}
-    return ResolvedIntervention(record, torch.nn.functional.normalize(torch.stack(vectors), dim=-1), tuple(doubts))
+        return VectorFiles(self.source, traits_with_vectors(self.source, [asked.vector])[0])
+
+    def _trait_vectors(self, asked: TraitIntervention, files: VectorFiles) -> tuple[list[TraitVector], list[str]]:
+        """The vector of each layer, and the doubts about them."""
+        doubts: list[str | None] = []
+        if asked.layers == AUTO:
+            selected = select(files, "residual", self.n_layers, method=self.method)
+            layers: Sequence[int] = [selected.layer]
+            doubts.append(selected.warning)
+        else:
+            layers = self._checked_layers(asked)
+        found = []
+        for layer in layers:
+            chosen = select(files, "residual", self.n_layers, layer=layer, method=self.method)
+            vector = read_vector(files, "residual", chosen.method, chosen.layer)
+            check_fits(vector, self.n_layers, self.d_model)
+            check_origin(vector, {"inference_model": self.model, "n_layers": self.n_layers})
+            found.append(vector)
+        origins = sorted({str(vector.model or "an unknown model") for vector in found if vector.model != self.model})
+        if origins:
+            doubts.append(f"the vector is from {' and '.join(origins)}, and is applied to {self.model}")
+        return found, [f"{asked.vector}: {doubt}" for doubt in doubts if doubt]
+
+    def _checked_layers(self, asked: TraitIntervention) -> Sequence[int]:
+        layers = tuple(range(self.n_layers)) if asked.layers == ALL else asked.layers
+        assert not isinstance(layers, str)
+        if layers[-1] >= self.n_layers:
+            last = self.n_layers - 1
+            raise InputError(f"{asked!r}: there is no layer {layers[-1]}: the model has layers 0 to {last}")
+        return layers
+
+    def _own_vector(self, asked: TraitIntervention) -> Vector:
+        vector = torch.as_tensor(asked.vector).detach().float().cpu()
+        if len(vector) != self.d_model:
+            raise VectorError(f"{asked!r}: a vector of width {len(vector)}, but the model has width {self.d_model}")
+        check_direction(vector, f"{asked!r}: the vector")
+        return vector
 
 
-def _trait_vectors(
-    asked: TraitIntervention, source: Layout, n_layers: int, d_model: int, model: str, method: str | None
-) -> tuple[list[TraitVector], list[str]]:
-    """The vector of each layer, and the doubts about them."""
-    files = VectorFiles(source, traits_with_vectors(source, [asked.vector])[0])
-    doubts: list[str | None] = []
-    if asked.layers == AUTO:
-        selected = select(files, "residual", n_layers, method=method)
-        layers: Sequence[int] = [selected.layer]
-        doubts.append(selected.warning)
-    else:
-        layers = _checked_layers(asked, n_layers)
-    found = []
-    for layer in layers:
-        chosen = select(files, "residual", n_layers, layer=layer, method=method)
-        vector = read_vector(files, "residual", chosen.method, chosen.layer)
-        check_fits(vector, n_layers, d_model)
-        check_origin(vector, {"inference_model": model, "n_layers": n_layers})
-        found.append(vector)
-    origins = sorted({str(vector.model or "an unknown model") for vector in found if vector.model != model})
-    if origins:
-        doubts.append(f"the vector is from {' and '.join(origins)}, and is applied to {model}")
-    return found, [f"{asked.vector}: {doubt}" for doubt in doubts if doubt]
-
-
-def _checked_layers(asked: TraitIntervention, n_layers: int) -> Sequence[int]:
-    layers = tuple(range(n_layers)) if asked.layers == ALL else asked.layers
-    assert not isinstance(layers, str)
-    if layers[-1] >= n_layers:
-        raise InputError(f"{asked!r}: there is no layer {layers[-1]}: the model has layers 0 to {n_layers - 1}")
-    return layers
-
-
-def _origin(found: Sequence[TraitVector], source: Layout) -> dict[str, Any]:
-    files = VectorFiles(source, found[0].trait)
+def _origin(found: Sequence[TraitVector], files: VectorFiles) -> dict[str, Any]:
     return {
-        "trait": str(found[0].trait),
-        "experiment": source.experiment,
+        "trait": str(files.trait),
+        "experiment": files.layout.experiment,
         "methods": [each.method for each in found],
         "layers": [each.layer for each in found],
         "vector_digests": [files.digest("residual", each.method, each.layer) for each in found],
     }
-
-
-def _own_vector(asked: TraitIntervention, d_model: int) -> Vector:
-    vector = torch.as_tensor(asked.vector).detach().float().cpu()
-    if len(vector) != d_model:
-        raise VectorError(f"{asked!r}: a vector of width {len(vector)}, but the model has width {d_model}")
-    check_direction(vector, f"{asked!r}: the vector")
-    return vector
 
 
 def _digest(vector: Vector) -> str:

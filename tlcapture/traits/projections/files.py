@@ -1,4 +1,4 @@
-"""The content of projection files, checked. Loads no torch.
+"""The format of a projection file: its content as a model that checks it. Loads no torch.
 
 ProjectionFile.read(path).trajectory      # (prompt, response), at the vector's own layer
 """

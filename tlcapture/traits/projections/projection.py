@@ -109,7 +109,7 @@ class Projection:
     @property
     def trajectory(self) -> Trajectory:
         """`s[t]`: the last sublayer's projection at the vector's own layer, prompt and response as one sequence."""
-        return _trajectory(self.vector, self.prompt, self.response)
+        return torch.cat([part[:, self.vector.layer, -1] for part in (self.prompt, self.response)])
 
     @property
     def movement(self) -> Float[Tensor, " n_tokens"]:
@@ -220,7 +220,7 @@ def project(
         held: the tokens of prompt and response that have activations; `None` means all.
         random: directions whose dynamics and rises are measured too, as a chance level.
         centre: the mean activation at a vector's layer, to subtract from all activations before they are projected.
-        scores: the result of `scores_of`, if it was computed already.
+        scores: the result of `scores_of`, if it was computed already; `centre` changes it in place.
 
     Raises:
         VectorError: a vector has another width than the activations, or a layer that the model does not have or the
@@ -229,29 +229,29 @@ def project(
     """
     if not chosen:
         return []
-    component = chosen[0][0].component
-    for vector, _ in chosen:
+    vectors = [vector for vector, _ in chosen]
+    component = vectors[0].component
+    for vector in vectors:
         check_fits(vector, prompt.n_layers, prompt.points.shape[-1])
         check_kept(vector, prompt.kept, prompt.with_attention)
-    vectors = [vector for vector, _ in chosen]
-    if scores is None:  # else only the layers of the vectors are read
-        prompt, response = prompt.checked(), response.checked()
-    sublayers = prompt.kept.points if component == "residual" else ("attn_out",)
-    layers = prompt.kept.layers if component == "residual" else prompt.output_layers
-    scores = scores_of(prompt, response, vectors) if scores is None else scores
-    at_own_layer = _own_layers(prompt, response, component, vectors)
     held = held or Positions.of(None, prompt.n_tokens, prompt.n_tokens + response.n_tokens)
-    rows, own = torch.arange(len(vectors)), torch.tensor([each.layer for each in vectors])
-    still = still_from(torch.cat([part[rows, :, own, -1] for part in scores], dim=1), vectors, at_own_layer, held)
-    centred = [None] * len(vectors) if centre is None else subtract_means(scores, vectors, at_own_layer, centre, held)
+    if scores is None:
+        prompt, response = prompt.checked(), response.checked()
+        scores = scores_of(prompt, response, vectors)
+    activations = _at_own_layers(prompt, response, vectors)
+    still = still_from(_trajectories(scores, vectors), vectors, activations, held)
+    none = [None] * len(vectors)
+    centred = none if centre is None else subtract_means(scores, vectors, activations, centre, held)
     if not held.is_all:
-        whole = with_gaps(torch.cat(list(scores), dim=1).transpose(0, 1), held).transpose(0, 1)
-        scores = list(whole.tensor_split([held.n_prompt], dim=1))
-    trajectories = torch.cat([part[rows, :, own, -1] for part in scores], dim=1).double()
+        scores = with_gaps(torch.cat(list(scores), dim=1), held).tensor_split([held.n_prompt], dim=1)
+    trajectories = _trajectories(scores, vectors).double()
     for row, start in still.items():
         trajectories[row] = constant_from(trajectories[row], start)
     motion = Motion.of(trajectories, held.n_prompt, held)
-    chance = random.levels(at_own_layer, vectors, held, motion) if random else [None] * len(vectors)
+    chance = random.levels(activations, vectors, held, motion) if random else none
+    is_residual = component == "residual"
+    layers = prompt.kept.layers if is_residual else prompt.output_layers
+    sublayers = prompt.kept.points if is_residual else ("attn_out",)
     return [
         Projection(
             vector,
@@ -278,7 +278,8 @@ def scores_of(
     They are NaN for a layer without activations. `device` is where the products are computed, by default where the
     activations are. Raises `NumericalError` for NaN or inf among the activations.
     """
-    directions = unit_directions(vectors).to(prompt.points.device if device is None else device)
+    units = torch.stack([vector.unit for vector in vectors])
+    directions = units.to(prompt.points.device if device is None else device)
     return [_scores(part, vectors[0].component, directions) for part in (prompt, response)]
 
 
@@ -319,11 +320,6 @@ def check_kept(vector: TraitVector, kept: KeptPoints, with_attention: Sequence[i
         )
 
 
-def unit_directions(vectors: Sequence[TraitVector]) -> Vectors:
-    """The vectors as rows of length 1, in float32."""
-    return torch.stack([vector.unit for vector in vectors])
-
-
 def dynamics_of_file(content: ProjectionFile) -> Dynamics:
     """The dynamics of a projection file, recomputed from its scores."""
     return dynamics(movement_of_file(content), len(content.trajectory[0]), content.positions)
@@ -339,15 +335,17 @@ def movement_of_file(content: ProjectionFile) -> Float[Tensor, " n_tokens"]:
     return constant_from(values, 1 if means.deviation == 0 else still_response)
 
 
-def _trajectory(vector: TraitVector, prompt: PromptScores, response: ResponseScores) -> Trajectory:
-    return torch.cat([part[:, vector.layer, -1] for part in (prompt, response)])
+def _trajectories(scores: Sequence[Tensor], vectors: Sequence[TraitVector]) -> Float[Tensor, "n_vectors n_tokens"]:
+    """The last sublayer's scores at each vector's own layer, prompt and response as one sequence."""
+    rows, layers = torch.arange(len(vectors)), torch.tensor([each.layer for each in vectors])
+    return torch.cat([part[rows, :, layers, -1] for part in scores], dim=1)
 
 
-def _own_layers(
-    prompt: ResidualStream, response: ResidualStream, component: str, vectors: Sequence[TraitVector]
+def _at_own_layers(
+    prompt: ResidualStream, response: ResidualStream, vectors: Sequence[TraitVector]
 ) -> dict[int, Float[Tensor, "n_tokens d_model"]]:
-    """The activations at the vectors' layers, of prompt and response as one sequence."""
-    point = "residual_out" if component == "residual" else component
+    """The activations that the vectors are projected onto at their own layers, prompt and response as one sequence."""
+    point = "residual_out" if vectors[0].component == "residual" else "attn_out"
     layers = {vector.layer for vector in vectors}
     return {layer: torch.cat([part.at(layer, point) for part in (prompt, response)]) for layer in layers}
 

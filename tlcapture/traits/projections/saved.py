@@ -1,4 +1,7 @@
-"""The projections of a prompt or of a prompt set, no matter whether in JSON files or in shards. Loads no torch."""
+"""Finding, reading and rewriting the projections of a prompt or of a prompt set, in JSON files or in shards.
+
+`projection_files` checks the content of one, and `token_scores` holds it as arrays. Loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from tlcapture.traits.projections.token_scores import TokenScores
 from tlcapture.views.hooks import COMPONENTS, check_component
 
 
-def saved_projections(
+def scores_of_set(
     layout: Layout, prompt_set: str, *, component: str = "residual", traits: Iterable[str] | str | None = None
 ) -> Iterator[TokenScores]:
     """The projections in the files of a prompt set, in the order of its prompts and then of traits, read one by one.
@@ -38,30 +41,23 @@ def saved_projections(
         remedy = f"run '{command_line(layout, 'capture', '--prompt-set', prompt_set)}'"
         raise no_captures(layout, prompt_set, layout.prompt_sets(), remedy)
     names = [traits] if isinstance(traits, str) else traits
-    wanted = None if names is None else list(dict.fromkeys(Trait.parse(name) for name in names))
+    named = None if names is None else list(dict.fromkeys(Trait.parse(name) for name in names))
     projected: set[str] = set()
-    bare = []
+    ids_without = []
     for prompt_id in ids:
-        saved = projections_saved(layout, prompt_set, prompt_id, component, wanted)
+        saved = projections_of_prompt(layout, prompt_set, prompt_id, component, named)
         if not saved:
-            bare.append(prompt_id)
+            ids_without.append(prompt_id)
         for each in saved:
             scores = each.scores()
             projected.add(scores.trait)
             yield scores
-    without = [trait for trait in wanted or () if str(trait) not in projected]
-    if not projected or without:
-        raise no_projections(layout, prompt_set, component, without)
-    if bare:
-        which = f"{len(bare)} of {len(ids)} captures of {prompt_set!r}"
-        warn_user(f"{which} have no projection and are left out: {listed(bare)}")
-
-
-def projections_of(
-    layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
-) -> list[TokenScores]:
-    """A prompt's projections, in the order of traits; of all traits if none is named."""
-    return [each.scores() for each in projections_saved(layout, prompt_set, prompt_id, component, traits)]
+    traits_without = [trait for trait in named or () if str(trait) not in projected]
+    if not projected or traits_without:
+        raise no_projections(layout, prompt_set, component, traits_without)
+    if ids_without:
+        which = f"{len(ids_without)} of {len(ids)} captures of {prompt_set!r}"
+        warn_user(f"{which} have no projection and are left out: {listed(ids_without)}")
 
 
 @dataclass(frozen=True)
@@ -69,38 +65,38 @@ class SavedProjection:
     """A prompt's projection onto a trait in a file.
 
     Attributes:
-        place: the path that its JSON file has or would have.
-        sharded: its place in the shard; `None` for a JSON file.
+        json_path: the path that its JSON file has or would have.
+        sharded: where it is in a shard; `None` for a JSON file.
     """
 
     trait: Trait
     component: str
-    place: Path
+    json_path: Path
     sharded: Sharded | None = None
 
     @property
     def path(self) -> Path:
         """The file that holds it: its JSON file, or a shard."""
-        return self.place if self.sharded is None else self.sharded.path
+        return self.json_path if self.sharded is None else self.sharded.path
 
     @property
     def written_ns(self) -> int:
         """When it was written, in nanoseconds since the epoch."""
         if self.sharded is not None:
             return self.sharded.written_ns
-        check_regular(self.place)
-        return self.place.stat().st_mtime_ns
+        check_regular(self.json_path)
+        return self.json_path.stat().st_mtime_ns
 
     def content(self, *, exact: bool = False) -> Any:
         """The content of the JSON file, unchecked; raises `StorageError` for a damaged one.
 
         Content that is to be rewritten must be `exact`, see `read_json`.
         """
-        return read_json(self.place, exact=exact) if self.sharded is None else self.sharded.content()
+        return read_json(self.json_path, exact=exact) if self.sharded is None else self.sharded.content()
 
     def labels(self) -> Any:
         """The content without its numbers, if they can be left out; raises like `content`."""
-        return read_json(self.place) if self.sharded is None else self.sharded.content(scored=False)
+        return read_json(self.json_path) if self.sharded is None else self.sharded.content(scored=False)
 
     def read(self) -> ProjectionFile:
         """The content, checked; raises `StorageError` for a damaged file."""
@@ -108,12 +104,12 @@ class SavedProjection:
 
     def scores(self) -> TokenScores:
         """Tokens and scores; raises `StorageError` for a damaged file."""
-        return TokenScores.of(self.read(), self.path, self.place)
+        return TokenScores.of(self.read(), self.path, self.json_path)
 
     def write(self, content: Mapping[str, Any]) -> Written:
         """Write other content in the same form."""
         if self.sharded is None:
-            return write_json(self.place, content)
+            return write_json(self.json_path, content)
         return write_sharded(self, {self.sharded.trait: content})
 
 
@@ -137,25 +133,26 @@ def all_saved(layout: Layout, prompt_set: str, prompt_id: str) -> list[SavedProj
         found[path] = SavedProjection(trait, component, path)
     for component in COMPONENTS:
         for name, sharded in sharded_of(layout.shards(component, prompt_set), str(prompt_id)).items():
-            place = layout.projection(Trait.parse(name), component, prompt_set, prompt_id)
-            if place not in found or found[place].written_ns < sharded.written_ns:
-                found[place] = SavedProjection(Trait.parse(name), component, place, sharded)
-    return [found[place] for place in sorted(found)]
+            trait = Trait.parse(name)
+            path = layout.projection(trait, component, prompt_set, prompt_id)
+            if path not in found or found[path].written_ns < sharded.written_ns:
+                found[path] = SavedProjection(trait, component, path, sharded)
+    return [found[path] for path in sorted(found)]
 
 
 def saved_projection(
     layout: Layout, trait: Trait, component: str, prompt_set: str, prompt_id: PromptId
 ) -> SavedProjection | None:
     """A prompt's projection onto a trait; `None` if there is none. Raises `StorageError` like `all_saved`."""
-    place = layout.projection(trait, component, prompt_set, prompt_id)
+    path = layout.projection(trait, component, prompt_set, prompt_id)
     sharded = sharded_of(layout.shards(component, prompt_set), str(prompt_id)).get(str(trait))
-    of_json = SavedProjection(trait, component, place) if lexists(place) else None
+    of_json = SavedProjection(trait, component, path) if lexists(path) else None
     if sharded is None or (of_json is not None and of_json.written_ns >= sharded.written_ns):
         return of_json
-    return SavedProjection(trait, component, place, sharded)
+    return SavedProjection(trait, component, path, sharded)
 
 
-def projections_saved(
+def projections_of_prompt(
     layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
 ) -> list[SavedProjection]:
     """A prompt's projections of a component, in the order of traits; of all traits if none is named."""
@@ -181,19 +178,19 @@ class ListedProjections:
         self._is_listed = not any(layout.shards(each, prompt_set).exists() for each in STREAM_FOLDERS)
         stream = STREAM_FOLDERS[component]
         for folder in map(Path, layout.places_of_projections(prompt_set) if self._is_listed else ()):
-            place = folder.relative_to(layout.folder / "inference").parts
-            if place[2] == stream and folder.is_dir():
+            category, name, stream_folder, *_ = folder.relative_to(layout.folder / "inference").parts
+            if stream_folder == stream and folder.is_dir():
                 with scandir(layout.own(folder)) as entries:
                     found = list(entries)
                 self._is_listed &= not any(each.is_symlink() for each in found)
                 names = frozenset(each.name for each in found)
-                self._traits.append((Trait(place[0], place[1]), folder, names))
+                self._traits.append((Trait(category, name), folder, names))
         self._traits.sort(key=lambda each: each[1])
 
     def of(self, prompt_id: PromptId) -> list[SavedProjection]:
-        """A prompt's projections in the order of traits; raises `StorageError` like `projections_saved`."""
+        """A prompt's projections in the order of traits; raises `StorageError` like `projections_of_prompt`."""
         if not self._is_listed:
-            return projections_saved(self._layout, self._prompt_set, str(prompt_id), self._component)
+            return projections_of_prompt(self._layout, self._prompt_set, str(prompt_id), self._component)
         name = f"{file_name(prompt_id)}.json"
         return [
             SavedProjection(trait, self._component, folder / name)

@@ -1,4 +1,4 @@
-"""One capture's tokens and their projection onto one trait, for figures, frames and pictures. Loads no torch.
+"""One saved projection as arrays: tokens and their scores, for figures, frames and pictures. Loads no torch.
 
 scores = TokenScores.read(path)        # a projection file
 scores.trajectory                      # [n_tokens], at the vector's own layer
@@ -157,10 +157,10 @@ class TokenScores:
         return cls.of(ProjectionFile.read(Path(path)), Path(path), Path(path))
 
     @classmethod
-    def of(cls, content: ProjectionFile, path: Path, place_of: Path) -> TokenScores:
-        """The scores of a projection in the file `path`, whose JSON file would be at `place_of`; raises like `read`."""
+    def of(cls, content: ProjectionFile, path: Path, json_path: Path) -> TokenScores:
+        """The scores of a projection in the file `path`, whose JSON file would be `json_path`; raises like `read`."""
         metadata, dynamics = content.metadata, content.dynamics
-        source, place = metadata.vector_source, place_of_projection(place_of)
+        source, place = metadata.vector_source, place_of_projection(json_path)
         labels: dict[str, Any] = {
             "prompt_set": (metadata.prompt_set and of_variant(metadata.prompt_set, metadata.variant))
             or (place and place.prompt_set),
@@ -168,15 +168,15 @@ class TokenScores:
             "trait": (place and str(place.trait)) or source.trait,
             "component": source.component or (place and place.component),
         }
-        lacking = [name for name, value in {"dynamics": dynamics, **labels}.items() if value is None]
-        if lacking or dynamics is None:
+        missing = [name for name, value in {"dynamics": dynamics, **labels}.items() if value is None]
+        if missing or dynamics is None:
             raise StorageError(
-                f"{path}: not a complete projection file: it lacks {', '.join(lacking)}"
-                + (f": run '{dynamics_command(place_of)}'" if lacking == ["dynamics"] else "")
+                f"{path}: not a complete projection file: it lacks {', '.join(missing)}"
+                + (f": run '{dynamics_command(json_path)}'" if missing == ["dynamics"] else "")
             )
         sublayers = content.sublayers(labels["component"])
-        none = [np.nan] * len(sublayers)  # in place of a layer that was not kept
-        rows = [[none if at is None else at for at in token] for token in content.scores]
+        not_kept = [np.nan] * len(sublayers)  # the scores of a layer
+        rows = [[not_kept if at is None else at for at in token] for token in content.scores]
         held = content.positions
         return cls(
             **labels,
@@ -184,7 +184,7 @@ class TokenScores:
             layer=source.layer,
             tokens=content.tokens,
             n_prompt_tokens=len(content.prompt.tokens),
-            scores=np.array(spread_rows(rows, held, [none] * content.n_layers), np.float64),
+            scores=np.array(spread_rows(rows, held, [not_kept] * content.n_layers), np.float64),
             sublayers=sublayers,
             layers=content.layers,
             commitment_point=dynamics.commitment_point,

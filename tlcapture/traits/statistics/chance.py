@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tlcapture.products import linear_each
@@ -124,12 +123,15 @@ class RandomDirections:
         return "isotropic" if self.reference is None else "reference"
 
     def levels(
-        self, activations: dict[int, Tensor], vectors: Sequence[TraitVector], held: Positions, own: Motion
+        self, activations: dict[int, Tensor], vectors: Sequence[TraitVector], held: Positions, motion: Motion
     ) -> Sequence[ChanceLevel | None]:
-        """The chance level of each vector; the same row of `own` has its change points and rises.
+        """The chance level of each vector.
 
-        `activations` are the capture's at each vector's layer, `[n_held, d_model]`.
         Without every token of the response there is no chance level.
+
+        Args:
+            activations: the capture's at each vector's layer, `[n_held, d_model]`.
+            motion: the change points and rises of the vectors' own trajectories, in the same order.
         """
         if not held.has_all(max(1, held.n_prompt), held.n_tokens):
             return [None] * len(vectors)
@@ -137,13 +139,13 @@ class RandomDirections:
         on_basis = _on_basis([activations[each] for each in drawn.layers], drawn.bases, held)
         random = drawn.strengths(on_basis, held)
         commit, persist = (each.reshape(-1, N_DIRECTIONS).sum(axis=1) for each in (random.commits, random.persists))
-        commitment = _shares(random.changes, own.changes, drawn.layer_rows)
-        persistence = _shares(random.rises, own.rises, drawn.layer_rows)
+        commitment = _shares(random.changes, motion.changes, drawn.layer_rows)
+        persistence = _shares(random.rises, motion.rises, drawn.layer_rows)
         rises = drawn.rises(on_basis, held)
-        over = drawn.over if rises is not None else None
+        known = drawn.reference_rises if rises is not None else None
         rounded = None if rises is None else _rounded(rises)
-        wider = np.ones(len(vectors)) if over is None else _widenings(own.values, held, over.own)
-        standardised = None if rises is None or over is None else _rounded((rises - over.means) / over.deviations)
+        wider = np.ones(len(vectors)) if known is None else _widenings(motion.values, held, known.own)
+        standardised = None if rises is None or known is None else _rounded((rises - known.means) / known.deviations)
         return [
             ChanceLevel(
                 covariance=self.covariance,
@@ -153,7 +155,7 @@ class RandomDirections:
                 commitment=commitment[row],
                 persistence=persistence[row],
                 rises=None if rounded is None else rounded[row],
-                reference_rises=None if over is None else over.own[row],
+                reference_rises=None if known is None else known.own[row],
                 standardised=None if standardised is None else standardised[row],
                 n_reference=0 if self.reference is None else len(self.reference.prompts),
                 widening=float(wider[row]),
@@ -192,26 +194,27 @@ class RandomDirections:
     def _drawn_for(self, vectors: Sequence[TraitVector]) -> _Drawn:
         names = tuple((str(each.trait), each.method, each.layer) for each in vectors)
         if names not in self._drawn:
-            layers = list(dict.fromkeys(each.layer for each in vectors))
-            layer_rows = [layers.index(each.layer) for each in vectors]
-            rows = [[row for row, each in enumerate(layer_rows) if each == number] for number in range(len(layers))]
-            directions, over = [], []
-            for layer, of_layer in zip(layers, rows, strict=True):
-                own, drawn = [vectors[row] for row in of_layer], self._layer(layer)
-                directions.append(torch.stack([drawn.directions(str(each.trait)) for each in own]))
-                if self.reference is not None:
-                    over.append(drawn.reference_rises(own, directions[-1], self.reference))
-            order = np.argsort(np.concatenate(rows))
-            joined = _OverReference.of(over, order) if over else None
-            of_layers = [self._layer(each) for each in layers]
-            bases = torch.stack([each.basis for each in of_layers])
-            same = torch.stack([each.directions("all").T for each in of_layers])
-            self._drawn[names] = _Drawn(layers, layer_rows, bases, same, torch.cat(directions)[order], joined)
+            numbers = list(dict.fromkeys(each.layer for each in vectors))
+            layers = [self._layer(each) for each in numbers]
+            self._drawn[names] = _Drawn(
+                layers=numbers,
+                layer_rows=[numbers.index(each.layer) for each in vectors],
+                bases=torch.stack([each.basis for each in layers]),
+                of_layers=torch.stack([each.directions("all").T for each in layers]),
+                directions=torch.stack([self._layer(each.layer).directions(str(each.trait)) for each in vectors]),
+                reference_rises=None if self.reference is None else self._reference_rises(self.reference, vectors),
+            )
         return self._drawn[names]
+
+    def _reference_rises(self, reference: Reference, vectors: Sequence[TraitVector]) -> _ReferenceRises:
+        found = [self._layer(each.layer).reference_rises(each, reference) for each in vectors]
+        means, deviations = (np.stack(each) for each in zip(*found, strict=True))
+        own = list(zip(means[:, 0].tolist(), deviations[:, 0].tolist(), strict=True))
+        return _ReferenceRises(own, means[:, 1:], deviations[:, 1:])
 
 
 @dataclass(frozen=True, eq=False)
-class _OverReference:
+class _ReferenceRises:
     """Mean and deviation of rises over the reference prompts: of each vector, and of its random directions.
 
     `means` and `deviations` are `[n_vectors, n_directions]`.
@@ -220,13 +223,6 @@ class _OverReference:
     own: Sequence[tuple[float, float]]
     means: Values
     deviations: Values
-
-    @classmethod
-    def of(cls, found: Sequence[tuple[Values, Values]], order: NDArray[np.intp]) -> _OverReference:
-        """From the results for the vectors of each layer, each vector's own first; `order` undoes the grouping."""
-        means, deviations = (np.concatenate(each)[order] for each in zip(*found, strict=True))
-        own = [(float(mean), float(sd)) for mean, sd in zip(means[:, 0], deviations[:, 0], strict=True)]
-        return cls(own, means[:, 1:], deviations[:, 1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +235,7 @@ class _Drawn:
         bases: `[n_layers, n_basis, d_model]`.
         of_layers: `[n_layers, n_basis, n_directions]`, those whose change points and rises are found.
         directions: `[n_vectors, n_directions, n_basis]`, those whose rises are compared with the vectors'.
-        over: their rises over the reference prompts; `None` without any.
+        reference_rises: rises over the reference prompts; `None` without any.
     """
 
     layers: Sequence[int]
@@ -247,7 +243,7 @@ class _Drawn:
     bases: Float[Tensor, "n_layers n_basis d_model"]
     of_layers: Float[Tensor, "n_layers n_basis n_directions"]
     directions: Directions
-    over: _OverReference | None
+    reference_rises: _ReferenceRises | None
 
     def strengths(self, on_basis: OnBasis, held: Positions) -> Strengths:
         """The strengths of all layers' random directions, `[n_layers * n_directions]`, computed for a few at once."""
@@ -300,27 +296,23 @@ class _Layer:
             self._directions[name] = drawn / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
         return self._directions[name]
 
-    def reference_rises(
-        self, vectors: Sequence[TraitVector], directions: Directions, reference: Reference
-    ) -> tuple[Values, Values]:
-        """Mean and deviation of rises over the reference prompts `[n_vectors, 1 + 200]`, each vector's own first.
+    def reference_rises(self, vector: TraitVector, reference: Reference) -> tuple[Values, Values]:
+        """Mean and deviation over the reference prompts of the vector's rise, and of its 200 directions' `[1 + 200]`.
 
         The part of a random direction that is a prompt's own response is left out of its rise there: with it, random
         directions would rise further over the prompts that they are made of than over any other.
         """
         moved = (reference.response_means[self.number] - reference.prompt_means[self.number]).double()
-        units = torch.nn.functional.normalize(torch.stack([each.vector for each in vectors]).double(), dim=1)
+        own = moved @ torch.nn.functional.normalize(vector.vector.double(), dim=0)
         products = moved @ self.basis.double().T  # of each prompt's move and each response
-        random = torch.einsum("pb,vrb->pvr", products.fill_diagonal_(0), directions.double())
-        own = torch.stack([moved @ unit for unit in units], dim=1)  # one by one: beside others, they round differently
-        found = torch.cat([own.unsqueeze(2), random], dim=2)
-        return found.mean(dim=0).numpy(), found.std(dim=0).clamp(min=1e-30).numpy()
+        random = products.fill_diagonal_(0) @ self.directions(str(vector.trait)).double().T
+        rises = torch.cat([own.unsqueeze(1), random], dim=1)
+        return rises.mean(dim=0).numpy(), rises.std(dim=0).clamp(min=1e-30).numpy()
 
 
 def _on_basis(activations: Sequence[Tensor], bases: Tensor, held: Positions) -> OnBasis:
     """The products of activations of some layers `[n_held, d_model]` and their bases; NaN at tokens not held."""
-    products = linear_each(activations, bases)
-    return products if held.is_all else with_gaps(products.transpose(0, 1), held).transpose(0, 1)
+    return with_gaps(linear_each(activations, bases), held)
 
 
 def _of_usual_size(values: Tensor) -> Tensor:
@@ -329,12 +321,12 @@ def _of_usual_size(values: Tensor) -> Tensor:
     return values if _SMALL < largest < 1 / _SMALL or largest == 0 else values / largest
 
 
-def with_gaps(rows: Tensor, held: Positions) -> Tensor:
-    """`[n_tokens, ...]` from `[n_held, ...]`, NaN at the tokens that are not held."""
+def with_gaps(values: Float[Tensor, "n n_held *rest"], held: Positions) -> Float[Tensor, "n n_tokens *rest"]:
+    """Values of every token, NaN for those that are not held."""
     if held.is_all:
-        return rows
-    whole = rows.new_full((held.n_tokens, *rows.shape[1:]), torch.nan)
-    whole[list(held.kept)] = rows
+        return values
+    whole = values.new_full((len(values), held.n_tokens, *values.shape[2:]), torch.nan)
+    whole[:, list(held.kept)] = values
     return whole
 
 

@@ -45,10 +45,14 @@ class ChangePoints:
     """The change points of several series, one number each.
 
     Attributes:
-        index: the first token of the second level.
-        shift: the mean after it minus the mean before.
-        p: how often a series without a change has one as clear.
+        index: `k`, the first token of the second level, at which `|shift| sqrt(k (m - k) / m)` is largest, for series
+            of `m` tokens.
+        shift: the mean from `k` on less the mean before.
+        p: how often a series without a change has a clarity as large.
         strength: the clarity, in units of the clarity that 5 % of series without a change exceed.
+
+    The clarity is `|shift| sqrt(k (m - k) / m)` in standard deviations of the residuals of the two levels, which have
+    `m - 2` degrees of freedom: the largest t of all splits, without the sign.
     """
 
     index: NDArray[np.int64]

@@ -30,7 +30,7 @@ from tlcapture.shapes import Trajectory
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_number, round_significant
 from tlcapture.traits.statistics.change_points import SHORTEST, ChangePoints, Values, change_points, change_strengths
 from tlcapture.traits.statistics.critical_values import LEVEL
-from tlcapture.traits.statistics.rises import Rises, rise_strengths, rises
+from tlcapture.traits.statistics.rises import PERMUTATIONS, Rises, rise_strengths, rises
 from tlcapture.views.kept_tokens import Positions
 
 Trajectories = Float[Tensor, "n_trajectories n_tokens"]
@@ -109,9 +109,13 @@ class Motion:
 
     @classmethod
     def of(
-        cls, trajectories: Trajectories, n_prompt_tokens: int, held: Positions | None = None, **settings: int
+        cls,
+        trajectories: Trajectories,
+        n_prompt_tokens: int,
+        held: Positions | None = None,
+        n_permutations: int = PERMUTATIONS,
     ) -> Motion:
-        """Find them, with `n_permutations` among the settings of `rises`, in the dtype of the trajectories.
+        """Find them, in the dtype of the trajectories.
 
         `held` are the tokens that have scores; `None` means all. Raises `NumericalError` for NaN or inf in their place.
         """
@@ -121,7 +125,7 @@ class Motion:
             values,
             n_prompt_tokens,
             change_points(values[:, max(1, n_prompt_tokens) :]) if has_change else None,
-            rises(values, n_prompt_tokens, **settings) if has_rise else None,
+            rises(values, n_prompt_tokens, n_permutations) if has_rise else None,
         )
 
     def dynamics(self) -> Sequence[Dynamics]:

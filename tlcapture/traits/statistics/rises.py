@@ -37,7 +37,7 @@ class Rises:
         rise: the largest rise of the smoothed response above the baseline.
         peak: the response token with the largest rise.
         persistence: how many tokens from the peak on, itself counted, stay at or above half of that rise.
-        p: how often a permutation rises as far.
+        p: how often a permutation rises as far: of `n` permutations, `(1 + n_as_far) / (1 + n)`.
         strength: the rise in standard deviations of the permutations' rises, from their mean.
     """
 
@@ -56,7 +56,8 @@ class Rises:
 
 def rises(trajectories: Values, n_prompt_tokens: int, n_permutations: int = PERMUTATIONS) -> Rises:
     """The rises of trajectories `[n_trajectories, n_tokens]`; at least two prompt tokens and one of the response."""
-    rest, response, baseline = _parts(trajectories, n_prompt_tokens)
+    rest, n_before = _without_first(trajectories), n_prompt_tokens - 1
+    response, baseline = smoothed(rest[n_before:].T).T, rest[:n_before].mean(axis=0)
     n_response = len(response)
     columns, peak = np.arange(rest.shape[1]), response.argmax(axis=0)
     rise = response[peak, columns] - baseline
@@ -73,13 +74,6 @@ def rise_strengths(trajectories: Values, n_prompt_tokens: int, n_permutations: i
     found, rounding = _permuted(rest, rest.shape[0] + 1 - n_prompt_tokens, n_permutations), _rounding(rest)
     rise, null = found[0], found[1:]
     return null.max(axis=0) < rise - rounding, _strength(rise, null, rounding)
-
-
-def _parts(trajectories: Values, n_prompt_tokens: int) -> tuple[Values, Values, Values]:
-    """All tokens except the first, and the smoothed response, a row for each token; and the baselines."""
-    rest = _without_first(trajectories)
-    n_before = n_prompt_tokens - 1
-    return rest, smoothed(rest[n_before:].T).T, rest[:n_before].mean(axis=0)
 
 
 def _without_first(trajectories: Values) -> Values:

@@ -24,6 +24,7 @@ from tlcapture.traits.vectors import write_vector
 from tlcapture.views.hooks import COMPONENTS
 
 _WHAT = "file of exported vectors"
+_MEAN = "training_mean/"  # begins the names of mean activations, which a component completes
 HEADER = "tlcapture"  # the key of what is not a tensor in the header of a safetensors file
 
 
@@ -86,14 +87,12 @@ def _restore_trait(
 ) -> list[Written]:
     written = []
     for name, tensor in tensors.items():
-        kind, component, *rest = (
-            ("vector", *name.split("/")) if not name.startswith("training_mean/") else name.split("/")
-        )
-        if component not in COMPONENTS or not (
-            len(rest) == 2 and rest[1].isdecimal() if kind == "vector" else not rest
-        ):
+        is_mean = name.startswith(_MEAN)
+        component, *rest = name.removeprefix(_MEAN).split("/")
+        has_rest = len(rest) == 2 and rest[1].isdecimal()
+        if component not in COMPONENTS or (bool(rest) if is_mean else not has_rest):
             raise StorageError(f"{path}: {name!r} is not the name of a vector")
-        if kind != "vector":
+        if is_mean:
             written.append(write_tensors(files.mean_file(component), tensor.float().clone()))
             continue
         method, layer = rest[0], int(rest[1])

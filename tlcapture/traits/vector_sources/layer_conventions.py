@@ -65,33 +65,33 @@ def place(
         InputError: the convention is needed but not known, or contradicts the file.
         VectorError: a vector is not a finite non-zero float vector of the model's width, or none belongs to a layer.
     """
-    part = _agreed(path, "--component", found.component, component) or "residual"
-    if part == "attn_out":
+    component = _agreed(path, "--component", found.component, component) or "residual"
+    if component == "attn_out":
         if convention is not None:
             raise InputError("--convention is for vectors of the residual stream, not for attention outputs")
-        known, notes = None, [_MODULE_OUTPUT]
+        notes = [_MODULE_OUTPUT]
     else:
-        known, notes = _convention(path, found, convention, n_layers)
-    n_layers = _checked_depth(path, found, known, n_layers)
-    numbers = _from_start(path, found.rows, known, n_layers)
-    last = None if n_layers is None else n_layers - (known != "hidden_states")
-    shift = 0 if known is None else _SHIFT[known]
-    placed = {n + shift: row for n, row in numbers.items() if n + shift >= 0 and (last is None or n <= last)}
-    beyond = sorted(n for n in numbers if last is not None and n > last)
-    left_out = ["row 0 is the embedding, not the output of a block"] if 0 in numbers and shift else []
+        convention, notes = _convention(path, found, convention, n_layers)
+    n_layers = _checked_depth(path, found, convention, n_layers)
+    rows = _from_start(path, found.rows, convention, n_layers)
+    last = None if n_layers is None else n_layers - (convention != "hidden_states")
+    shift = 0 if convention is None else _SHIFT[convention]
+    placed = {n + shift: row for n, row in rows.items() if n + shift >= 0 and (last is None or n <= last)}
+    beyond = sorted(n for n in rows if last is not None and n > last)
+    left_out = ["row 0 is the embedding, not the output of a block"] if 0 in rows and shift else []
     if beyond:
         left_out.append(f"layers {as_ranges(beyond)} lie beyond the model's {n_layers} layers")
     if not placed:
         raise VectorError(f"{path}: none of its vectors belongs to a layer of the model: {'; '.join(left_out)}")
-    if n_layers is not None and n_layers - 1 in placed and (known == "hidden_states" or found.tool == REPENG):
+    if n_layers is not None and n_layers - 1 in placed and (convention == "hidden_states" or found.tool == REPENG):
         notes.append(
             f"the vector at layer {n_layers - 1} was read from Hugging Face's last hidden state, which has passed the "
             "final norm: another basis than residual_out, so prefer earlier layers"
         )
     width = d_model or _width(next(iter(placed.values())))
     return Placed(
-        component=part,
-        convention=known,
+        component=component,
+        convention=convention,
         vectors={layer: _checked_vector(path, layer - shift, placed[layer], width) for layer in sorted(placed)},
         file_layers={layer: layer - shift for layer in sorted(placed)},
         n_layers=n_layers,
