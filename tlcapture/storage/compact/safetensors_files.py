@@ -172,6 +172,15 @@ class TensorFile:
             compared.add(name)
         return found
 
+    def is_whole(self) -> bool:
+        """Whether the file is still there, and every tensor matches its checksum."""
+        try:
+            for name in self.specs:
+                self.array(name)
+        except StorageError:
+            return False
+        return True
+
     def check(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         """Raise `StorageError` unless the file has a tensor with this dtype and shape."""
         found = self.specs.get(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from tlcapture.storage.compact.projection_shards import (
     Shard,
     Sharded,
     merged_shards,
+    readable_shards,
     shard_of_prompt,
     sharded_of,
     single_shards,
@@ -79,9 +80,6 @@ class _Block:
         return 4 * self.n_rows * row + len(self.record)
 
 
-_Part = tuple[Path, _Block]  # a shard of one prompt, to be written
-
-
 def write_prompt(folder: Path, prompt_id: str, contents: Mapping[str, Content], now: int | None = None) -> Written:
     """Write a prompt's projections, given as file contents by trait; projections onto other traits stay.
 
@@ -90,12 +88,12 @@ def write_prompt(folder: Path, prompt_id: str, contents: Mapping[str, Content], 
     Raises `StorageError` if an existing shard of the prompt cannot be read.
     """
     now = time.time_ns() if now is None else now
-    others = {trait: each for trait, each in sharded_of(folder, prompt_id).items() if trait not in contents}
+    whole, times = dict(contents), dict.fromkeys(contents, now)
+    others = [each for trait, each in sharded_of(folder, prompt_id).items() if trait not in contents]
+    stored = {each.trait: each.content() for each in others}
     tokens = _tokens(next(iter(contents.values())))
-    if any(_tokens(each.content()) != tokens for each in others.values()):
-        others = {}  # of an earlier capture
-    whole = {**{trait: each.content() for trait, each in others.items()}, **contents}
-    times = {**{trait: each.written_ns for trait, each in others.items()}, **dict.fromkeys(contents, now)}
+    if all(_tokens(content) == tokens for content in stored.values()):  # otherwise of an earlier capture
+        whole, times = {**stored, **whole}, {**{each.trait: each.written_ns for each in others}, **times}
     return _write(shard_of_prompt(folder, prompt_id), [_block(prompt_id, whole, times)])
 
 
@@ -117,20 +115,15 @@ def take_out(folder: Path, prompt_id: str, traits: Iterable[str] | None = None) 
     damaged shard of the prompt alone is removed; one of several prompts stays.
     """
     dropped = None if traits is None else set(traits)
-    for path in merged_shards(folder):
-        parts: list[_Part] = []
-        with suppress(StorageError):
-            entry = Shard.open(path).entries.get(prompt_id)
-            if entry is not None and (dropped is None or not dropped.isdisjoint(entry.written)):
-                parts = _parts(folder, path)
-        _divide(path, parts)
-    own, held = shard_of_prompt(folder, prompt_id), dict[str, Sharded]()
-    with suppress(StorageError):
-        held = {each.trait: each for each in Shard.open(own).sharded(prompt_id)}
-    stay = {trait: each for trait, each in held.items() if dropped is not None and trait not in dropped}
+    for shard in readable_shards(merged_shards(folder)):
+        entry = shard.entries.get(prompt_id)
+        if entry is not None and (dropped is None or not dropped.isdisjoint(entry.written)):
+            _divide(folder, shard)
+    own = shard_of_prompt(folder, prompt_id)
+    held = [each for shard in readable_shards([own]) for each in shard.sharded(prompt_id)]
+    stay = [each for each in held if dropped is not None and each.trait not in dropped]
     if stay and len(stay) < len(held):
-        contents = {trait: each.content() for trait, each in stay.items()}
-        _write(own, [_block(prompt_id, contents, {trait: each.written_ns for trait, each in stay.items()})])
+        _write(own, [_block_again(stay)])
     return [] if stay else [own] if remove([own]) else []
 
 
@@ -144,25 +137,21 @@ def merge_shards(folder: Path) -> list[Written]:
     """
     small = [path for path in merged_shards(folder) if path.is_file() and path.stat().st_size < MOST_BYTES // 2]
     _remove_merged(folder)
-    for path in small if len(small) > _MOST_SMALL and single_shards(folder) else ():
-        parts: list[_Part] = []
-        with suppress(StorageError):
-            parts = _parts(folder, path)
-        _divide(path, parts)
+    if len(small) > _MOST_SMALL and single_shards(folder):
+        for shard in readable_shards(small):
+            _divide(folder, shard)
     made: list[Written] = []
     together: list[_Block] = []
     n_bytes = 0
-    for path in single_shards(folder):
-        blocks: list[_Block] = []
-        with suppress(StorageError):
-            blocks = [_stored_block(shard, entry) for shard in [Shard.open(path)] for entry in shard.index.prompts]
-        if len(blocks) != 1 or blocks[0].prompt_id != path.stem:
+    for shard in readable_shards(single_shards(folder)):
+        if list(shard.entries) != [shard.file.path.stem] or not shard.file.is_whole():
             continue
-        if together and n_bytes + blocks[0].n_bytes > MOST_BYTES:
+        block = _stored_block(shard, shard.index.prompts[0])
+        if together and n_bytes + block.n_bytes > MOST_BYTES:
             made += _merged(folder, together)
             together, n_bytes = [], 0
-        together += blocks
-        n_bytes += blocks[0].n_bytes
+        together.append(block)
+        n_bytes += block.n_bytes
     made += _merged(folder, together)
     if made:
         _remove_superseded(folder)
@@ -171,24 +160,16 @@ def merge_shards(folder: Path) -> list[Written]:
 
 def _remove_merged(folder: Path) -> None:
     """Remove shards of single prompts that were merged by a run that was killed before it removed them."""
-    singles = _readable(single_shards(folder))
-    newest = _newest(_readable(merged_shards(folder))) if singles else {}
+    singles = list(readable_shards(single_shards(folder)))
+    newest = _newest(readable_shards(merged_shards(folder))) if singles else {}
     remove(each.file.path for each in singles if all(newest.get(of, -1) >= when for of, when in _written(each)))
 
 
 def _remove_superseded(folder: Path) -> None:
     """Remove merged shards whose projections all exist in other shards in a newer version."""
-    shards = _readable(merged_shards(folder))
+    shards = list(readable_shards(merged_shards(folder)))
     newest = _newest(shards)
     remove(each.file.path for each in shards if all(newest[of] > when for of, when in _written(each)))
-
-
-def _readable(paths: Iterable[Path]) -> list[Shard]:
-    shards = []
-    for path in paths:
-        with suppress(StorageError):
-            shards.append(Shard.open(path))
-    return shards
 
 
 def _written(shard: Shard) -> Iterator[tuple[tuple[str, str], int]]:
@@ -213,26 +194,21 @@ def _merged(folder: Path, blocks: Sequence[_Block]) -> list[Written]:
     return [written]
 
 
-def _parts(folder: Path, path: Path) -> list[_Part]:
-    """The shards to divide a merged one into, one per prompt; newer projections in a prompt's own shard stay."""
-    shard, parts = Shard.open(path), list[_Part]()
-    for entry in shard.index.prompts:
-        own = shard_of_prompt(folder, entry.id)
-        if not own.is_file():
-            parts.append((own, _stored_block(shard, entry)))
-        elif newest := sharded_of(folder, entry.id):
-            contents = {trait: each.content() for trait, each in newest.items()}
-            written = {trait: each.written_ns for trait, each in newest.items()}
-            parts.append((own, _block(entry.id, contents, written)))
-    return parts
+def _divide(folder: Path, shard: Shard) -> None:
+    """Divide a merged shard into one per prompt, and remove it; a damaged one stays.
 
-
-def _divide(path: Path, parts: Sequence[_Part]) -> None:
-    """Write the parts of a merged shard, if there are any, and remove it."""
-    for own, block in parts:
-        _write(own, [block])
-    if parts:
-        remove([path])
+    Newer projections in a prompt's own shard stay.
+    """
+    blocks = []
+    with suppress(StorageError):
+        for entry in shard.index.prompts:
+            has_own = shard_of_prompt(folder, entry.id).is_file()
+            newest = sharded_of(folder, entry.id).values() if has_own else ()
+            blocks.append(_block_again(newest) if newest else _stored_block(shard, entry))
+    if len(blocks) == len(shard.index.prompts) and shard.file.is_whole():
+        for block in blocks:
+            _write(shard_of_prompt(folder, block.prompt_id), [block])
+        remove([shard.file.path])
 
 
 def _shared(content: Content) -> dict[str, Any]:
@@ -275,6 +251,12 @@ def _block(prompt_id: str, contents: Mapping[str, Content], written: Mapping[str
 
     record = orjson.dumps({"shared": shared, "traits": records}, option=orjson.OPT_SERIALIZE_NUMPY)
     return _Block(prompt_id, axes, n_tokens, record, dict(written), fill)
+
+
+def _block_again(projections: Collection[Sharded]) -> _Block:
+    """The projections of a prompt in shards, to be written to one."""
+    contents = {each.trait: each.content() for each in projections}
+    return _block(next(iter(projections)).prompt_id, contents, {each.trait: each.written_ns for each in projections})
 
 
 def _form(content: Content, n_prompt: int, n_tokens: int) -> dict[str, Any]:
