@@ -87,10 +87,6 @@ class CaptureIndex(FileContent):
         metadata = self.metadata
         return KeptPoints.of(metadata.n_layers, metadata.layers or (), metadata.points or ())
 
-    def held(self, part: str) -> tuple[int, ...] | None:
-        """The indices within a part of the tokens whose activations the file holds; `None` if it holds all."""
-        return held_of_part(self, part)
-
     @model_validator(mode="after")
     def _is_of_one_capture(self) -> CaptureIndex:
         check_spans(self.spans, len(self.prompt.tokens) + len(self.response.tokens))
@@ -105,7 +101,7 @@ class CaptureIndex(FileContent):
                 raise ValueError(
                     f"{name}: {n_tokens} tokens, but {len(part.token_ids)} token_ids: numbers must be equal"
                 )
-            held = self.held(name)
+            held = held_of_part(self, name)
             n_held = n_tokens if held is None else len(held)
             for stored, n_rows in ((part.points, len(kept.point_indices)), (part.attn_out, len(outputs))):
                 if stored is not None and stored.shape != [n_rows, n_held, width]:

@@ -112,14 +112,16 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> byt
 class TensorFile:
     """A file's metadata and the specs of its tensors, which are read when they are used. Holds no open file.
 
-    `_state` tells whether the file at the path is still the same.
+    `_starts` are the places of the tensors after the header, `_sums` their checksums, which files of earlier versions
+    and of other programs lack. `_state` tells whether the file at the path is still the same.
     """
 
     path: Path
     metadata: Mapping[str, str]
     specs: Mapping[str, TensorSpec]
+    _data: int  # where the header ends
     _starts: Mapping[str, int]
-    _sums: Mapping[str, int]  # empty in files of earlier versions and of other programs
+    _sums: Mapping[str, int]
     _state: tuple[int, ...]
 
     @classmethod
@@ -143,10 +145,9 @@ class TensorFile:
                 head = file.read(length)
         except OSError as error:
             raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
-        first = _LENGTH + length
-        metadata, specs, starts = _checked(path, head, size - first)
-        sums = _sums_in(path, head, metadata, list(specs))
-        return cls(path, metadata, specs, {name: first + start for name, start in starts.items()}, sums, state)
+        data = _LENGTH + length
+        metadata, specs, starts = _checked(path, head, size - data)
+        return cls(path, metadata, specs, data, starts, _sums_in(path, head, metadata, list(specs)), state)
 
     def array(self, name: str) -> NDArray[Any]:
         """A tensor, memory-mapped and read-only, after it was compared with its checksum once.
@@ -162,7 +163,7 @@ class TensorFile:
             with local(self.path).open("rb") as file:
                 if _state_of(file) != self._state:
                     raise StorageError(f"{self.path}: the file was replaced while it was being read: open it again")
-                found = np.memmap(file, spec.numpy, "r", self._starts[name], spec.shape)
+                found = np.memmap(file, spec.numpy, "r", self._data + self._starts[name], spec.shape)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be read: {error.strerror}") from None
         compared = _compared(self.path, self._state)

@@ -64,14 +64,24 @@ def _order_of_point(point: str) -> tuple[int, str]:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """A prompt's part of a shard; `fill` gives one of its tensors along given axes."""
+    """A prompt's part of a shard; `values` gives one of its tensors, along its own axes."""
 
     prompt_id: str
     axes: _Axes
     n_rows: int
     record: bytes
     written: Mapping[str, int]
-    fill: Callable[[str, _Axes], Numbers]
+    values: Callable[[str], Numbers]
+
+    def values_along(self, axes: _Axes, name: str) -> Numbers:
+        """A tensor along the axes of a shard, with NaN where the prompt has nothing."""
+        if axes == self.axes:
+            return self.values(name)
+        found, along = _empty(name, self.n_rows, axes), [_places(self.axes.traits, axes.traits)]
+        if name == "scores":
+            along += [_places(self.axes.layers, axes.layers), _places(self.axes.points, axes.points)]
+        found[np.ix_(range(self.n_rows), *along)] = self.values(name)
+        return found
 
     @property
     def n_bytes(self) -> int:
@@ -235,13 +245,12 @@ def _block(prompt_id: str, contents: Mapping[str, Content], written: Mapping[str
     points = {point for form in forms.values() for point in form["points"]}
     axes = _Axes(list(contents), sorted(layers), sorted(points, key=_order_of_point))
 
-    def fill(name: str, onto: _Axes) -> Numbers:
-        found = _empty(name, n_tokens, onto)
-        for trait, form in forms.items():
-            column, projections = onto.traits.index(trait), contents[trait]["projections"]
+    def values(name: str) -> Numbers:
+        found = _empty(name, n_tokens, axes)
+        for column, (trait, form) in enumerate(forms.items()):
             if name == "scores":
-                places = _places(form["layers"], onto.layers), _places(form["points"], onto.points)
-                scores = _kept_scores(projections, form["layers"])
+                places = _places(form["layers"], axes.layers), _places(form["points"], axes.points)
+                scores = _kept_scores(contents[trait]["projections"], form["layers"])
                 if scores.size:
                     found[:, column][np.ix_(form["rows"], *places)] = scores
             elif name in form:
@@ -250,7 +259,7 @@ def _block(prompt_id: str, contents: Mapping[str, Content], written: Mapping[str
         return found
 
     record = orjson.dumps({"shared": shared, "traits": records}, option=orjson.OPT_SERIALIZE_NUMPY)
-    return _Block(prompt_id, axes, n_tokens, record, dict(written), fill)
+    return _Block(prompt_id, axes, n_tokens, record, dict(written), values)
 
 
 def _block_again(projections: Collection[Sharded]) -> _Block:
@@ -289,24 +298,15 @@ def _kept_scores(projections: Mapping[str, Any], layers: Sequence[int]) -> Numbe
 def _stored_block(shard: Shard, entry: IndexEntry) -> _Block:
     """A prompt's part of a shard that exists."""
     start, stop = entry.rows
-    own = _Axes(
-        [trait for trait in shard.index.traits if trait in entry.written], shard.index.layers, shard.index.points
-    )
+    traits = [trait for trait in shard.index.traits if trait in entry.written]
+    columns = np.array(_places(traits, shard.index.traits))
 
-    def fill(name: str, onto: _Axes) -> Numbers:
-        found = _empty(name, stop - start, onto)
-        columns = np.array(_places(own.traits, shard.index.traits))
-        values = shard.file.array(name)[start:stop][:, columns]
-        onto_columns = _places(own.traits, onto.traits)
-        if name == "scores":
-            places = onto_columns, _places(own.layers, onto.layers), _places(own.points, onto.points)
-            found[np.ix_(range(stop - start), *places)] = values
-        else:
-            found[:, onto_columns] = values
-        return found
+    def values(name: str) -> Numbers:
+        return shard.file.array(name)[start:stop][:, columns]
 
-    record = shard.file.array("records")[entry.record[0] : entry.record[1]].tobytes()
-    return _Block(entry.id, own, stop - start, record, entry.written, fill)
+    record = shard.file.array("records")[slice(*entry.record)].tobytes()
+    axes = _Axes(traits, shard.index.layers, shard.index.points)
+    return _Block(entry.id, axes, stop - start, record, entry.written, values)
 
 
 def _empty(name: str, n_rows: int, axes: _Axes) -> Numbers:
@@ -331,10 +331,10 @@ def _write(path: Path, blocks: Sequence[_Block]) -> Written:
         "records": TensorSpec("U8", (at,)),
     }
 
-    def filled(name: str) -> Iterator[Numbers]:
-        return (block.fill(name, axes) for block in blocks)
+    def values(name: str) -> Iterator[Numbers]:
+        return (block.values_along(axes, name) for block in blocks)
 
-    pieces: dict[str, Iterable[NDArray[Any]]] = {name: filled(name) for name in ("scores", *STEPS)}
+    pieces: dict[str, Iterable[NDArray[Any]]] = {name: values(name) for name in ("scores", *STEPS)}
     pieces["records"] = (np.frombuffer(block.record, np.uint8) for block in blocks)
     index = {"traits": axes.traits, "layers": axes.layers, "points": axes.points, "prompts": prompts}
     return write_safetensors(path, specs, compact_metadata(KIND, index, NUMBERS), pieces)

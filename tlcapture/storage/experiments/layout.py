@@ -41,7 +41,6 @@ from tlcapture.storage.folders import (
     folders_in,
     holds_any,
     natural,
-    paths_of_folders_in,
     stems_in,
     subfolders,
     while_unchanged,
@@ -317,8 +316,9 @@ class Layout:
         check_capture_set(prompt_set)
         inference = join(self.folder, "inference")
         for category in folders_in(inference):
-            for trait_folder in paths_of_folders_in(join(inference, category)) if category != "raw" else ():
-                yield from (f"{trait_folder}{sep}{stream}{sep}{prompt_set}" for stream in STREAM_FOLDERS.values())
+            for trait in folders_in(join(inference, category)) if category != "raw" else ():
+                folder = join(inference, category, trait)
+                yield from (f"{folder}{sep}{stream}{sep}{prompt_set}" for stream in STREAM_FOLDERS.values())
 
     def projection_folders(self, prompt_set: str | None = None) -> list[tuple[Trait, str]]:
         """The traits and components that prompts of a set, or of any set, are projected onto, sorted."""
