@@ -121,9 +121,7 @@ def read_index(path: Path) -> tuple[CaptureIndex, dict[str, Any], dict[str, Resi
         value = json.loads(archive.read(INDEX))
         check_version(value, path)
         index = checked(CaptureIndex, value, path, "raw residual")
-        attention = index.metadata.attention_layers
-        layers = None if attention is None else tuple(attention)
-        streams = {name: _stream(path, archive, name, getattr(index, name), index.kept, layers) for name in PARTS}
+        streams = {name: _stream(path, archive, index, name) for name in PARTS}
         return index, value["metadata"], streams
 
 
@@ -158,17 +156,13 @@ def _stored(tensor: Tensor, numbers: Mapping[int, int]) -> dict[str, Any]:
     return Stored.of(tensor, numbers[storage._cdata])
 
 
-def _stream(
-    path: Path,
-    archive: Archive,
-    name: str,
-    part: IndexedPart,
-    kept: KeptPoints,
-    with_attention: tuple[int, ...] | None,
-) -> ResidualStream:
+def _stream(path: Path, archive: Archive, index: CaptureIndex, name: str) -> ResidualStream:
+    """The activations of a part, by its name."""
+    part, attention = getattr(index, name), index.metadata.attention_layers
     stored = {"points": part.points, **({} if part.attn_out is None else {"attn_out": part.attn_out})}
     wanted = [(each.record, getattr(torch, each.dtype), each.shape) for each in stored.values()]
     points, *outputs = archive.tensors(wanted)
     sums = {buffer: each.row_sums for buffer, each in stored.items() if each.row_sums is not None}
     check = WrittenSums(path, name, sums) if sums else None
-    return ResidualStream(points, outputs[0] if outputs else None, kept, with_attention, check)
+    with_attention = None if attention is None else tuple(attention)
+    return ResidualStream(points, outputs[0] if outputs else None, index.kept, with_attention, check)
