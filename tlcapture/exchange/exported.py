@@ -1,6 +1,6 @@
 """One capture as it is exported: a record of plain values, and columns with a value for each token.
 
-    found = read_exported(layout, "single_trait", "3", Wanted(layers=(12,)))
+    found = read_exported(layout, "single_trait", "3", ChosenActivations(layers=(12,)))
     found.record["spans"]                       # plain values, as JSON holds them
     found.columns["behavioral/refusal"]         # [n_tokens] of [n_layers][n_points], as the projection file has them
     found.activations["residual_out_L12"]       # [n_tokens, d_model], with zeros where a token was not kept
@@ -42,7 +42,7 @@ _ACTIVATION = re.compile(r"(residual_in|after_attn|residual_out|attn_out)_L(0|[1
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ChosenActivations:
     """Which activations to export: of some layers, at some points, where a capture keeps them. No layers: none."""
 
     layers: tuple[int, ...] = ()
@@ -92,7 +92,7 @@ def activation_column(layer: int, point: str) -> str:
     return f"{point}_L{layer}"
 
 
-def read_exported(layout: Layout, prompt_set: str, file: str, wanted: Wanted) -> ExportedCapture:
+def read_exported(layout: Layout, prompt_set: str, file: str, wanted: ChosenActivations) -> ExportedCapture:
     """Read a prompt's capture and projections. `file` is the name that its files share.
 
     Raises `StorageError` for a damaged file, and if capture and projections have different tokens.
@@ -212,7 +212,7 @@ def _without_bulk(value: Mapping[str, Any]) -> dict[str, Any]:
     return without
 
 
-def _activations(capture: Capture, wanted: Wanted) -> dict[str, Tensor]:
+def _activations(capture: Capture, wanted: ChosenActivations) -> dict[str, Tensor]:
     n_tokens, held = len(capture.tokens), list(capture.positions.kept)
     found = {}
     for layer, point in wanted.of(capture.prompt.residual):

@@ -90,7 +90,7 @@ def _parts(trait: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Sharded:
+class ShardedProjection:
     """A prompt's projection onto a trait in a shard."""
 
     path: Path
@@ -131,15 +131,15 @@ class Shard:
     def _array(self, name: str) -> NDArray[Any]:
         return _mapped(self.file, name)
 
-    def sharded(self, prompt_id: str) -> Iterator[Sharded]:
+    def sharded(self, prompt_id: str) -> Iterator[ShardedProjection]:
         """The projections of a prompt; empty for a prompt that the shard does not have."""
         entry = self.entries.get(prompt_id)
         if entry is not None:
             for trait, written in entry.written.items():
-                yield Sharded(self.file.path, prompt_id, trait, written)
+                yield ShardedProjection(self.file.path, prompt_id, trait, written)
 
     def content(self, prompt_id: str, trait: str, *, scored: bool = True) -> dict[str, Any]:
-        """The content of the equivalent projection file, as `Sharded.content`."""
+        """The content of the equivalent projection file, as `ShardedProjection.content`."""
         try:
             entry = self.entries[prompt_id]
             start, stop = entry.record
@@ -239,12 +239,12 @@ def _shards_in(folder: Path) -> list[Path]:
     return [folder / f"{name}{COMPACT}" for name in sorted(stems_in(folder, COMPACT)) if not name.startswith(".")]
 
 
-def sharded_of(folder: Path, prompt_id: str) -> dict[str, Sharded]:
+def sharded_of(folder: Path, prompt_id: str) -> dict[str, ShardedProjection]:
     """A prompt's projections in the shards of a folder, the newest one for each trait.
 
     Raises `StorageError` for a shard that cannot be read and may hold them.
     """
-    found: dict[str, Sharded] = {}
+    found: dict[str, ShardedProjection] = {}
     own = shard_of_prompt(folder, prompt_id)
     for path in [*merged_shards(folder), *([own] if lexists(own) else [])]:
         for each in Shard.open(path).sharded(prompt_id):

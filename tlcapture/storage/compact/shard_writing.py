@@ -23,7 +23,7 @@ from tlcapture.storage.compact.projection_shards import (
     STEPS,
     IndexEntry,
     Shard,
-    Sharded,
+    ShardedProjection,
     merged_shards,
     readable_shards,
     shard_of_prompt,
@@ -262,7 +262,7 @@ def _block(prompt_id: str, contents: Mapping[str, Content], written: Mapping[str
     return _Block(prompt_id, axes, n_tokens, record, dict(written), values)
 
 
-def _block_again(projections: Collection[Sharded]) -> _Block:
+def _block_again(projections: Collection[ShardedProjection]) -> _Block:
     """The projections of a prompt in shards, to be written to one."""
     contents = {each.trait: each.content() for each in projections}
     return _block(next(iter(projections)).prompt_id, contents, {each.trait: each.written_ns for each in projections})
