@@ -186,7 +186,7 @@ def test_an_edited_file_is_refused_until_its_checksum_is_removed(tmp_path: Path)
     edited = json.loads(path.read_bytes())
     for content in ({**edited, "n_prompt_tokens": 1}, dict(sorted(edited.items()))):
         path.write_text(json.dumps(content))
-        with pytest.raises(StorageError, match=r"edited, .* --overwrite, or remove its key"):
+        with pytest.raises(StorageError, match=r"or edited, .* make it again, or remove its key"):
             all_of_attention(path)
         with pytest.raises(StorageError, match="remove its key crc32"):
             read_json(path)

@@ -71,7 +71,7 @@ def check_checksum(data: bytes | mmap, path: Path) -> None:
 def changed(path: Path, accept: str) -> StorageError:
     """The error for a file that does not match its checksum; `accept` is how to accept a change made on purpose."""
     return StorageError(
-        f"{path}: damaged or edited, since it does not match its checksum: make it again with --overwrite, or {accept} "
+        f"{path}: damaged or edited, since it does not match its checksum: make it again, or {accept} "
         "if it was edited on purpose"
     )
 
