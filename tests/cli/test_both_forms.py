@@ -12,7 +12,7 @@ import numpy as np
 from click.testing import Result
 
 from tlcapture.errors import TlcaptureError
-from tlcapture.exchange.exported import Wanted, read_exported
+from tlcapture.exchange.exported import ChosenActivations, read_exported
 from tlcapture.explore.experiment import Experiment
 from tlcapture.page.contents import RESOURCES, Contents
 from tlcapture.storage.experiments.layout import Layout
@@ -123,7 +123,7 @@ def exported(data: Path) -> list[Any]:
     layout, found = Layout(data, "exp"), []
     for prompt_set in SETS:
         for name in layout.prompt_ids(prompt_set):
-            each = read_exported(layout, prompt_set, name, Wanted())
+            each = read_exported(layout, prompt_set, name, ChosenActivations())
             for projection in each.record["projections"]:
                 for date in ("projection_date", "capture"):
                     projection["content"]["metadata"].pop(date, None)

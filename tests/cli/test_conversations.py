@@ -18,6 +18,7 @@ from tests.test_chat_templates import AGAIN, ANSWER, PUBLISHED, SYSTEM, USER
 from tlcapture.captures.capture import Capture
 from tlcapture.explore.experiment import Experiment
 from tlcapture.page.contents import Contents
+from tlcapture.storage.files import read_json
 from tlcapture.traits.projections.files import ProjectionFile
 
 Run = Callable[..., Result]
@@ -98,7 +99,7 @@ def test_dynamics_of_spans_are_recomputed_from_a_projection_file(
     extract()
     capture()
     path = projected / "1.json"
-    before = json.loads(path.read_bytes())
+    before = read_json(path)
     path.write_text(json.dumps({**before, "dynamics": {**before["dynamics"], "by_span": None}}))
     result = tlcapture("project", "--experiment", "exp", "--prompt-set", "short", "--dynamics-only")
     assert result.exit_code == 0, result.output

@@ -23,6 +23,7 @@ from tlcapture.page.server import page_app
 from tlcapture.prompts.prompt_sets import read_prompt_file, read_prompt_set
 from tlcapture.storage.experiments.datasets import Datasets
 from tlcapture.storage.experiments.layout import Layout
+from tlcapture.storage.files import read_json
 from tlcapture.traits.projections.files import ProjectionFile
 from tlcapture.traits.projections.token_scores import TokenScores
 
@@ -348,7 +349,7 @@ def test_a_projection_without_labels_is_read(tlcapture: Run, root: Path, form: s
     trajectory = [row[layer][2] for row in scores(1)]  # written by hand: residual_out at the vector's layer
     done = tlcapture("project", "--experiment", "exp", "--prompt-set", "odd", "--dynamics-only")
     assert done.exit_code == 0, done.output
-    content = json.loads(path.read_text())
+    content = read_json(path)
     expected = {**given, "metadata": {**given["metadata"], "definitions": 2}}
     assert without(content, "dynamics") == without(expected, "dynamics")
     assert content["dynamics"]["velocity"] == [b - a for a, b in pairwise(trajectory)]

@@ -11,6 +11,7 @@ import pytest
 from click.testing import Result
 
 from tlcapture.errors import StorageError
+from tlcapture.storage.files import read_json
 from tlcapture.traits.projections.token_scores import TokenScores, dynamics_command
 
 Run = Callable[..., Result]
@@ -89,7 +90,7 @@ def test_commands_in_messages_name_the_root_too(
     assert dynamics_command(path) == (
         f"tlcapture project --experiment exp --root {data} --prompt-set short --dynamics-only"
     )
-    value = json.loads(path.read_text())
+    value = read_json(path)
     path.write_text(json.dumps({key: each for key, each in value.items() if key != "dynamics"}))
     with pytest.raises(StorageError, match=f"it lacks dynamics: run '{dynamics_command(path)}'"):
         TokenScores.read(path)

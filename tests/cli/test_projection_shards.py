@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from tests import tiny
 from tlcapture.commands.projecting.top_traits import summary_of
-from tlcapture.exchange.exported import Wanted, read_exported
+from tlcapture.exchange.exported import ChosenActivations, read_exported
 from tlcapture.explore.experiment import Experiment
 from tlcapture.page.contents import Contents
 from tlcapture.storage.compact import shard_writing
@@ -147,7 +147,7 @@ def test_an_export_does_not_depend_on_the_form(extract: Run, capture: Run, data:
     seen = []
     for form in ("json", "compact"):
         capture(*GREEDY, "--format", form)
-        exported = [read_exported(Layout(data, "exp"), "short", name, Wanted()) for name in ("1", "2", "3")]
+        exported = [read_exported(Layout(data, "exp"), "short", name, ChosenActivations()) for name in ("1", "2", "3")]
         for each in exported:
             for projection in each.record["projections"]:
                 del projection["content"]["metadata"]["projection_date"]

@@ -19,6 +19,7 @@ from tlcapture.errors import StorageError
 from tlcapture.explore.experiment import Experiment
 from tlcapture.names import Trait
 from tlcapture.storage.experiments.layout import Layout
+from tlcapture.storage.files import read_json
 from tlcapture.traits.projections.token_scores import TokenScores
 
 Run = Callable[..., Result]
@@ -209,7 +210,7 @@ def test_each_file_is_read_with_its_numbers_or_refused_by_name(tlcapture: Run, r
         assert paths[name].read_bytes() == before[name], name
     assert not lines
     for name, (content, expected) in READ.items():
-        written = json.loads(paths[name].read_bytes())
+        written = read_json(paths[name])
         given = json.loads(content.decode("utf-8-sig")) if isinstance(content, bytes) else content
         assert {**written, "dynamics": 0} == {**given, "dynamics": 0} | {
             "metadata": {**given["metadata"], "definitions": 2}

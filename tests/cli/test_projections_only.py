@@ -87,11 +87,11 @@ def test_skip_existing_recaptures_a_prompt_that_differs_from_the_request(
     elif change == "mark":
         (inference / "raw/residual/short/.2.unfinished").touch()
     elif change == "vector":
-        content = json.loads(file.read_text())
+        content = read_json(file)
         content["metadata"]["vector_source"]["method"] = "gradient"
         file.write_text(json.dumps(content))
     elif change == "mixture":
-        content = json.loads(file.read_text())
+        content = read_json(file)
         content["response"]["tokens"][0] = "x"
         file.write_text(json.dumps(content))
     elif change == "lens":

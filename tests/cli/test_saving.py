@@ -18,6 +18,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
 from tlcapture.page.contents import Contents
 from tlcapture.prompts.prompt_sets import read_prompt_file
+from tlcapture.storage.files import read_json
 
 Run = Callable[..., Result]
 ADD_ONS = ("--attention", "--logit-lens", "--layer-internals", "1")
@@ -75,7 +76,7 @@ def test_the_files_are_those_of_the_command_line(both: Path) -> None:
         if path.suffix == ".pt":
             values = [torch.load(each, weights_only=True) for each in (ours[name], path)]
         else:
-            values = [json.loads(each.read_text()) for each in (ours[name], path)]
+            values = [read_json(each) for each in (ours[name], path)]
         assert equal(*map(without_times, values)), name
 
 

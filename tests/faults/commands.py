@@ -6,7 +6,6 @@ The process is a fork of the test process, which has everything imported, so tha
 from __future__ import annotations
 
 import gc
-import json
 import os
 import pkgutil
 import signal
@@ -24,6 +23,7 @@ from typing import Any, NoReturn
 import torch
 
 import tlcapture
+from tlcapture.storage.files import read_json
 
 _TIMEOUT = 120  # seconds after which a run counts as hanging
 _IMPORTED_WITHIN_FUNCTIONS = (
@@ -183,7 +183,7 @@ def contents(experiment: Path) -> dict[str, Any]:
         if path.is_dir() or relative.startswith((".locks/", "runs/")):
             continue
         assert path.suffix in (".pt", ".json"), f"{relative} was left behind"
-        value = json.loads(path.read_bytes()) if path.suffix == ".json" else _tensors(path)
+        value = read_json(path) if path.suffix == ".json" else _tensors(path)
         found[relative] = value
         if isinstance(value, dict) and "metadata" in value:
             value["metadata"] = {k: v for k, v in value["metadata"].items() if k not in DATES}

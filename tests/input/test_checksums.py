@@ -1,7 +1,9 @@
-"""A byte that changed in a tensor file is noticed where numbers are read from it, whichever byte it is."""
+"""A byte that changed in a file of numbers is noticed where they are read from it, whichever byte it is."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,23 @@ import pytest
 import torch
 from torch.utils.serialization import config
 
+from tests.input.strategies import check_refusal
 from tests.input.test_capture_index import ALL, SOME, check_same, made
+from tests.input.test_safetensors_files import FILES
+from tests.page.conftest import attention, logit_lens, projection
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.checksums import row_sums
 from tlcapture.errors import StorageError
 from tlcapture.explore.internals import stored_internals
 from tlcapture.names import Trait
-from tlcapture.storage.files import read_tensors, write_tensors
+from tlcapture.storage.files import read_json, read_tensors, write_json, write_tensors
 from tlcapture.storage.tensor_arrays import read_arrays
 from tlcapture.traits.projections.projection import project
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
+from tlcapture.views.json_files import AttentionHead, head_of
+from tlcapture.views.saved_attention import read_attention
+from tlcapture.views.saved_lens import read_lens
 
 
 def flipped(path: Path, position: int) -> Path:
@@ -113,3 +121,76 @@ def test_a_checksum_is_the_sum_of_the_words_of_a_row(shape: tuple[int, ...], dty
     rows = [bytes(row.contiguous().view(torch.uint8).flatten().tolist()) if row.numel() else b"" for row in tensor]
     words = [[int.from_bytes(row[start : start + 8], "little") for start in range(0, len(row), 8)] for row in rows]
     assert row_sums(tensor) == [sum(found) % 2**64 for found in words]
+
+
+def all_of_attention(path: Path) -> Any:
+    saved = read_attention(path)
+    return saved.head, [saved.entry(token) for token in saved.token_indices]
+
+
+def all_of_lens(path: Path) -> Any:
+    saved = read_lens(path)
+    return saved.head, [saved.entry(token) for token in saved.token_indices]
+
+
+JSON_FILES: dict[str, tuple[Callable[[], Any], Callable[[Path], Any]]] = {
+    "1_attention": (attention, all_of_attention),
+    "1_logit_lens": (logit_lens, all_of_lens),
+    "1": (lambda: projection(1), read_json),
+}
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_a_changed_byte_of_a_json_file_is_an_error(tmp_path: Path, name: str) -> None:
+    content, read = JSON_FILES[name]
+    path = write_json(tmp_path / f"{name}.json", content()).path
+    whole = read(path)
+    assert "crc32" not in str(whole)
+    n_noticed = 0
+    for position in some_positions(path, 16):
+        other = tmp_path / f"flipped-{position}" / path.name
+        other.parent.mkdir(exist_ok=True)
+        shutil.copy(flipped(path, position), other)
+        try:
+            assert read(other) == whole, position
+        except StorageError as error:
+            check_refusal(error, other)
+            n_noticed += "does not match its checksum" in str(error)
+    assert n_noticed > 3
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_byte_of_a_compact_file_is_an_error(tmp_path: Path, name: str) -> None:
+    write, read = FILES[name]
+    path = tmp_path / f"{name}.safetensors"
+    write(path)
+    whole = read(path)
+    data = bytearray(path.read_bytes())
+    for position in range(0, len(data), 37):
+        other = tmp_path / f"flipped-{position}" / path.name
+        other.parent.mkdir()
+        other.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        try:
+            assert read(other) == whole, position
+        except StorageError as error:
+            check_refusal(error, other)
+
+
+def test_an_edited_file_is_refused_until_its_checksum_is_removed(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "1_attention.json", attention()).path
+    assert head_of(path).n_layers
+    with path.open("a") as file:  # as editors end a file
+        file.write("\n")
+    AttentionHead.check_file(path)
+    assert all_of_attention(path)
+    edited = json.loads(path.read_bytes())
+    for content in ({**edited, "n_prompt_tokens": 1}, dict(sorted(edited.items()))):
+        path.write_text(json.dumps(content))
+        with pytest.raises(StorageError, match=r"or edited, .* make it again, or remove its key"):
+            all_of_attention(path)
+        with pytest.raises(StorageError, match="remove its key crc32"):
+            read_json(path)
+    del edited["crc32"]
+    path.write_text(json.dumps(edited))
+    assert all_of_attention(path)
+    assert read_json(path) == edited

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import time
 import tracemalloc
@@ -19,9 +20,10 @@ from tests.input.strategies import check_refusal
 from tlcapture.errors import StorageError
 from tlcapture.page.contents import Contents
 from tlcapture.storage.compact.compact_files import is_written_compact, open_compact
-from tlcapture.storage.compact.projection_shards import Shard
+from tlcapture.storage.compact.projection_shards import Shard, readable_shards, sharded_texts, single_shards
 from tlcapture.storage.compact.safetensors_files import TensorFile, TensorSpec, write_safetensors
-from tlcapture.storage.compact.shard_writing import write_prompt
+from tlcapture.storage.compact.shard_writing import merge_shards, take_out, write_prompt
+from tlcapture.storage.json_text import CHECKSUM
 from tlcapture.views.kept_tokens import Positions
 from tlcapture.views.saved_attention import read_attention, write_attention
 from tlcapture.views.saved_lens import read_lens, write_lens
@@ -48,7 +50,7 @@ def test_files_of_safetensors_and_ours_are_the_same(tmp_path: Path) -> None:
     write_safetensors(ours, specs, {"x": "y"}, pieces)
     for path in (theirs, ours):
         found, file = load_file(path), TensorFile.open(path)
-        assert file.metadata == {"x": "y"}
+        assert file.metadata["x"] == "y"
         for name, array in ARRAYS.items():
             assert np.array_equal(found[name], array)
             assert np.array_equal(file.array(name), array)
@@ -136,27 +138,21 @@ def shard_file(path: Path, trait: str = "tone/loud") -> None:
     write_prompt(path.parent, path.stem, {trait: content})
 
 
-def read_all_of_attention(path: Path) -> None:
+def read_all_of_attention(path: Path) -> Any:
     saved = read_attention(path)
-    for token in saved.token_indices:
-        saved.entry(token)
-    for layer in saved.head.kept_layers:
-        saved.heads(layer)
+    entries = [saved.entry(token).model_dump() for token in saved.token_indices]
+    return entries, [saved.heads(layer).tolist() for layer in saved.head.kept_layers]
 
 
-def read_all_of_lens(path: Path) -> None:
+def read_all_of_lens(path: Path) -> Any:
     saved = read_lens(path)
-    for token in saved.token_indices:
-        saved.entry(token)
-    list(saved.overview())
-    saved.numbers()
+    entries = [saved.entry(token).model_dump() for token in saved.token_indices]
+    return entries, [each.model_dump() for each in saved.overview()], repr(saved.numbers())
 
 
-def read_all_of_shard(path: Path) -> None:
+def read_all_of_shard(path: Path) -> Any:
     shard = Shard.open(path)
-    for entry in shard.index.prompts:
-        for each in shard.sharded(entry.id):
-            each.content()
+    return [each.content() for entry in shard.index.prompts for each in shard.sharded(entry.id)]
 
 
 FILES = {
@@ -176,7 +172,7 @@ def test_a_damaged_file_is_read_or_named_never_a_traceback(
     path = tmp_path_factory.mktemp("damaged") / f"{name}.safetensors"
     write(path)
     read(path)
-    whole = bytearray(path.read_bytes())
+    whole = bytearray(path.read_bytes().replace(CHECKSUM.encode(), b"other"))  # which would notice all damage
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(whole) - 1))
         whole[at] = data.draw(st.integers(0, 255))
@@ -258,3 +254,31 @@ def test_what_json_would_hold_in_64_mb_is_json() -> None:
     assert [is_written_compact(form, size) for form in ("json", "compact") for size in (0, 1e12)] == [
         False, False, True, True,
     ]  # fmt: skip
+
+
+def test_many_shards_are_read_with_few_files_open(tmp_path: Path) -> None:
+    shard_file(tmp_path / "0.safetensors")
+    for number in range(1, 100):
+        content = (tmp_path / "0.safetensors").read_bytes()
+        (tmp_path / f"{number}.safetensors").write_bytes(content.replace(CHECKSUM.encode(), b"other"))
+    before = len(os.listdir("/proc/self/fd"))
+    assert sharded_texts(tmp_path) == {"0": "ab"}
+    shards = list(readable_shards(single_shards(tmp_path)))
+    assert len([shard.content("0", "tone/loud") for shard in shards]) == 100
+    assert len(os.listdir("/proc/self/fd")) <= before + 64
+
+
+def test_a_shard_of_changed_numbers_is_neither_merged_nor_divided(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        shard_file(tmp_path / f"{name}.safetensors")
+    damaged = tmp_path / "c.safetensors"
+    changed = damaged.read_bytes().replace(np.float32(4).tobytes(), np.float32(5).tobytes())
+    damaged.write_bytes(changed)
+    (merged,) = merge_shards(tmp_path)
+    assert [entry.id for entry in Shard.open(merged.path).index.prompts] == ["a", "b", "d"]
+    assert damaged.read_bytes() == changed
+    changed = merged.path.read_bytes().replace(np.float32(4).tobytes(), np.float32(5).tobytes())
+    merged.path.write_bytes(changed)
+    assert take_out(tmp_path, "a") == []
+    assert merged.path.read_bytes() == changed
+    assert sorted(path.stem for path in tmp_path.glob("*.safetensors")) == ["c"]

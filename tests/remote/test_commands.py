@@ -27,7 +27,7 @@ from tlcapture.errors import InputError
 from tlcapture.storage.remote import roots as remote_roots
 
 Run = Callable[..., Result]
-_TIMES = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[0-9.]*(?:\+00:00|Z)?|\d{19}")
+_TIMES = re.compile(rb'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[0-9.]*(?:\+00:00|Z)?|\d{19}|"crc32":"[0-9a-f ]+"')
 _REPENG = Path(__file__).parents[1] / "other_tools" / "repeng.gguf"
 # What a user would type, in turn, in a root with the prompt sets and traits of `make_data`.
 _COMMANDS = (
@@ -63,7 +63,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def contents(found: dict[str, bytes]) -> dict[str, bytes]:
-    """Files by name, those of archives apart, without locks and records of runs, and without the times in them."""
+    """Files by name, those of archives apart, without locks and records of runs, times and checksums of times."""
     kept: dict[str, bytes] = {}
     for name, data in found.items():
         if data.startswith(b"PK"):  # it has a checksum of the times in it

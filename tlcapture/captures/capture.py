@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tlcapture.captures.capture_names import INDEX, CaptureNames, check_place
-from tlcapture.captures.format import FORMAT_VERSION, CaptureContent, PartContent
+from tlcapture.captures.format import FORMAT_VERSION, CaptureContent, PartContent, held_of_part
 from tlcapture.captures.index import index_record, read_index
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
@@ -245,7 +245,7 @@ class Capture(CaptureNames):
             index, metadata, streams = found
             check_place(metadata, path)
             both = [
-                CapturedPart(part.text, part.tokens, part.token_ids, streams[name], index.held(name))
+                CapturedPart(part.text, part.tokens, part.token_ids, streams[name], held_of_part(index, name))
                 for name, part in (("prompt", index.prompt), ("response", index.response))
             ]
             return cls(both[0], both[1], metadata, spans=index.spans)
@@ -253,7 +253,7 @@ class Capture(CaptureNames):
         content = CaptureContent.check(value, path)
         check_place(value["metadata"], path)
         parts = [
-            _part_from_file(part, content, content.held(name))
+            _part_from_file(part, content, held_of_part(content, name))
             for name, part in (("prompt", content.prompt), ("response", content.response))
         ]
         return cls(parts[0], parts[1], dict(value["metadata"]), spans=content.spans)

@@ -201,15 +201,11 @@ class CaptureContent(FileContent):
     @model_validator(mode="after")
     def _has_a_row_for_each_token(self) -> CaptureContent:
         for name, part in (("prompt", self.prompt), ("response", self.response)):
-            n_rows, held = len(part.first), self.held(name)
+            n_rows, held = len(part.first), held_of_part(self, name)
             if n_rows != len(part.tokens if held is None else held):
                 stated = f"tokens has {len(part.tokens)}" if held is None else f"positions names {len(held)} of them"
                 raise ValueError(f"{name}: activations of {n_rows} tokens, but {stated}")
         return self
-
-    def held(self, part: str) -> tuple[int, ...] | None:
-        """Indices, within a part, of the tokens whose activations the file holds; `None` if it holds all."""
-        return held_of_part(self, part)
 
     @property
     def kept(self) -> KeptPoints:

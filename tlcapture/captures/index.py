@@ -87,10 +87,6 @@ class CaptureIndex(FileContent):
         metadata = self.metadata
         return KeptPoints.of(metadata.n_layers, metadata.layers or (), metadata.points or ())
 
-    def held(self, part: str) -> tuple[int, ...] | None:
-        """The indices within a part of the tokens whose activations the file holds; `None` if it holds all."""
-        return held_of_part(self, part)
-
     @model_validator(mode="after")
     def _is_of_one_capture(self) -> CaptureIndex:
         check_spans(self.spans, len(self.prompt.tokens) + len(self.response.tokens))
@@ -105,7 +101,7 @@ class CaptureIndex(FileContent):
                 raise ValueError(
                     f"{name}: {n_tokens} tokens, but {len(part.token_ids)} token_ids: numbers must be equal"
                 )
-            held = self.held(name)
+            held = held_of_part(self, name)
             n_held = n_tokens if held is None else len(held)
             for stored, n_rows in ((part.points, len(kept.point_indices)), (part.attn_out, len(outputs))):
                 if stored is not None and stored.shape != [n_rows, n_held, width]:
@@ -125,9 +121,7 @@ def read_index(path: Path) -> tuple[CaptureIndex, dict[str, Any], dict[str, Resi
         value = json.loads(archive.read(INDEX))
         check_version(value, path)
         index = checked(CaptureIndex, value, path, "raw residual")
-        attention = index.metadata.attention_layers
-        layers = None if attention is None else tuple(attention)
-        streams = {name: _stream(path, archive, name, getattr(index, name), index.kept, layers) for name in PARTS}
+        streams = {name: _stream(path, archive, index, name) for name in PARTS}
         return index, value["metadata"], streams
 
 
@@ -162,17 +156,13 @@ def _stored(tensor: Tensor, numbers: Mapping[int, int]) -> dict[str, Any]:
     return Stored.of(tensor, numbers[storage._cdata])
 
 
-def _stream(
-    path: Path,
-    archive: Archive,
-    name: str,
-    part: IndexedPart,
-    kept: KeptPoints,
-    with_attention: tuple[int, ...] | None,
-) -> ResidualStream:
+def _stream(path: Path, archive: Archive, index: CaptureIndex, name: str) -> ResidualStream:
+    """The activations of a part, by its name."""
+    part, attention = getattr(index, name), index.metadata.attention_layers
     stored = {"points": part.points, **({} if part.attn_out is None else {"attn_out": part.attn_out})}
     wanted = [(each.record, getattr(torch, each.dtype), each.shape) for each in stored.values()]
     points, *outputs = archive.tensors(wanted)
     sums = {buffer: each.row_sums for buffer, each in stored.items() if each.row_sums is not None}
     check = WrittenSums(path, name, sums) if sums else None
-    return ResidualStream(points, outputs[0] if outputs else None, kept, with_attention, check)
+    with_attention = None if attention is None else tuple(attention)
+    return ResidualStream(points, outputs[0] if outputs else None, index.kept, with_attention, check)

@@ -85,7 +85,7 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
     check_local(settings.to, "--to")
     location.layout.check_exists()
     from tlcapture.commands.export import ExportOptions, run_export
-    from tlcapture.exchange.exported import Wanted
+    from tlcapture.exchange.exported import ChosenActivations
     from tlcapture.runs.report import RunReport
     from tlcapture.runs.run import Run
 
@@ -94,7 +94,7 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
         to=settings.to,
         format=settings.format,
         prompt_sets=settings.prompt_set or (),
-        wanted=Wanted(layers or (), layers == (), settings.points),
+        wanted=ChosenActivations(layers or (), layers == (), settings.points),
         shard_bytes=settings.shard_size,
         overwrite=settings.overwrite,
     )

@@ -13,8 +13,8 @@ from tlcapture.captures.provenance import now
 from tlcapture.errors import InputError, ModelError, StorageError
 from tlcapture.exchange.card import card
 from tlcapture.exchange.exported import (
+    ChosenActivations,
     ExportedCapture,
-    Wanted,
     activation_column,
     column_of,
     read_exported,
@@ -56,7 +56,7 @@ class ExportOptions:
     to: Path
     format: Format = "datasets"
     prompt_sets: tuple[str, ...] = ()
-    wanted: Wanted = field(default_factory=Wanted)
+    wanted: ChosenActivations = field(default_factory=ChosenActivations)
     shard_bytes: int = 500 * 10**6
     overwrite: bool = False
 
@@ -138,7 +138,7 @@ def _check_free(options: ExportOptions) -> None:
         to.rmdir()
 
 
-def _look(layout: Layout, files: list[tuple[str, str]], wanted: Wanted) -> _Seen:
+def _look(layout: Layout, files: list[tuple[str, str]], wanted: ChosenActivations) -> _Seen:
     """Find the columns that all captures need together, from their headers."""
     seen = _Seen()
     for prompt_set in dict.fromkeys(name for name, _ in files):
@@ -163,7 +163,7 @@ def _look(layout: Layout, files: list[tuple[str, str]], wanted: Wanted) -> _Seen
     return seen
 
 
-def _check_activations(layout: Layout, wanted: Wanted, seen: _Seen) -> None:
+def _check_activations(layout: Layout, wanted: ChosenActivations, seen: _Seen) -> None:
     if (wanted.layers or wanted.all_layers) and not seen.activations:
         layers = "all layers" if wanted.all_layers else f"{layers_named(wanted.layers)}"
         raise InputError(

@@ -1,6 +1,6 @@
 """One capture as it is exported: a record of plain values, and columns with a value for each token.
 
-    found = read_exported(layout, "single_trait", "3", Wanted(layers=(12,)))
+    found = read_exported(layout, "single_trait", "3", ChosenActivations(layers=(12,)))
     found.record["spans"]                       # plain values, as JSON holds them
     found.columns["behavioral/refusal"]         # [n_tokens] of [n_layers][n_points], as the projection file has them
     found.activations["residual_out_L12"]       # [n_tokens, d_model], with zeros where a token was not kept
@@ -42,7 +42,7 @@ _ACTIVATION = re.compile(r"(residual_in|after_attn|residual_out|attn_out)_L(0|[1
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ChosenActivations:
     """Which activations to export: of some layers, at some points, where a capture keeps them. No layers: none."""
 
     layers: tuple[int, ...] = ()
@@ -92,7 +92,7 @@ def activation_column(layer: int, point: str) -> str:
     return f"{point}_L{layer}"
 
 
-def read_exported(layout: Layout, prompt_set: str, file: str, wanted: Wanted) -> ExportedCapture:
+def read_exported(layout: Layout, prompt_set: str, file: str, wanted: ChosenActivations) -> ExportedCapture:
     """Read a prompt's capture and projections. `file` is the name that its files share.
 
     Raises `StorageError` for a damaged file, and if capture and projections have different tokens.
@@ -212,7 +212,7 @@ def _without_bulk(value: Mapping[str, Any]) -> dict[str, Any]:
     return without
 
 
-def _activations(capture: Capture, wanted: Wanted) -> dict[str, Tensor]:
+def _activations(capture: Capture, wanted: ChosenActivations) -> dict[str, Tensor]:
     n_tokens, held = len(capture.tokens), list(capture.positions.kept)
     found = {}
     for layer, point in wanted.of(capture.prompt.residual):
@@ -243,30 +243,35 @@ def _capture(exported: ExportedCapture) -> Capture | None:
     layers = sorted({layer for layer, point in by_point if point != "attn_out"})
     kept = KeptPoints(int(metadata["n_layers"]), tuple(layers), tuple(points))
     metadata = {**metadata, **({} if kept.is_all else {"layers": layers, "points": points})}
-    outputs = sorted(layer for layer, point in by_point if point == "attn_out")
     n_prompt, n_tokens = int(record["n_prompt_tokens"]), int(record["n_tokens"])
     held = Positions.of(metadata.get("positions"), n_prompt, n_tokens)
     spans = tuple(TokenSpan.model_validate(each) for each in record["spans"])
     check_spans(spans, n_tokens)
     _check_names(record, metadata)
-    by_index = {point_index(layer, point): by_point[layer, point] for layer, point in by_point if point != "attn_out"}
-    stream_points = [by_index[index] for index in kept.point_indices]
-    stream_outputs = [by_point[layer, "attn_out"] for layer in outputs]
-    parts = []
-    for name, start, stop, rows in (
-        ("prompt", 0, n_prompt, held.prompt),
-        ("response", n_prompt, n_tokens, held.response),
-    ):
-        index = torch.tensor([start + row for row in rows], dtype=torch.long)
-        stream = ResidualStream(
-            stacked([each[index] for each in stream_points]),
-            stacked([each[index] for each in stream_outputs]) if stream_outputs else None,
-            kept,
-            _with_attention(metadata, layers, outputs),
-        )
+
+    def part(name: str, start: int, stop: int, positions: tuple[int, ...]) -> CapturedPart:
+        rows = torch.tensor([start + position for position in positions], dtype=torch.long)
+        stream = _stream({at: tensor[rows] for at, tensor in by_point.items()}, kept, metadata)
         tokens, ids = (exported.columns[key][start:stop] for key in ("token", "token_id"))
-        parts.append(CapturedPart(record[name], tokens, ids, stream, None if held.is_all else rows))
-    return Capture(parts[0], parts[1], metadata, spans=spans)
+        return CapturedPart(record[name], tokens, ids, stream, None if held.is_all else positions)
+
+    prompt, response = part("prompt", 0, n_prompt, held.prompt), part("response", n_prompt, n_tokens, held.response)
+    return Capture(prompt, response, metadata, spans=spans)
+
+
+def _stream(
+    by_point: Mapping[tuple[int, str], Tensor], kept: KeptPoints, metadata: Mapping[str, Any]
+) -> ResidualStream:
+    """A part's activations, given by layer and point."""
+    by_index = {point_index(*at): tensor for at, tensor in by_point.items() if at[1] != "attn_out"}
+    output_layers = sorted(layer for layer, point in by_point if point == "attn_out")
+    outputs = [by_point[layer, "attn_out"] for layer in output_layers]
+    return ResidualStream(
+        stacked([by_index[index] for index in kept.point_indices]),
+        stacked(outputs) if outputs else None,
+        kept,
+        _with_attention(metadata, kept.layers, output_layers),
+    )
 
 
 def _with_attention(

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -83,7 +83,7 @@ class WrittenFiles:
 
 @dataclass(frozen=True)
 class Done:
-    """The work of another process or thread, to be added to the report of the run."""
+    """The work of another process or thread, to be added to the report of the run, whose fields have the same names."""
 
     written: Sequence[Written] = ()
     failures: Sequence[Failed] = ()
@@ -247,18 +247,9 @@ class CollectingReport(RunReport):
 
     def drain(self) -> Done:
         """The work that was done since the last call."""
-        done = Done(
-            self._written,
-            self.failures,
-            self.warnings,
-            self.n_prompts,
-            self.n_skipped,
-            self.n_tokens,
-            self.n_removed,
-            self.projected,
-            self.learned,
-        )
-        self.projected, self.learned, self._parts = {}, {}, {}
-        self._written, self.failures, self.warnings = [], [], []
-        self.n_prompts = self.n_skipped = self.n_tokens = self.n_removed = 0
+        collected = {each.name: getattr(self, each.name) for each in fields(Done) if each.name != "written"}
+        done = Done(self._written, **collected)
+        for name, value in collected.items():
+            setattr(self, name, type(value)())  # an empty list or dict, or 0
+        self._written, self._parts = [], {}
         return done

@@ -23,7 +23,7 @@ import orjson
 
 from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.storage.archives import Archive, Buffer, MoreRecords, archive_of, storages_of
-from tlcapture.storage.json_text import parsed
+from tlcapture.storage.json_text import parsed, with_checksum
 from tlcapture.storage.regular_files import check_regular, in_place_of_folder
 from tlcapture.storage.remote.object_stores import is_url
 from tlcapture.storage.remote.roots import discard, is_remote, local, publish
@@ -99,16 +99,20 @@ def fsyncing(*, asked: bool = True) -> Iterator[None]:
 def write_json(path: Path, value: Any, *, indent: bool = False) -> Written:
     """Write `value` (plain values and C-contiguous numpy arrays) as UTF-8 JSON.
 
+    With `indent` for people to read and edit. Without it an object has a checksum, which `read_json` checks.
+
     Raises:
         StorageError: the file cannot be written, or the value is nested too deeply.
     """
     option = orjson.OPT_SERIALIZE_NUMPY | (orjson.OPT_INDENT_2 if indent else 0)
     try:
-        return write_bytes(path, orjson.dumps(value, option=option))
+        data = orjson.dumps(value, option=option)
     except orjson.JSONEncodeError as error:
         if "Recursion limit" not in str(error):
             raise
         raise StorageError(f"{path}: cannot be written: nested too deeply") from None
+    has_checksum = not indent and data[:1] == b"{" and len(data) > len(b"{}")
+    return _write_pieces(path, with_checksum(data) if has_checksum else [data])
 
 
 def as_json(value: Any) -> Any:
@@ -117,7 +121,9 @@ def as_json(value: Any) -> Any:
 
 
 def read_json(path: Path, *, exact: bool = False) -> Any:
-    """Read a JSON file; raises `StorageError` with file, line and reason if it cannot be read or is not JSON.
+    """Read a JSON file; raises `StorageError` with file, line and reason if it cannot be read, is not JSON, or changed.
+
+    A checksum is compared, and left out of the value.
 
     With `exact`, JSON that cannot be read without losing something is refused too; see `json_text.lost`.
     """
@@ -133,7 +139,7 @@ def write_bytes(path: Path, data: bytes, *, before_replacing: Hook | None = None
         NoSpaceError: the device is full, over its quota or read-only.
         StorageError: the file cannot be written for another reason.
     """
-    return _write(path, lambda temporary: _write_new(temporary, [data]), lambda: len(data), before_replacing)
+    return _write_pieces(path, [data], before_replacing)
 
 
 def write_stream(path: Path, write: Callable[[IO[bytes]], object], n_bytes: int) -> Written:
@@ -143,7 +149,7 @@ def write_stream(path: Path, write: Callable[[IO[bytes]], object], n_bytes: int)
         with temporary.open("wb") as file:
             write(file)
 
-    return _write(path, write_all, lambda: n_bytes, None)
+    return _write(path, write_all, n_bytes)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -173,11 +179,7 @@ def write_tensors(
         NoSpaceError: the device is full, over its quota or read-only.
         StorageError: the file cannot be written for another reason.
     """
-
-    def write(temporary: Path) -> None:
-        _write_new(temporary, archive_of(value, more))
-
-    return _write(path, write, lambda: sum(storages_of(value).values()), before_replacing)
+    return _write_pieces(path, archive_of(value, more), before_replacing)
 
 
 def read_tensors(path: Path, *, records: Sequence[str] = (), whole: bool = True) -> Any:
@@ -257,6 +259,10 @@ def _free_here(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def _write_pieces(path: Path, pieces: Sequence[Buffer], before_replacing: Hook | None = None) -> Written:
+    return _write(path, lambda temporary: _write_new(temporary, pieces), sum(map(len, pieces)), before_replacing)
+
+
 def _write_new(path: Path, pieces: Sequence[Buffer]) -> None:
     """Write a file from pieces, with as few system calls as possible: after each, a thread waits for the GIL."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -272,10 +278,8 @@ def _write_new(path: Path, pieces: Sequence[Buffer]) -> None:
         os.close(descriptor)
 
 
-def _write(
-    path: Path, write: Callable[[Path], object], needed: Callable[[], int], before_replacing: Hook | None = None
-) -> Written:
-    """Write a file by a function that gets a temporary path; `needed` are its bytes, for messages."""
+def _write(path: Path, write: Callable[[Path], object], n_bytes: int, before_replacing: Hook | None = None) -> Written:
+    """Write a file of `n_bytes` by a function that gets a temporary path."""
     _check_is_file(path)  # the rename would replace a device or a pipe
     sweep_once(path.parent)  # which may also free the space that it needs
     temporary = temporary_path(path)
@@ -298,8 +302,8 @@ def _write(
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)  # before free space is measured for the message
-        if isinstance(error, OSError | RuntimeError):
-            raise _cannot_write(path, error, needed) from None
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error, n_bytes) from None
         raise
     if _log.isEnabledFor(logging.DEBUG):
         _log.debug("wrote %s, %s", path, format_bytes(new.st_size))
@@ -349,14 +353,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _cannot_write(path: Path, error: BaseException, needed: Callable[[], int]) -> StorageError:
-    """The error for a file that could not be written."""
-    cause = error if isinstance(error, OSError) else error.__context__
-    number = cause.errno if isinstance(cause, OSError) else None
-    reason = os.strerror(number) if number else str(error).splitlines()[0]
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        reason += f": it needs {format_bytes(needed())}, {format_bytes(_free_here(path))} are free on its device"
-    kind = NoSpaceError if number in FOR_ALL_FILES else StorageError
+def _cannot_write(path: Path, error: OSError, n_bytes: int) -> StorageError:
+    """The error for a file of `n_bytes` that could not be written."""
+    reason = os.strerror(error.errno) if error.errno else first_line(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        reason += f": it needs {format_bytes(n_bytes)}, {format_bytes(_free_here(path))} are free on its device"
+    kind = NoSpaceError if error.errno in FOR_ALL_FILES else StorageError
     return kind(f"{path}: cannot be written: {in_place_of_folder(path.parent) or reason}")
 
 

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache, wraps
-from os import DirEntry, listdir, scandir, sep, stat
+from os import DirEntry, listdir, scandir, stat
 from os.path import exists
 from pathlib import Path
 from time import monotonic, time_ns
@@ -116,11 +116,6 @@ def _is_folder(entry: DirEntry[str]) -> bool:
 
 def _is_lost(entry: DirEntry[str]) -> bool:
     return entry.is_symlink() and not exists(entry.path)
-
-
-def paths_of_folders_in(folder: str) -> list[str]:
-    """The paths of the folders in a folder, links to folders too."""
-    return [f"{folder}{sep}{name}" for name in folders_in(folder)]
 
 
 def stems_in(folder: Path, suffix: str) -> list[str]:

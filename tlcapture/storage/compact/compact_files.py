@@ -19,7 +19,7 @@ MOST_JSON = 64 * 2**20  # bytes of a JSON file; what would be larger is written 
 PER_SCORE = 9.7  # bytes of a projected score in JSON: 6 significant digits
 PER_WEIGHT = 9.5  # bytes in JSON of an attention weight: 4 significant digits and a comma
 PER_PREDICTION = 35.0  # of {"token": ..., "prob": ...}
-_KIND, _CONTENT, _NUMBERS, _VERSION = "kind", "content", "numbers", "version"
+_VERSION = "1"
 
 
 def is_compact(path: Path) -> bool:
@@ -34,21 +34,22 @@ def is_written_compact(form: str | None, n_bytes: float) -> bool:
 
 def compact_metadata(kind: str, content: Any, numbers: str) -> dict[str, str]:
     """The metadata of a compact file."""
-    return {_KIND: kind, _VERSION: "1", _NUMBERS: numbers, _CONTENT: orjson.dumps(content).decode()}
+    return {"kind": kind, "version": _VERSION, "numbers": numbers, "content": orjson.dumps(content).decode()}
 
 
 def open_compact(path: Path, kind: str) -> tuple[TensorFile, dict[str, Any]]:
     """A compact file of a kind and the content of its head; raises `StorageError` for any other file."""
     file = TensorFile.open(path)
-    found = file.metadata.get(_KIND)
+    found = file.metadata.get("kind")
     if found != kind:
         stated = "states none" if found is None else f"states {found[:40]!r}"
         raise not_valid(path, kind, f"expected a safetensors file of the kind {kind!r}, but it {stated}")
-    if file.metadata.get(_VERSION) != "1":
-        version = file.metadata.get(_VERSION, "none")
-        raise not_valid(path, kind, f"its version is {version[:40]!r}, expected '1': a newer tlcapture reads it")
+    if (version := file.metadata.get("version", "none")) != _VERSION:
+        raise not_valid(
+            path, kind, f"its version is {version[:40]!r}, expected {_VERSION!r}: a newer tlcapture reads it"
+        )
     try:
-        content = orjson.loads(file.metadata.get(_CONTENT, ""))
+        content = orjson.loads(file.metadata.get("content", ""))
     except orjson.JSONDecodeError as error:
         raise not_valid(path, kind, f"content: not JSON: {error.msg}") from None
     if not isinstance(content, dict):

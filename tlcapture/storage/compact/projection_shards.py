@@ -13,7 +13,7 @@ are. `shard_writing` writes them. Loads no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -90,7 +90,7 @@ def _parts(trait: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Sharded:
+class ShardedProjection:
     """A prompt's projection onto a trait in a shard."""
 
     path: Path
@@ -128,25 +128,18 @@ class Shard:
         """The entries of the prompts by id."""
         return {entry.id: entry for entry in self.index.prompts}
 
-    @cached_property
-    def _mapped(self) -> dict[str, NDArray[Any]]:
-        return {}
-
     def _array(self, name: str) -> NDArray[Any]:
-        """A tensor, mapped into memory when it is first read."""
-        if name not in self._mapped:
-            self._mapped[name] = self.file.array(name).view(np.ndarray)
-        return self._mapped[name]
+        return _mapped(self.file, name)
 
-    def sharded(self, prompt_id: str) -> Iterator[Sharded]:
+    def sharded(self, prompt_id: str) -> Iterator[ShardedProjection]:
         """The projections of a prompt; empty for a prompt that the shard does not have."""
         entry = self.entries.get(prompt_id)
         if entry is not None:
             for trait, written in entry.written.items():
-                yield Sharded(self.file.path, prompt_id, trait, written)
+                yield ShardedProjection(self.file.path, prompt_id, trait, written)
 
     def content(self, prompt_id: str, trait: str, *, scored: bool = True) -> dict[str, Any]:
-        """The content of the equivalent projection file, as `Sharded.content`."""
+        """The content of the equivalent projection file, as `ShardedProjection.content`."""
         try:
             entry = self.entries[prompt_id]
             start, stop = entry.record
@@ -208,6 +201,12 @@ class Shard:
         return list(found.tolist())
 
 
+@lru_cache(maxsize=64)  # each has a file descriptor
+def _mapped(file: TensorFile, name: str) -> NDArray[Any]:
+    """A tensor of an open file, mapped into memory."""
+    return file.array(name).view(np.ndarray)
+
+
 @lru_cache(maxsize=1024)
 def _opened(path: Path, *_state: int) -> Shard:
     """An open shard; kept until the file changes."""
@@ -240,12 +239,12 @@ def _shards_in(folder: Path) -> list[Path]:
     return [folder / f"{name}{COMPACT}" for name in sorted(stems_in(folder, COMPACT)) if not name.startswith(".")]
 
 
-def sharded_of(folder: Path, prompt_id: str) -> dict[str, Sharded]:
+def sharded_of(folder: Path, prompt_id: str) -> dict[str, ShardedProjection]:
     """A prompt's projections in the shards of a folder, the newest one for each trait.
 
     Raises `StorageError` for a shard that cannot be read and may hold them.
     """
-    found: dict[str, Sharded] = {}
+    found: dict[str, ShardedProjection] = {}
     own = shard_of_prompt(folder, prompt_id)
     for path in [*merged_shards(folder), *([own] if lexists(own) else [])]:
         for each in Shard.open(path).sharded(prompt_id):
@@ -256,33 +255,35 @@ def sharded_of(folder: Path, prompt_id: str) -> dict[str, Sharded]:
 
 def is_sharded(folder: Path, prompt_id: str) -> bool:
     """Whether a prompt has projections in the shards of a folder; damaged shards are left out."""
-    for path in [shard_of_prompt(folder, prompt_id), *merged_shards(folder)]:
-        with suppress(StorageError):
-            if lexists(path) and prompt_id in Shard.open(path).entries:
-                return True
-    return False
+    paths = [shard_of_prompt(folder, prompt_id), *merged_shards(folder)]
+    return any(prompt_id in shard.entries for shard in readable_shards(paths))
 
 
 def sharded_prompts(folder: Path) -> set[str]:
     """The prompts that have projections in the shards of a folder; damaged shards are left out."""
-    return {prompt_id for shard in _readable(folder) for prompt_id in shard.entries}
+    return {prompt_id for shard in _shards_of(folder) for prompt_id in shard.entries}
 
 
 def traits_in_shards(folder: Path) -> set[str]:
     """The traits that prompts are projected onto in the shards of a folder; damaged shards are left out."""
-    return {trait for shard in _readable(folder) for trait in shard.index.traits}
+    return {trait for shard in _shards_of(folder) for trait in shard.index.traits}
 
 
-def _readable(folder: Path) -> Iterator[Shard]:
-    for path in [*merged_shards(folder), *single_shards(folder)]:
+def readable_shards(paths: Iterable[Path]) -> Iterator[Shard]:
+    """The shards at some paths, opened one after another; damaged and missing ones are left out."""
+    for path in paths:
         with suppress(StorageError):
             yield Shard.open(path)
+
+
+def _shards_of(folder: Path) -> Iterator[Shard]:
+    return readable_shards([*merged_shards(folder), *single_shards(folder)])
 
 
 def sharded_texts(folder: Path) -> dict[str, str]:
     """The text of each prompt in the shards of a folder; damaged shards are left out."""
     found: dict[str, str] = {}
-    for shard in _readable(folder):
+    for shard in _shards_of(folder):
         with suppress(StorageError):
             found |= shard.texts()
     return found

@@ -4,7 +4,8 @@
     TensorFile.open(path).array("scores")      # [3, 2], read from the disk where it is used
 
 Nothing needs the whole file in memory. A header has 8 bytes for its length, and JSON: `__metadata__`, texts by name,
-and for each tensor its dtype, shape, and the bytes where it begins and ends. Loads no torch.
+and for each tensor its dtype, shape, and the bytes where it begins and ends. The text `crc32` of the metadata has the
+CRC-32 of the header (with zeros in place of this text) and of each tensor, in 8 digits each. Loads no torch.
 
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
@@ -12,8 +13,10 @@ Source: https://huggingface.co/docs/safetensors, "Format".
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +27,7 @@ from numpy.typing import NDArray
 
 from tlcapture.errors import StorageError
 from tlcapture.storage.files import Written, write_stream
+from tlcapture.storage.json_text import CHECKSUM, changed
 from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.remote.roots import local
 
@@ -66,26 +70,31 @@ def write_safetensors(
         StorageError: the file cannot be written for another reason, or its header would be too long to be read.
         ValueError: the pieces of a tensor do not have its size together.
     """
-    head = _header(specs, metadata)
+    no_sums = _as_text([0] * (1 + len(specs)))
+    head = _header(specs, {CHECKSUM: no_sums, **metadata})
     if len(head) > _MOST_HEADER:
         raise StorageError(f"{path}: cannot be written: its header would have {len(head)} bytes, over {_MOST_HEADER}")
 
     def write(file: IO[bytes]) -> None:
         file.write(len(head).to_bytes(_LENGTH, "little") + head)
+        sums = [zlib.crc32(head)]
         for name, spec in specs.items():
-            written = sum(_write_piece(file, piece, spec) for piece in pieces[name])
-            if written != spec.n_bytes:
-                raise ValueError(f"{name}: {written} bytes, but its shape {list(spec.shape)} has {spec.n_bytes}")
+            n_written, checksum = 0, 0
+            for piece in pieces[name]:
+                data = np.ascontiguousarray(piece, dtype=spec.numpy).reshape(-1).view(np.uint8).data
+                n_written, checksum = n_written + file.write(data), zlib.crc32(data, checksum)
+            if n_written != spec.n_bytes:
+                raise ValueError(f"{name}: {n_written} bytes, but its shape {list(spec.shape)} has {spec.n_bytes}")
+            sums.append(checksum)
+        file.seek(_LENGTH + head.index(no_sums.encode()))
+        file.write(_as_text(sums).encode())
 
     n_bytes = _LENGTH + len(head) + sum(spec.n_bytes for spec in specs.values())
     return write_stream(path, write, n_bytes)
 
 
-def _write_piece(file: IO[bytes], piece: NDArray[Any], spec: TensorSpec) -> int:
-    data = np.ascontiguousarray(piece, dtype=spec.numpy)
-    if data.size:
-        file.write(data.reshape(-1).view(np.uint8).data)
-    return data.nbytes
+def _as_text(sums: Iterable[int]) -> str:
+    return " ".join(f"{each:08x}" for each in sums)
 
 
 def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
@@ -103,13 +112,16 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> byt
 class TensorFile:
     """A file's metadata and the specs of its tensors, which are read when they are used. Holds no open file.
 
-    `_state` tells whether the file at the path is still the same.
+    `_starts` are the places of the tensors after the header, `_sums` their checksums, which files of earlier versions
+    and of other programs lack. `_state` tells whether the file at the path is still the same.
     """
 
     path: Path
     metadata: Mapping[str, str]
     specs: Mapping[str, TensorSpec]
+    _data: int  # where the header ends
     _starts: Mapping[str, int]
+    _sums: Mapping[str, int]
     _state: tuple[int, ...]
 
     @classmethod
@@ -133,14 +145,14 @@ class TensorFile:
                 head = file.read(length)
         except OSError as error:
             raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
-        first = _LENGTH + length
-        metadata, specs, starts = _checked(path, head, size - first)
-        return cls(path, metadata, specs, {name: first + start for name, start in starts.items()}, state)
+        data = _LENGTH + length
+        metadata, specs, starts = _checked(path, head, size - data)
+        return cls(path, metadata, specs, data, starts, _sums_in(path, head, metadata, list(specs)), state)
 
     def array(self, name: str) -> NDArray[Any]:
-        """A tensor, memory-mapped and read-only.
+        """A tensor, memory-mapped and read-only, after it was compared with its checksum once.
 
-        Raises `StorageError` if the file does not have it, or is no longer the one that was opened.
+        Raises `StorageError` if the file does not have it, is damaged, or is no longer the one that was opened.
         """
         if name not in self.specs:
             raise StorageError(f"{self.path}: it has no tensor {name}")
@@ -151,9 +163,24 @@ class TensorFile:
             with local(self.path).open("rb") as file:
                 if _state_of(file) != self._state:
                     raise StorageError(f"{self.path}: the file was replaced while it was being read: open it again")
-                return np.memmap(file, spec.numpy, "r", self._starts[name], spec.shape)
+                found = np.memmap(file, spec.numpy, "r", self._data + self._starts[name], spec.shape)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be read: {error.strerror}") from None
+        compared = _compared(self.path, self._state)
+        if name in self._sums and name not in compared:
+            if zlib.crc32(found.data) != self._sums[name]:
+                raise _changed(self.path)
+            compared.add(name)
+        return found
+
+    def is_whole(self) -> bool:
+        """Whether the file is still there, and every tensor matches its checksum."""
+        try:
+            for name in self.specs:
+                self.array(name)
+        except StorageError:
+            return False
+        return True
 
     def check(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         """Raise `StorageError` unless the file has a tensor with this dtype and shape."""
@@ -203,6 +230,31 @@ def _spec(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
     if not is_sound:
         raise _damaged(path, f"its header does not describe the tensor {name[:80]!r} by dtype, shape and data_offsets")
     return TensorSpec(dtype, tuple(shape)), start, stop
+
+
+@lru_cache(maxsize=1024)
+def _compared(path: Path, _state: tuple[int, ...]) -> set[str]:
+    """The tensors of a file in some state that have matched their checksums, to be added to."""
+    return set()
+
+
+def _sums_in(path: Path, head: bytes, metadata: Mapping[str, str], names: Sequence[str]) -> Mapping[str, int]:
+    """The checksums of tensors in a header, which is compared with its own; empty for a header without them."""
+    if (stated := metadata.get(CHECKSUM)) is None:
+        return {}
+    begin = head.find(stated.encode())
+    unsummed = head[:begin] + _as_text([0] * (1 + len(names))).encode() + head[begin + len(stated) :]
+    try:
+        of_head, *of_tensors = (int(each, 16) for each in stated.split(" "))
+        if zlib.crc32(unsummed) == of_head:
+            return dict(zip(names, of_tensors, strict=True))
+    except ValueError:
+        pass
+    raise _changed(path)
+
+
+def _changed(path: Path) -> StorageError:
+    return changed(path, f"remove {CHECKSUM} from its metadata")
 
 
 def _damaged(path: Path, problem: str) -> StorageError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,9 @@ from tlcapture.storage.compact.projection_shards import (
     STEPS,
     IndexEntry,
     Shard,
-    Sharded,
+    ShardedProjection,
     merged_shards,
+    readable_shards,
     shard_of_prompt,
     sharded_of,
     single_shards,
@@ -63,23 +64,30 @@ def _order_of_point(point: str) -> tuple[int, str]:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """A prompt's part of a shard; `fill` gives one of its tensors along given axes."""
+    """A prompt's part of a shard; `values` gives one of its tensors, along its own axes."""
 
     prompt_id: str
     axes: _Axes
     n_rows: int
     record: bytes
     written: Mapping[str, int]
-    fill: Callable[[str, _Axes], Numbers]
+    values: Callable[[str], Numbers]
+
+    def values_along(self, axes: _Axes, name: str) -> Numbers:
+        """A tensor along the axes of a shard, with NaN where the prompt has nothing."""
+        if axes == self.axes:
+            return self.values(name)
+        found, along = _empty(name, self.n_rows, axes), [_places(self.axes.traits, axes.traits)]
+        if name == "scores":
+            along += [_places(self.axes.layers, axes.layers), _places(self.axes.points, axes.points)]
+        found[np.ix_(range(self.n_rows), *along)] = self.values(name)
+        return found
 
     @property
     def n_bytes(self) -> int:
         """The bytes it takes in a shard with its own axes."""
         row = len(self.axes.traits) * (len(self.axes.layers) * len(self.axes.points) + len(STEPS))
         return 4 * self.n_rows * row + len(self.record)
-
-
-_Part = tuple[Path, _Block]  # a shard of one prompt, to be written
 
 
 def write_prompt(folder: Path, prompt_id: str, contents: Mapping[str, Content], now: int | None = None) -> Written:
@@ -90,12 +98,12 @@ def write_prompt(folder: Path, prompt_id: str, contents: Mapping[str, Content], 
     Raises `StorageError` if an existing shard of the prompt cannot be read.
     """
     now = time.time_ns() if now is None else now
-    others = {trait: each for trait, each in sharded_of(folder, prompt_id).items() if trait not in contents}
+    whole, times = dict(contents), dict.fromkeys(contents, now)
+    others = [each for trait, each in sharded_of(folder, prompt_id).items() if trait not in contents]
+    stored = {each.trait: each.content() for each in others}
     tokens = _tokens(next(iter(contents.values())))
-    if any(_tokens(each.content()) != tokens for each in others.values()):
-        others = {}  # of an earlier capture
-    whole = {**{trait: each.content() for trait, each in others.items()}, **contents}
-    times = {**{trait: each.written_ns for trait, each in others.items()}, **dict.fromkeys(contents, now)}
+    if all(_tokens(content) == tokens for content in stored.values()):  # otherwise of an earlier capture
+        whole, times = {**stored, **whole}, {**{each.trait: each.written_ns for each in others}, **times}
     return _write(shard_of_prompt(folder, prompt_id), [_block(prompt_id, whole, times)])
 
 
@@ -117,20 +125,15 @@ def take_out(folder: Path, prompt_id: str, traits: Iterable[str] | None = None) 
     damaged shard of the prompt alone is removed; one of several prompts stays.
     """
     dropped = None if traits is None else set(traits)
-    for path in merged_shards(folder):
-        parts: list[_Part] = []
-        with suppress(StorageError):
-            entry = Shard.open(path).entries.get(prompt_id)
-            if entry is not None and (dropped is None or not dropped.isdisjoint(entry.written)):
-                parts = _parts(folder, path)
-        _divide(path, parts)
-    own, held = shard_of_prompt(folder, prompt_id), dict[str, Sharded]()
-    with suppress(StorageError):
-        held = {each.trait: each for each in Shard.open(own).sharded(prompt_id)}
-    stay = {trait: each for trait, each in held.items() if dropped is not None and trait not in dropped}
+    for shard in readable_shards(merged_shards(folder)):
+        entry = shard.entries.get(prompt_id)
+        if entry is not None and (dropped is None or not dropped.isdisjoint(entry.written)):
+            _divide(folder, shard)
+    own = shard_of_prompt(folder, prompt_id)
+    held = [each for shard in readable_shards([own]) for each in shard.sharded(prompt_id)]
+    stay = [each for each in held if dropped is not None and each.trait not in dropped]
     if stay and len(stay) < len(held):
-        contents = {trait: each.content() for trait, each in stay.items()}
-        _write(own, [_block(prompt_id, contents, {trait: each.written_ns for trait, each in stay.items()})])
+        _write(own, [_block_again(stay)])
     return [] if stay else [own] if remove([own]) else []
 
 
@@ -144,25 +147,21 @@ def merge_shards(folder: Path) -> list[Written]:
     """
     small = [path for path in merged_shards(folder) if path.is_file() and path.stat().st_size < MOST_BYTES // 2]
     _remove_merged(folder)
-    for path in small if len(small) > _MOST_SMALL and single_shards(folder) else ():
-        parts: list[_Part] = []
-        with suppress(StorageError):
-            parts = _parts(folder, path)
-        _divide(path, parts)
+    if len(small) > _MOST_SMALL and single_shards(folder):
+        for shard in readable_shards(small):
+            _divide(folder, shard)
     made: list[Written] = []
     together: list[_Block] = []
     n_bytes = 0
-    for path in single_shards(folder):
-        blocks: list[_Block] = []
-        with suppress(StorageError):
-            blocks = [_stored_block(shard, entry) for shard in [Shard.open(path)] for entry in shard.index.prompts]
-        if len(blocks) != 1 or blocks[0].prompt_id != path.stem:
+    for shard in readable_shards(single_shards(folder)):
+        if list(shard.entries) != [shard.file.path.stem] or not shard.file.is_whole():
             continue
-        if together and n_bytes + blocks[0].n_bytes > MOST_BYTES:
+        block = _stored_block(shard, shard.index.prompts[0])
+        if together and n_bytes + block.n_bytes > MOST_BYTES:
             made += _merged(folder, together)
             together, n_bytes = [], 0
-        together += blocks
-        n_bytes += blocks[0].n_bytes
+        together.append(block)
+        n_bytes += block.n_bytes
     made += _merged(folder, together)
     if made:
         _remove_superseded(folder)
@@ -171,24 +170,16 @@ def merge_shards(folder: Path) -> list[Written]:
 
 def _remove_merged(folder: Path) -> None:
     """Remove shards of single prompts that were merged by a run that was killed before it removed them."""
-    singles = _readable(single_shards(folder))
-    newest = _newest(_readable(merged_shards(folder))) if singles else {}
+    singles = list(readable_shards(single_shards(folder)))
+    newest = _newest(readable_shards(merged_shards(folder))) if singles else {}
     remove(each.file.path for each in singles if all(newest.get(of, -1) >= when for of, when in _written(each)))
 
 
 def _remove_superseded(folder: Path) -> None:
     """Remove merged shards whose projections all exist in other shards in a newer version."""
-    shards = _readable(merged_shards(folder))
+    shards = list(readable_shards(merged_shards(folder)))
     newest = _newest(shards)
     remove(each.file.path for each in shards if all(newest[of] > when for of, when in _written(each)))
-
-
-def _readable(paths: Iterable[Path]) -> list[Shard]:
-    shards = []
-    for path in paths:
-        with suppress(StorageError):
-            shards.append(Shard.open(path))
-    return shards
 
 
 def _written(shard: Shard) -> Iterator[tuple[tuple[str, str], int]]:
@@ -213,26 +204,21 @@ def _merged(folder: Path, blocks: Sequence[_Block]) -> list[Written]:
     return [written]
 
 
-def _parts(folder: Path, path: Path) -> list[_Part]:
-    """The shards to divide a merged one into, one per prompt; newer projections in a prompt's own shard stay."""
-    shard, parts = Shard.open(path), list[_Part]()
-    for entry in shard.index.prompts:
-        own = shard_of_prompt(folder, entry.id)
-        if not own.is_file():
-            parts.append((own, _stored_block(shard, entry)))
-        elif newest := sharded_of(folder, entry.id):
-            contents = {trait: each.content() for trait, each in newest.items()}
-            written = {trait: each.written_ns for trait, each in newest.items()}
-            parts.append((own, _block(entry.id, contents, written)))
-    return parts
+def _divide(folder: Path, shard: Shard) -> None:
+    """Divide a merged shard into one per prompt, and remove it; a damaged one stays.
 
-
-def _divide(path: Path, parts: Sequence[_Part]) -> None:
-    """Write the parts of a merged shard, if there are any, and remove it."""
-    for own, block in parts:
-        _write(own, [block])
-    if parts:
-        remove([path])
+    Newer projections in a prompt's own shard stay.
+    """
+    blocks = []
+    with suppress(StorageError):
+        for entry in shard.index.prompts:
+            has_own = shard_of_prompt(folder, entry.id).is_file()
+            newest = sharded_of(folder, entry.id).values() if has_own else ()
+            blocks.append(_block_again(newest) if newest else _stored_block(shard, entry))
+    if len(blocks) == len(shard.index.prompts) and shard.file.is_whole():
+        for block in blocks:
+            _write(shard_of_prompt(folder, block.prompt_id), [block])
+        remove([shard.file.path])
 
 
 def _shared(content: Content) -> dict[str, Any]:
@@ -259,13 +245,12 @@ def _block(prompt_id: str, contents: Mapping[str, Content], written: Mapping[str
     points = {point for form in forms.values() for point in form["points"]}
     axes = _Axes(list(contents), sorted(layers), sorted(points, key=_order_of_point))
 
-    def fill(name: str, onto: _Axes) -> Numbers:
-        found = _empty(name, n_tokens, onto)
-        for trait, form in forms.items():
-            column, projections = onto.traits.index(trait), contents[trait]["projections"]
+    def values(name: str) -> Numbers:
+        found = _empty(name, n_tokens, axes)
+        for column, (trait, form) in enumerate(forms.items()):
             if name == "scores":
-                places = _places(form["layers"], onto.layers), _places(form["points"], onto.points)
-                scores = _kept_scores(projections, form["layers"])
+                places = _places(form["layers"], axes.layers), _places(form["points"], axes.points)
+                scores = _kept_scores(contents[trait]["projections"], form["layers"])
                 if scores.size:
                     found[:, column][np.ix_(form["rows"], *places)] = scores
             elif name in form:
@@ -274,7 +259,13 @@ def _block(prompt_id: str, contents: Mapping[str, Content], written: Mapping[str
         return found
 
     record = orjson.dumps({"shared": shared, "traits": records}, option=orjson.OPT_SERIALIZE_NUMPY)
-    return _Block(prompt_id, axes, n_tokens, record, dict(written), fill)
+    return _Block(prompt_id, axes, n_tokens, record, dict(written), values)
+
+
+def _block_again(projections: Collection[ShardedProjection]) -> _Block:
+    """The projections of a prompt in shards, to be written to one."""
+    contents = {each.trait: each.content() for each in projections}
+    return _block(next(iter(projections)).prompt_id, contents, {each.trait: each.written_ns for each in projections})
 
 
 def _form(content: Content, n_prompt: int, n_tokens: int) -> dict[str, Any]:
@@ -307,24 +298,15 @@ def _kept_scores(projections: Mapping[str, Any], layers: Sequence[int]) -> Numbe
 def _stored_block(shard: Shard, entry: IndexEntry) -> _Block:
     """A prompt's part of a shard that exists."""
     start, stop = entry.rows
-    own = _Axes(
-        [trait for trait in shard.index.traits if trait in entry.written], shard.index.layers, shard.index.points
-    )
+    traits = [trait for trait in shard.index.traits if trait in entry.written]
+    columns = np.array(_places(traits, shard.index.traits))
 
-    def fill(name: str, onto: _Axes) -> Numbers:
-        found = _empty(name, stop - start, onto)
-        columns = np.array(_places(own.traits, shard.index.traits))
-        values = shard.file.array(name)[start:stop][:, columns]
-        onto_columns = _places(own.traits, onto.traits)
-        if name == "scores":
-            places = onto_columns, _places(own.layers, onto.layers), _places(own.points, onto.points)
-            found[np.ix_(range(stop - start), *places)] = values
-        else:
-            found[:, onto_columns] = values
-        return found
+    def values(name: str) -> Numbers:
+        return shard.file.array(name)[start:stop][:, columns]
 
-    record = shard.file.array("records")[entry.record[0] : entry.record[1]].tobytes()
-    return _Block(entry.id, own, stop - start, record, entry.written, fill)
+    record = shard.file.array("records")[slice(*entry.record)].tobytes()
+    axes = _Axes(traits, shard.index.layers, shard.index.points)
+    return _Block(entry.id, axes, stop - start, record, entry.written, values)
 
 
 def _empty(name: str, n_rows: int, axes: _Axes) -> Numbers:
@@ -349,10 +331,10 @@ def _write(path: Path, blocks: Sequence[_Block]) -> Written:
         "records": TensorSpec("U8", (at,)),
     }
 
-    def filled(name: str) -> Iterator[Numbers]:
-        return (block.fill(name, axes) for block in blocks)
+    def values(name: str) -> Iterator[Numbers]:
+        return (block.values_along(axes, name) for block in blocks)
 
-    pieces: dict[str, Iterable[NDArray[Any]]] = {name: filled(name) for name in ("scores", *STEPS)}
+    pieces: dict[str, Iterable[NDArray[Any]]] = {name: values(name) for name in ("scores", *STEPS)}
     pieces["records"] = (np.frombuffer(block.record, np.uint8) for block in blocks)
     index = {"traits": axes.traits, "layers": axes.layers, "points": axes.points, "prompts": prompts}
     return write_safetensors(path, specs, compact_metadata(KIND, index, NUMBERS), pieces)

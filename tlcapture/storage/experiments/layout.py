@@ -41,7 +41,6 @@ from tlcapture.storage.folders import (
     folders_in,
     holds_any,
     natural,
-    paths_of_folders_in,
     stems_in,
     subfolders,
     while_unchanged,
@@ -52,10 +51,7 @@ from tlcapture.text import beside
 
 
 def existing_experiments(root: Path) -> list[str]:
-    """The names of the experiments in a root, sorted, and of links to folders that are gone.
-
-    Raises `StorageError` where they cannot be listed.
-    """
+    """The experiments in a root, sorted, and links to folders that are gone; raises `StorageError` if unreadable."""
     return sorted(name for name in folders_in(root / "experiments", lost=True) if not name.startswith("."))
 
 
@@ -69,8 +65,7 @@ class Layout:
 
     root: Path
     experiment: str
-    _of_run: dict[Path, set[str]] | None = field(default=None, compare=False, repr=False)
-    _own_folders: set[str] = field(default_factory=set, compare=False, repr=False)  # found by a run
+    _known: _KnownToRun | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_name(self.experiment, "experiment")
@@ -82,7 +77,7 @@ class Layout:
         It lists a folder of internals once, and afterwards knows what layers there are from the paths that it gave.
         It looks for links on the way to a folder once.
         """
-        return self if self._of_run is not None else replace(self, _of_run={}, _own_folders=set())
+        return self if self._known is not None else replace(self, _known=_KnownToRun())
 
     @cached_property
     def folder(self) -> Path:
@@ -110,15 +105,15 @@ class Layout:
         """The first link below the experiment's folder, on the way to `path`, that leads out of it."""
         below, folder = str(self.folder), split(path)[0]
         parts = str(path)[len(below) + 1 :].split(sep)
-        if folder in self._own_folders:
+        if self._known is not None and folder in self._known.own_folders:
             below, parts = folder, parts[-1:]
         for part in parts:
             below = f"{below}{sep}{part}"
             # Only links are resolved, since that is slow. A link to itself resolves to itself, within the experiment.
             if islink(below) and not Path(realpath(below)).is_relative_to(realpath(self.folder)):
                 return Path(below)
-        if self._of_run is not None:
-            self._own_folders.add(folder)
+        if self._known is not None:
+            self._known.own_folders.add(folder)
         return None
 
     def _listed(self, pattern: str) -> list[Path]:
@@ -166,22 +161,16 @@ class Layout:
     def internals(self, prompt_set: str, prompt_id: PromptId, layer: int) -> Path:
         """The internals file of a prompt and layer."""
         path = self.own(self._raw("internals", prompt_set) / f"{file_name(prompt_id)}_L{layer}.pt")
-        if self._of_run is not None:
-            self._layers_in_use(path.parent).add(str(layer))
+        if self._known is not None:
+            self._known.layers_in(path.parent).add(str(layer))
         return path
 
     def all_internals(self, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The existing internals files of a prompt, of all layers."""
         folder = self.own(self._raw("internals", prompt_set))
-        layers = self._layers_in_use(folder) if self._of_run is not None else _layers_in(folder)
+        layers = _layers_in(folder) if self._known is None else self._known.layers_in(folder)
         paths = (folder / f"{file_name(prompt_id)}_L{layer}.pt" for layer in sorted(layers))
         return [self.own(path) for path in paths if lexists(path)]
-
-    def _layers_in_use(self, folder: Path) -> set[str]:
-        """The layers, as text, of the internals in a folder when a run began, and of those that it asked for since."""
-        assert self._of_run is not None
-        found = self._of_run.get(folder)
-        return self._of_run.setdefault(folder, set(_layers_in(folder))) if found is None else found
 
     def attention(self, prompt_set: str, prompt_id: PromptId) -> Path:
         """The attention file of a prompt in JSON; `saved` has the form that exists."""
@@ -317,8 +306,9 @@ class Layout:
         check_capture_set(prompt_set)
         inference = join(self.folder, "inference")
         for category in folders_in(inference):
-            for trait_folder in paths_of_folders_in(join(inference, category)) if category != "raw" else ():
-                yield from (f"{trait_folder}{sep}{stream}{sep}{prompt_set}" for stream in STREAM_FOLDERS.values())
+            for trait in folders_in(join(inference, category)) if category != "raw" else ():
+                folder = join(inference, category, trait)
+                yield from (f"{folder}{sep}{stream}{sep}{prompt_set}" for stream in STREAM_FOLDERS.values())
 
     def projection_folders(self, prompt_set: str | None = None) -> list[tuple[Trait, str]]:
         """The traits and components that prompts of a set, or of any set, are projected onto, sorted."""
@@ -368,13 +358,25 @@ class Layout:
         file = self.vectors(trait) if kind == "evaluation" else self.steering(trait)
         return self.own(file.parent / f"{kind}.png")
 
-    # -- parts ------------------------------------------------------------------------------------
-
     def _raw(self, kind: str, prompt_set: str) -> Path:
         return self.folder / "inference" / "raw" / kind / check_capture_set(prompt_set)
 
     def _analysis(self, prompt_set: str) -> Path:
         return self.folder / "analysis" / "per_token" / check_capture_set(prompt_set)
+
+
+@dataclass
+class _KnownToRun:
+    """What a run knows about folders to which no other run writes."""
+
+    own_folders: set[str] = field(default_factory=set)  # no link on the way to them leads out of the experiment
+    layers: dict[Path, set[str]] = field(default_factory=dict)  # of internals: those found, and those asked for
+
+    def layers_in(self, folder: Path) -> set[str]:
+        """The layers, as text, of the internals in a folder."""
+        if folder not in self.layers:
+            self.layers[folder] = set(_layers_in(folder))
+        return self.layers[folder]
 
 
 @while_unchanged(16)

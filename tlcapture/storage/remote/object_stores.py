@@ -143,7 +143,10 @@ class Store:
         """Write a local file to an object, whole or not at all."""
         with self._explained(name, "written"):
             self._fs.put_file(str(file), self._path(name))
-        return self._after(name)
+        found = self.version(name)
+        if found is None:
+            raise StorageError(f"{self.url}/{name}: was removed while it was being written")
+        return found
 
     def read(self, name: str) -> bytes | None:
         """The content of a small object."""
@@ -188,12 +191,6 @@ class Store:
         """Remove an object, if it is there."""
         with self._explained(name, "removed"), suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
-
-    def _after(self, name: str) -> Version:
-        found = self.version(name)
-        if found is None:
-            raise StorageError(f"{self.url}/{name}: was removed while it was being written")
-        return found
 
     @contextmanager
     def _explained(self, name: str, what: str) -> Iterator[None]:

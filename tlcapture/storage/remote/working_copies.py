@@ -1,7 +1,7 @@
 """The working copy of a remote root on this machine, and the cache of versions that processes share.
 
 cache/remote/copies/{host}-{process}-{random}/root         a file for each object, without content until it is read
-cache/remote/versions/{mark}                               the content of objects, the least used removed first
+cache/remote/versions/{key}                               the content of objects, the least used removed first
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Mount:
         self.folder, self.store, self.is_owner = folder, Store(url), is_owner
         self._cache = _Cache(folder.parents[2] / "versions")
         self._staging = folder.parent / "staging"
-        self._known: dict[str, Version] = {}
-        self._changed: dict[str, float] = {}  # when this process last wrote or removed an object
+        self._versions: dict[str, Version] = {}
+        self._changed_at: dict[str, float] = {}  # when this process last wrote or removed an object
         self._listed: dict[str, tuple[float, float]] = {}  # when a listing began, and how long it took
-        self._linked: OrderedDict[str, tuple[int, float]] = OrderedDict()  # size, and when it was asked for
-        self._n_linked = 0  # bytes
+        self._with_content: OrderedDict[str, tuple[int, float]] = OrderedDict()  # size, and when it was asked for
+        self._n_bytes = 0  # of all these files
         self._read_last = ""  # the folder of the file that was last downloaded
-        self._coming: dict[str, deque[str]] = {}  # the files of a folder that were not looked at
-        self._is_ahead = threading.Lock()
+        self._not_yet_looked_at: dict[str, deque[str]] = {}  # names, by folder
+        self._looking_ahead = threading.Lock()
         self._lock = threading.RLock()
         self._of_name: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
@@ -76,19 +76,19 @@ class Mount:
             for name in self.store.folders(below):
                 (self.folder / below / name).mkdir(parents=True, exist_ok=True)
         else:
-            self._take(below, self.store.objects(below), began)
+            self._update(below, self.store.objects(below), began)
         self._listed[below] = (began, monotonic() - began)
 
-    def _take(self, below: str, found: Mapping[str, Version], began: float) -> None:
+    def _update(self, below: str, found: Mapping[str, Version], began: float) -> None:
         """Update the working copy below a path from a listing that began at a given time."""
         with self._lock:
             for name, version in found.items():
-                if self._known.get(name) != version and self._changed.get(name, -1.0) < began:
-                    self._place(name, version)
-            gone = [name for name in self._known if f"{name}/".startswith(f"{below}/") and name not in found]
+                if self._versions.get(name) != version and self._changed_at.get(name, -1.0) < began:
+                    self._put_placeholder(name, version)
+            gone = [name for name in self._versions if f"{name}/".startswith(f"{below}/") and name not in found]
             for name in gone:
-                if self._changed.get(name, -1.0) < began:
-                    del self._known[name]
+                if self._changed_at.get(name, -1.0) < began:
+                    del self._versions[name]
                     (self.folder / name).unlink(missing_ok=True)
 
     def fetch(self, name: str, path: Path) -> None:
@@ -99,11 +99,11 @@ class Mount:
                     self._fetch(name, path)
 
     def _fetch(self, name: str, path: Path) -> None:
-        version = self._known.get(name) or self.store.version(name)
-        if version is not None and not self._cache.holds(self._mark(name, version)):
+        version = self._versions.get(name) or self.store.version(name)
+        if version is not None and not self._cache.holds(self._cache_key(name, version)):
             self._look_ahead(name)
-        while version is not None and not self._cache.holds(self._mark(name, version)):
-            new = self._new()
+        while version is not None and not self._cache.holds(self._cache_key(name, version)):
+            new = self._new_path()
             try:
                 self.store.download(name, new)
             except BaseException:
@@ -111,91 +111,91 @@ class Mount:
                 raise
             before, version = version, self.store.version(name)
             if before == version:
-                self._cache.add(self._mark(name, version), new, version.written)
+                self._cache.add(self._cache_key(name, version), new, version.written)
             else:  # it was replaced meanwhile
                 new.unlink()
         with self._lock:
             if version is None:
-                self._known.pop(name, None)
+                self._versions.pop(name, None)
                 path.unlink(missing_ok=True)
                 raise StorageError(f"{path}: no such file: another run has removed it")
-            self._known[name] = version
-            new = self._new()
-            if self._cache.link(self._mark(name, version), new):
+            self._versions[name] = version
+            new = self._new_path()
+            if self._cache.link(self._cache_key(name, version), new):
                 new.replace(path)
-                self._unlink(name)
-                self._linked[name] = (version.size, monotonic())
-                self._n_linked += version.size
-            self._let_go()
+                self._forget_content(name)
+                self._with_content[name] = (version.size, monotonic())
+                self._n_bytes += version.size
+            self._drop_oldest()
 
     def _look_ahead(self, name: str) -> None:
         """Download the small files of a folder together once a second one is requested: few readers want just two."""
         folder = name.rpartition("/")[0]
         before, self._read_last = self._read_last, folder
-        if before != folder or not self._is_ahead.acquire(blocking=False):
+        if before != folder or not self._looking_ahead.acquire(blocking=False):
             return
         try:
-            if folder not in self._coming:
-                self._coming[folder] = deque(sorted(os.listdir(self.folder / folder)))
-            self._download_small(folder, self._coming[folder])
+            if folder not in self._not_yet_looked_at:
+                self._not_yet_looked_at[folder] = deque(sorted(os.listdir(self.folder / folder)))
+            self._download_small(folder, self._not_yet_looked_at[folder])
         except TlcaptureError as error:  # raised again for whoever reads one of them
             _log.info("%s", error)
         finally:
-            self._is_ahead.release()
+            self._looking_ahead.release()
 
-    def _download_small(self, folder: str, coming: deque[str]) -> None:
+    def _download_small(self, folder: str, names: deque[str]) -> None:
         wanted: dict[str, Version] = {}
-        while coming and len(wanted) < _TOGETHER:
-            name = f"{folder}/{coming.popleft()}"
-            version = self._known.get(name)
-            if version and version.size <= _SMALL and not self._cache.holds(self._mark(name, version)):
+        while names and len(wanted) < _TOGETHER:
+            name = f"{folder}/{names.popleft()}"
+            version = self._versions.get(name)
+            if version and version.size <= _SMALL and not self._cache.holds(self._cache_key(name, version)):
                 wanted[name] = version
         if not wanted:
             return
-        new = {name: self._new() for name in wanted}
+        new = {name: self._new_path() for name in wanted}
         self.store.download_all(new)
         found = self.store.objects(folder)
         for name, version in wanted.items():
             if found.get(name) == version:
-                self._cache.add(self._mark(name, version), new[name], version.written)
+                self._cache.add(self._cache_key(name, version), new[name], version.written)
             else:
                 new[name].unlink(missing_ok=True)
 
-    def _let_go(self) -> None:
+    def _drop_oldest(self) -> None:
         """Drop the content of the files that were requested first, if all together exceed the limit."""
-        while self._n_linked > self._cache.limit:
-            name, (_, asked) = next(iter(self._linked.items()))
+        while self._n_bytes > self._cache.limit:
+            name, (_, asked) = next(iter(self._with_content.items()))
             if monotonic() - asked < _IN_USE:
                 return
-            version = self._known.get(name)
-            self._unlink(name)
+            version = self._versions.get(name)
+            self._forget_content(name)
             if version is not None:
-                self._place(name, version)
+                self._put_placeholder(name, version)
 
-    def _unlink(self, name: str) -> None:
-        self._n_linked -= self._linked.pop(name, (0, 0.0))[0]
+    def _forget_content(self, name: str) -> None:
+        self._n_bytes -= self._with_content.pop(name, (0, 0.0))[0]
 
     def publish(self, temporary: Path, name: str) -> None:
         """Write a file to an object."""
         version = self.store.upload(temporary, name)
         with self._lock:
-            self._changed[name] = monotonic()
-            new = self._new()
+            self._changed_at[name] = monotonic()
+            new = self._new_path()
             temporary.replace(new)
-            self._cache.add(self._mark(name, version), new, version.written)
-            self._place(name, version)
+            self._cache.add(self._cache_key(name, version), new, version.written)
+            self._put_placeholder(name, version)
 
     def discard(self, name: str) -> None:
         """Remove an object."""
         if (self.folder / name).exists():
             self.store.remove(name)
             with self._lock:
-                self._changed[name] = monotonic()
-                self._known.pop(name, None)
+                self._changed_at[name] = monotonic()
+                self._versions.pop(name, None)
 
-    def _place(self, name: str, version: Version) -> None:
+    def _put_placeholder(self, name: str, version: Version) -> None:
         """Put a file without content in place of an object."""
-        path, new = self.folder / name, self._new()
+        path, new = self.folder / name, self._new_path()
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         os.truncate(descriptor, version.size)
         os.close(descriptor)
@@ -208,13 +208,13 @@ class Mount:
             new.unlink()
             _log.warning("%s/%s: left out: %s", self.store.url, name, error.strerror)
             return
-        self._known[name] = version
-        self._unlink(name)
+        self._versions[name] = version
+        self._forget_content(name)
 
-    def _new(self) -> Path:
+    def _new_path(self) -> Path:
         return self._staging / secrets.token_hex(8)
 
-    def _mark(self, name: str, version: Version) -> str:
+    def _cache_key(self, name: str, version: Version) -> str:
         parts = (self.store.url, name, *map(str, version))
         return blake2b("\0".join(parts).encode(), digest_size=20).hexdigest()
 
@@ -230,22 +230,22 @@ class _Cache:
             raise InputError(f"{_LIMIT}: {error}") from None
         self._n_added = self.limit  # bytes since it was last looked through
 
-    def holds(self, mark: str) -> bool:
-        return (self._folder / mark).exists()
+    def holds(self, key: str) -> bool:
+        return (self._folder / key).exists()
 
-    def add(self, mark: str, new: Path, written: int) -> None:
+    def add(self, key: str, new: Path, written: int) -> None:
         """Add a file, with the time at which it was written to the store."""
         new.chmod(_FULL)
         os.utime(new, ns=(time_ns(), written * 10**9))
         self._n_added += new.stat().st_size
-        new.replace(self._folder / mark)
+        new.replace(self._folder / key)
         if self._n_added > self.limit // 10:
             self._n_added = 0
-            self._trim(mark)
+            self._trim(key)
 
-    def link(self, mark: str, new: Path) -> bool:
+    def link(self, key: str, new: Path) -> bool:
         """Give a file of the cache a second path; `False` if it is no longer there."""
-        kept = self._folder / mark
+        kept = self._folder / key
         try:
             os.utime(kept, ns=(time_ns(), kept.stat().st_mtime_ns))
             os.link(kept, new)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tlcapture.errors import InputError, warn_user
 from tlcapture.names import PromptId, Trait, file_name
-from tlcapture.storage.compact.projection_shards import MERGED, Sharded, merged_shards, sharded_of
+from tlcapture.storage.compact.projection_shards import MERGED, ShardedProjection, merged_shards, sharded_of
 from tlcapture.storage.experiments.command_lines import command_line
 from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.experiments.missing_captures import no_captures
@@ -72,7 +72,7 @@ class SavedProjection:
     trait: Trait
     component: str
     json_path: Path
-    sharded: Sharded | None = None
+    sharded: ShardedProjection | None = None
 
     @property
     def path(self) -> Path:
