@@ -30,7 +30,7 @@ from tlcapture.models.engines.hooked_config import architecture_of
 from tlcapture.models.engines.more_adapters import register_adapters
 from tlcapture.models.engines.newer_transformers import support_newer_transformers
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
-from tlcapture.models.engines.versions import version_advice
+from tlcapture.models.engines.versions import ADDED_IN_4, found_versions, version_advice
 from tlcapture.models.fast.bridge_components import make_components_fast, offering_only
 from tlcapture.models.fast.growing_cache import grow_in_place
 from tlcapture.models.fast.linear_modules import make_linears_fast
@@ -44,6 +44,7 @@ from tlcapture.views.hooks import HOOKS, POINTS, at_any_layer, hook, is_pattern,
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _WINDOWS = ("sliding_window", "attention_chunk_size", "layer_types")  # of a config, from which caches are made
+_ABOUT_DTYPES = ("dtype", "scalar type")  # in torch's errors about operands that differ in theirs
 # Every block that has these holds them as `[batch, pos, d_model]`.
 _ALWAYS_PLAIN = {HOOKS[name] for name in (*POINTS, "attn_out", "mixer_out", "mlp_out")}
 
@@ -328,15 +329,29 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, checkpoint_fingerprin
     except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # TransformerLens raises many kinds for what it does not have
-        reason = f"TransformerBridge does not run {architecture_of(model.config)}: {_why(error)}"
-        advice = "" if isinstance(error, ProcessRefusedError) else f"; {version_advice()}"
-        raise ModelError(f"{name}: {reason}{advice}") from None
+        architecture = architecture_of(model.config)
+        reason = f"TransformerBridge does not run {architecture}: {_why(error)}"
+        raise ModelError(f"{name}: {reason}{_remedy(error, architecture, model.dtype)}") from None
     return bridge
+
+
+def _has_no_adapter(error: Exception) -> bool:
+    return "Could not determine supported architecture" in str(error)
+
+
+def _remedy(error: Exception, architecture: str, dtype: torch.dtype) -> str:
+    """What may help after a failed boot, to end its refusal with; empty where nothing is known to."""
+    if isinstance(error, ProcessRefusedError) or (_has_no_adapter(error) and architecture not in ADDED_IN_4):
+        return ""
+    is_about_dtypes = isinstance(error, RuntimeError) and any(each in str(error) for each in _ABOUT_DTYPES)
+    if is_about_dtypes and dtype != torch.float32:
+        return f"; {found_versions()}; try --dtype float32"
+    return f"; {version_advice()}"
 
 
 def _why(error: Exception) -> str:
     """The reason of a failed boot, without TransformerLens's list of all architectures that it has."""
-    if "Could not determine supported architecture" in str(error):
+    if _has_no_adapter(error):
         return f"TransformerLens {installed('transformer_lens')} has no adapter for it"
     if isinstance(error, AssertionError) and not str(error):
         return f"TransformerLens fails at {extract_tb(error.__traceback__)[-1].line!r}"
