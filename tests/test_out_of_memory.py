@@ -20,7 +20,7 @@ from tlcapture.generation import loop
 from tlcapture.generation.interventions.intervention import Add
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure, Generation, Outcome
-from tlcapture.generation.recording.device_buffers import Triangles
+from tlcapture.generation.recording.device_buffers import DeviceBuffer, Triangles
 from tlcapture.generation.recording.recorder import Recorder
 from tlcapture.generation.sampling.next_token import GREEDY, Sampling
 from tlcapture.generation.sampling.noise import GumbelNoise
@@ -183,7 +183,7 @@ def test_what_was_recorded_leaves_the_device_before_prompts_are_read_again(monke
 
     def runs_out(number: int, rows: int, positions: int) -> bool:
         if number > 3:
-            on_device.append(any(recorders[0]._on_device.values()))
+            on_device.append(any(isinstance(store, DeviceBuffer) for store in recorders[0]._stores.values()))
         return number == 3
 
     Steps(monkeypatch, model, runs_out)
