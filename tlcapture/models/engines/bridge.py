@@ -44,9 +44,9 @@ from tlcapture.views.hooks import HOOKS, POINTS, at_any_layer, hook, is_pattern,
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _WINDOWS = ("sliding_window", "attention_chunk_size", "layer_types")  # of a config, from which caches are made
-# Shares of an activation by which rounding changes it in `check`, by the dtype of the weights: some recurrent models keep
-# their residual stream in float32. In 16 bits, 24 layers of Mamba or of a hybrid reach half of it; a lost state, or
-# padding that is read, is twice as much or more.
+# Shares of an activation by which rounding may change it in `check`, by the dtype of the weights: some recurrent models
+# keep their residual stream in float32. In bfloat16, 24 layers of Mamba or of a hybrid reach half of it; a lost state,
+# or padding that is read, gives twice as much or more.
 _TOLERANCE, _TOLERANCE_IN_16_BITS = 2e-3, 0.05
 _ABOUT_DTYPES = ("dtype", "scalar type")  # in torch's errors about operands that differ in theirs
 # Every block that has these holds them as `[batch, pos, d_model]`.

@@ -184,8 +184,14 @@ def hooked_model(
     Raises:
         ModelError: HookedTransformer does not compute something that the config asks for.
     """
-    tl = _hooked_transformer(model, tokenizer, name, device, n_devices, fast)
-    return HookedModel(tl, tokenizer, model.config, model.generation_config, name, checkpoint_fingerprint)
+    tl = _with_weights_of(model, name, device, n_devices)
+    share_tables_in_place(tl)
+    tl.set_tokenizer(for_transformer_lens(tokenizer, name))
+    if fast:
+        make_fast(tl)
+        if n_devices == 1:
+            join_in_place(tl)
+    return HookedModel(tl.eval(), tokenizer, model.config, model.generation_config, name, checkpoint_fingerprint)
 
 
 def from_hooked_transformer(hooked: Any, *, name: str | None = None) -> HookedModel:
@@ -227,8 +233,8 @@ def make_fast(hooked: Any) -> None:
         hooked.__class__ = FastHookedTransformer
 
 
-def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_devices: int, fast: bool) -> Any:
-    """A HookedTransformer with the unprocessed weights of a Hugging Face model."""
+def _with_weights_of(model: Any, name: str, device: str, n_devices: int) -> Any:
+    """A HookedTransformer on its devices, with the unprocessed weights of a Hugging Face model and no tokenizer."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.loading_from_pretrained import fill_missing_keys
 
@@ -249,13 +255,7 @@ def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_de
         hooked.to(device, print_details=False)
     else:
         spread(hooked)
-    share_tables_in_place(hooked)
-    hooked.set_tokenizer(for_transformer_lens(tokenizer, name))
-    if fast:
-        make_fast(hooked)
-        if n_devices == 1:
-            join_in_place(hooked)
-    return hooked.eval()
+    return hooked
 
 
 def spread(hooked: Any) -> None:
