@@ -32,7 +32,7 @@ from tlcapture.generation.sampling.noise import GumbelNoise, stream_start
 from tlcapture.generation.sampling.processors import LogitProcessors, PromptTokens
 from tlcapture.generation.stop_texts import StopTexts
 from tlcapture.models.checkpoints.finite_weights import remedy
-from tlcapture.models.engines.base import Step
+from tlcapture.models.engines.base import StepResult
 from tlcapture.models.loading import Model
 from tlcapture.models.streams import upload
 from tlcapture.prompts.chat_template import stop_ids
@@ -295,7 +295,7 @@ class Batch:
         self._recorder.record(self._running, step.cache)
         return step.logits
 
-    def _step(self, tokens: Tokens, interventions: Acting, *, want_logits: bool) -> Step:
+    def _step(self, tokens: Tokens, interventions: Acting, *, want_logits: bool) -> StepResult:
         mask, names = torch.ones_like(tokens), self._recorder.names
         with acting(self._model, interventions, self._settings.own_hooks):
             return self._model.step(tokens, mask, self._state, names, want_logits=want_logits)

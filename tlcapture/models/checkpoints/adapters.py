@@ -18,7 +18,7 @@ from typing import Any
 
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints.files import PLAIN_TYPES, damage
-from tlcapture.models.checkpoints.finite_weights import not_finite, said_of
+from tlcapture.models.checkpoints.finite_weights import not_finite, not_finite_message
 from tlcapture.models.checkpoints.untaken import listed
 from tlcapture.text import decoded
 
@@ -203,7 +203,7 @@ def _merged(model: Any, adapter: Adapter, name: str) -> Any:
         raise ModelError(f"model {name!r}: its adapter has weights that are not of floating point: {listed(rounded)}")
     if unusable := not_finite(weights.items()):
         path = next(Path(adapter.source) / each for each in _OWN_WEIGHTS if (Path(adapter.source) / each).exists())
-        raise ModelError(f"model {name!r}: its adapter cannot be merged: {path}: {said_of(unusable)}")
+        raise ModelError(f"model {name!r}: its adapter cannot be merged: {path}: {not_finite_message(unusable)}")
     _resize(model, weights, name)
     device = str(model.device)
     adapted = peft.PeftModel.from_pretrained(model, adapter.source, torch_device=device)

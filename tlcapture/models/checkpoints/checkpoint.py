@@ -140,7 +140,7 @@ def fetch_weights(
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # `_check_complete` names them
         **quantised.loading_options(config, name),
-        **_over(n_devices),
+        **_distributed(n_devices),
         **({} if adapter is None else adapters.NOT_BY_TRANSFORMERS),
     )
     extra = untaken(found.get("unexpected_keys", ()), model.config)
@@ -240,7 +240,7 @@ def _base_of(adapter: adapters.Adapter, name: str, *, weights: bool) -> str:
         raise ModelError(f"model {name!r} is an adapter: {error}") from None
 
 
-def _over(n_devices: int) -> dict[str, Any]:
+def _distributed(n_devices: int) -> dict[str, Any]:
     """Options of `from_pretrained` that distribute a model over the first devices, within their free memory."""
     if n_devices == 1:
         return {}

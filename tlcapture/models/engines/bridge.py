@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints.checkpoint import fingerprint
-from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step, soft_cap
+from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, StepResult, soft_cap
 from tlcapture.models.engines.booting import text_only
 from tlcapture.models.engines.hook_layouts import (
     PLAIN,
@@ -128,7 +128,9 @@ class BridgeModel(Model):
             self._layout(name)
 
     @torch.no_grad()
-    def step(self, tokens: Tokens, mask: Mask, state: _BridgeState, hooks: Set[str], *, want_logits: bool) -> Step:
+    def step(
+        self, tokens: Tokens, mask: Mask, state: _BridgeState, hooks: Set[str], *, want_logits: bool
+    ) -> StepResult:
         """Call `run_with_cache` with position ids that skip left padding; patterns cover all keys so far."""
         laid_out = {name: self._layout(name) for name in hooks}
         state.mask = torch.cat([state.mask, mask.to(self.device)], dim=1)
@@ -138,7 +140,7 @@ class BridgeModel(Model):
         for name, layout in laid_out.items():
             activation = _with_all_keys(name, by_token(cache[name], layout, len(tokens)), state.mask.shape[1])
             handed_out[name] = self._by_head(name, activation)
-        return Step(logits[:, -1] if want_logits else None, handed_out)
+        return StepResult(logits[:, -1] if want_logits else None, handed_out)
 
     def _run(
         self, tokens: Tokens, positions: Tokens, state: _BridgeState, hooks: Set[str]

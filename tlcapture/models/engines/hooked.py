@@ -14,7 +14,7 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints.checkpoint import fingerprint
-from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step, soft_cap
+from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, StepResult, soft_cap
 from tlcapture.models.engines.hooked_config import hooked_fields, weight_converter
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.models.engines.weight_layout import (
@@ -86,7 +86,7 @@ class HookedModel(Model):
         self._decoder = None
 
     @torch.no_grad()
-    def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
+    def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> StepResult:
         """Call `run_with_cache`, which extends the `past_kv_cache` of `state` in place, or replay such a call."""
         decoder = getattr(state, "decoder", None)
         if decoder is None or not decoder.can_step(state, tokens):
@@ -97,9 +97,9 @@ class HookedModel(Model):
             return step.logits, step.cache
 
         on = {"is_hooked": self.tl.is_hooked, "recordable": self.tl.recordable_key}
-        return Step(*decoder.step(state, tokens, hooks, run, **on))
+        return StepResult(*decoder.step(state, tokens, hooks, run, **on))
 
-    def _run(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
+    def _run(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> StepResult:
         residual, cache = self.tl.run_with_cache(
             tokens.to(self.device),
             names_filter=hooks.__contains__,
@@ -109,9 +109,11 @@ class HookedModel(Model):
             # Unembedding every prompt position would cost more than the rest of a short prompt.
             stop_at_layer=self.n_layers,
         )
-        return Step(self.unembed(residual[:, -1:])[:, 0] if want_logits else None, cache)
+        return StepResult(self.unembed(residual[:, -1:])[:, 0] if want_logits else None, cache)
 
-    def prompt_steps(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str]) -> Iterator[tuple[slice, Step]]:
+    def prompt_steps(
+        self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str]
+    ) -> Iterator[tuple[slice, StepResult]]:
         """Run the prompts of a new batch: in micro-batches by FastHookedTransformer, else in one step."""
         if not self._is_fast:
             yield from super().prompt_steps(tokens, mask, state, hooks)
