@@ -64,7 +64,11 @@ class Decoder:
         self._recorded: dict[Key, RecordedCall[Result]] = {}
         self._version: Any = None
         self.seconds = 0.0
+        # Of the batch that `lend` lets use the buffers: its cache, the rows of its recorded step, its most positions,
+        # and the mask that the last step made, `None` before the first.
         self._owner: Callable[[], FastCache | None] = lambda: None
+        self._size = self._limit = 0
+        self._adopted: Tensor | None = None
 
     def __deepcopy__(self, memo: Any) -> None:
         """`None`: a copy of a model makes its own buffers, and a copy of a state does without."""
@@ -81,7 +85,7 @@ class Decoder:
         assert cache.state is not None
         n_rows = len(cache.state.mask)
         self._owner, self._size, self._limit = weakref.ref(cache), n_rows, n_positions
-        self._adopted: Tensor | None = None
+        self._adopted = None
         # Masked values are multiplied by zero, which gives NaN if an earlier batch left NaN or inf.
         store, held = self._store.zero_()[:, :, :n_rows], cache.state.store
         if held is not None:
