@@ -32,7 +32,7 @@ from tlcapture.doctor.checks import (
 from tlcapture.doctor.reference import ReferenceRun, deviation, reference_run, reference_runs
 from tlcapture.doctor.run import check_model
 from tlcapture.models.checkpoints.checkpoint import cast
-from tlcapture.models.engines.base import Step
+from tlcapture.models.engines.base import StepResult
 from tlcapture.models.loading import Model, from_hugging_face
 
 TWICE = "{{ bos_token }}" + tiny.CHAT_TEMPLATE
@@ -101,7 +101,7 @@ def test_unmasked_padding_is_found(check: Callable[..., Check], monkeypatch: pyt
     model = fresh("llama")
     step = type(model).step
 
-    def blind(self: Model, tokens: Any, mask: Any, state: Any, hooks: Any, *, want_logits: bool) -> Step:
+    def blind(self: Model, tokens: Any, mask: Any, state: Any, hooks: Any, *, want_logits: bool) -> StepResult:
         return step(self, tokens, torch.ones_like(mask), state, hooks, want_logits=want_logits)
 
     monkeypatch.setattr(type(model), "step", blind)
@@ -113,10 +113,10 @@ def test_decode_steps_that_differ_from_one_pass_are_found(monkeypatch: pytest.Mo
     model = fresh("llama")
     step = type(model).step
 
-    def drifting(self: Model, tokens: Any, *args: Any, **options: Any) -> Step:
+    def drifting(self: Model, tokens: Any, *args: Any, **options: Any) -> StepResult:
         made = step(self, tokens, *args, **options)
         bent = {name: value * 1.01 for name, value in made.cache.items()} if tokens.shape[1] == 1 else made.cache
-        return Step(made.logits, bent)
+        return StepResult(made.logits, bent)
 
     monkeypatch.setattr(type(model), "step", drifting)
     found = check_recomputed(model, PROMPTS)

@@ -18,7 +18,7 @@ from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.padding import left_pad, right_pad
 from tlcapture.generation.sampling.next_token import GREEDY, Sampling, choose_tokens, n_numbers
 from tlcapture.generation.sampling.noise import GumbelNoise, stream_start
-from tlcapture.models.engines.base import Step
+from tlcapture.models.engines.base import StepResult
 from tlcapture.models.fast import forward
 from tlcapture.models.fast.state import FastState
 from tlcapture.models.loading import Model, from_hugging_face
@@ -121,7 +121,7 @@ def test_rows_that_stop_leave_the_batch_and_keep_their_last_token() -> None:
     sizes: list[int] = []
 
     class Watched(type(model)):  # type: ignore[misc]
-        def step(self, tokens: Any, *args: Any, **options: Any) -> Step:
+        def step(self, tokens: Any, *args: Any, **options: Any) -> StepResult:
             sizes.append(len(tokens))
             return super().step(tokens, *args, **options)
 
@@ -183,7 +183,7 @@ def test_out_of_memory_halves_the_batch_and_fails_only_prompts_that_fit_in_no_ba
     model = tiny.model("llama")
     original, sizes = type(model).step, []
 
-    def step(self: Model, tokens: Any, *args: Any, **options: Any) -> Step:
+    def step(self: Model, tokens: Any, *args: Any, **options: Any) -> StepResult:
         sizes.append(len(tokens))
         if tokens.shape[0] > 2 or tokens.shape[1] > 30:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -205,7 +205,7 @@ def test_tokens_of_prompts_that_go_on_after_an_error_are_counted_once(monkeypatc
     model, counted, steps = tiny.model("llama"), [], 0
     original = type(model).step
 
-    def step(self: Model, *args: Any, **options: Any) -> Step:
+    def step(self: Model, *args: Any, **options: Any) -> StepResult:
         nonlocal steps
         steps += 1
         if steps == 4:
@@ -237,7 +237,7 @@ def test_nan_logits_fail_only_their_prompt(monkeypatch: pytest.MonkeyPatch) -> N
     original = type(model).step
     steps = 0
 
-    def step(self: Model, tokens: Any, *args: Any, **options: Any) -> Step:
+    def step(self: Model, tokens: Any, *args: Any, **options: Any) -> StepResult:
         nonlocal steps
         steps += 1
         result = original(self, tokens, *args, **options)
@@ -375,7 +375,7 @@ def test_a_failed_prompts_tokens_are_not_taken_back_when_memory_runs_out(monkeyp
     model, counted, steps = tiny.model("llama"), [], 0
     original = type(model).step
 
-    def step(self: Model, *args: Any, **options: Any) -> Step:
+    def step(self: Model, *args: Any, **options: Any) -> StepResult:
         nonlocal steps
         steps += 1
         if steps == 5:

@@ -28,6 +28,7 @@ from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.recording.recorder import Recorder
 from tlcapture.generation.sampling.next_token import Sampling
+from tlcapture.models.checkpoints.checkpoint import cast
 from tlcapture.models.engines.hook_layouts import BY_HEAD, FLAT, PLAIN, layouts
 from tlcapture.models.loading import Model, from_hugging_face
 from tlcapture.page.contents import Contents
@@ -395,3 +396,14 @@ def test_a_hook_that_does_not_lie_token_by_token_is_refused_by_the_bridge(monkey
     monkeypatch.setattr(runs, "_layouts", {})
     with pytest.raises(ModelError, match=r"blocks\.0\.attn\.hook_q of MixtralForCausalLM does not lie token by token"):
         teacher_force(runs, random_ids(5), [hook("query", 0)])
+
+
+@pytest.mark.parametrize("family", ["Falcon Mamba", "Mamba 2"])
+def test_a_residual_stream_in_float32_may_be_rounded_as_the_weights_are(family: str) -> None:
+    """Tolerated as float32, it was refused: its layers compute in bfloat16."""
+    hf = copy.deepcopy(hf_model(family))
+    cast(hf, torch.bfloat16)
+    runs = from_hugging_face(hf, tiny.tokenizer(), name="tiny", engine="bridge")
+    name = hook("residual_out", 0)
+    assert runs.dtype == torch.bfloat16
+    assert teacher_force(runs, random_ids(5), [name])[name].dtype == torch.float32

@@ -20,12 +20,12 @@ from tlcapture.generation import loop
 from tlcapture.generation.interventions.intervention import Add
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure, Generation, Outcome
-from tlcapture.generation.recording.device_buffers import Triangles
+from tlcapture.generation.recording.device_buffers import DeviceBuffer, Triangles
 from tlcapture.generation.recording.recorder import Recorder
 from tlcapture.generation.sampling.next_token import GREEDY, Sampling
 from tlcapture.generation.sampling.noise import GumbelNoise
 from tlcapture.generation.sampling.processors import LogitProcessors, LogitRules, PromptTokens
-from tlcapture.models.engines.base import Step
+from tlcapture.models.engines.base import StepResult
 from tlcapture.models.fast import decoder
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import within_memory
@@ -83,7 +83,7 @@ class Steps:
         self.shapes: list[tuple[int, int]] = []
         original = type(model).step
 
-        def step(model: Model, tokens: Any, *args: Any, **options: Any) -> Step:
+        def step(model: Model, tokens: Any, *args: Any, **options: Any) -> StepResult:
             self.shapes.append((tokens.shape[0], tokens.shape[1]))
             result = original(model, tokens, *args, **options)
             if runs_out(len(self.shapes) - 1, *self.shapes[-1]):
@@ -183,7 +183,7 @@ def test_what_was_recorded_leaves_the_device_before_prompts_are_read_again(monke
 
     def runs_out(number: int, rows: int, positions: int) -> bool:
         if number > 3:
-            on_device.append(any(recorders[0]._on_device.values()))
+            on_device.append(any(isinstance(store, DeviceBuffer) for store in recorders[0]._stores.values()))
         return number == 3
 
     Steps(monkeypatch, model, runs_out)
@@ -311,7 +311,7 @@ def test_a_prompt_that_does_not_fit_alone_fails_by_itself(engine: str, monkeypat
     expected = run(model, GREEDY)
     original = type(model).step
 
-    def step(self: Model, tokens: Any, mask: Any, state: Any, *args: Any, **options: Any) -> Step:
+    def step(self: Model, tokens: Any, mask: Any, state: Any, *args: Any, **options: Any) -> StepResult:
         result = original(self, tokens, mask, state, *args, **options)
         so_far = state.mask if engine == "bridge" else state.previous_attention_mask
         if so_far.shape[1] > 31 + 3:

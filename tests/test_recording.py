@@ -273,7 +273,8 @@ def test_patterns_are_kept_as_triangles_and_are_zero_above_the_diagonal(monkeypa
     prompt, step = torch.rand(2, 3, 4, 4, generator=generator), torch.rand(2, 3, 1, 5, generator=generator)
     recorder.record([0, 1], {name: prompt})
     recorder.record([0, 1], {name: step})
-    (triangles,) = recorder._triangles.values()
+    (triangles,) = recorder._stores.values()
+    assert isinstance(triangles, device_buffers.Triangles)
     assert triangles._buffer.shape == (2, 1, 3, 6 * 7 // 2)
     for row, pad in ((0, 0), (1, 2)):
         expected = torch.zeros(3, 5 - pad, 5 - pad)

@@ -11,10 +11,12 @@ import transformers
 
 from tests import tiny
 from tests.evidence import Evidence
+from tests.families import FAMILIES
 from tests.test_parity import random_ids
 from tlcapture.errors import ModelError
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
+from tlcapture.models.checkpoints.checkpoint import cast
 from tlcapture.models.engines.base import _context_with_fixed_frequencies
 from tlcapture.models.engines.bridge import BridgeModel
 from tlcapture.models.loading import from_hugging_face
@@ -266,3 +268,18 @@ def test_a_refusal_because_of_versions_names_them_and_the_command_that_may_help(
     with pytest.raises(ModelError) as caught:
         from_hugging_face(copy.deepcopy(tiny.hf_model("llama")), tiny.tokenizer(), name="tiny", engine="bridge")
     assert str(caught.value).endswith(f"found TransformerLens {lens} and transformers {hugging_face}; {advice}")
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "end"),
+    [
+        ("Doge", torch.float32, "has no adapter for it"),
+        ("XGLM", torch.bfloat16, "; try --dtype float32"),
+    ],
+)
+def test_a_refusal_names_only_what_helps(family: str, dtype: torch.dtype, end: str) -> None:
+    """No version of TransformerLens has an adapter for Doge, and both compute XGLM in float32 alone."""
+    hf = transformers.AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation="eager")
+    cast(hf, dtype)
+    with pytest.raises(ModelError, match=rf"TransformerBridge does not run .*{end}$"):
+        from_hugging_face(hf, tiny.tokenizer(), name="tiny", engine="bridge")

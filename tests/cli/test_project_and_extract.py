@@ -501,7 +501,7 @@ def test_existing_vectors_are_skipped_without_loading_the_model(
     assert extract().exit_code == 0
     before = states(vectors)
     monkeypatch.setattr("tlcapture.models.loading.load_model", lambda *args, **options: pytest.fail("was loaded"))
-    monkeypatch.setattr("tlcapture.models.loading._load", lambda *args, **options: pytest.fail("was loaded"))
+    monkeypatch.setattr("tlcapture.models.loading.fetch_weights", lambda *args, **options: pytest.fail("was loaded"))
     for words in ((), ("--methods", "probe", "--component", "residual"), ("--layers", "1,2")):
         done = extract("--skip-existing", *words)
         assert done.exit_code == 0, done.output

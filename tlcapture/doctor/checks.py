@@ -20,7 +20,7 @@ from tlcapture.errors import InputError, NumericalError, TlcaptureError
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.sampling.next_token import Sampling
-from tlcapture.models.checkpoints.finite_weights import not_finite, remedy, said_of
+from tlcapture.models.checkpoints.finite_weights import not_finite, not_finite_message, remedy
 from tlcapture.models.deviation import BOUNDS, allowed, deviation
 from tlcapture.models.loading import Model
 from tlcapture.prompts.chat_template import stop_ids
@@ -312,7 +312,7 @@ def _cause(model: Model) -> str:
     names = not_finite(model.tl.named_parameters())
     unusable = [name.replace("._original_component", "") for name in names]
     if unusable:
-        return said_of(unusable)
+        return not_finite_message(unusable)
     return remedy(model.dtype) if model.dtype.itemsize == 2 else "its weights are finite, and its activations overflow"
 
 

@@ -18,7 +18,7 @@ from tlcapture.generation.padding import left_pad
 from tlcapture.generation.recording.pattern_spools import Spooling
 from tlcapture.generation.recording.recorder import Recorder
 from tlcapture.generation.recording.transfers import Download
-from tlcapture.generation.samples import to_read
+from tlcapture.generation.samples import by_prompt
 from tlcapture.generation.sampling.next_token import (
     GIVEN,
     STOP_TEXT,
@@ -32,7 +32,7 @@ from tlcapture.generation.sampling.noise import GumbelNoise, stream_start
 from tlcapture.generation.sampling.processors import LogitProcessors, PromptTokens
 from tlcapture.generation.stop_texts import StopTexts
 from tlcapture.models.checkpoints.finite_weights import remedy
-from tlcapture.models.engines.base import Step
+from tlcapture.models.engines.base import StepResult
 from tlcapture.models.loading import Model
 from tlcapture.models.streams import upload
 from tlcapture.prompts.chat_template import stop_ids
@@ -243,19 +243,22 @@ class Batch:
 
         Samples of a prompt that have no tokens yet are read once, and then have rows of their own.
         """
-        running, rows = self._running, range(len(self._running))
-        leading, copies = (rows, rows) if self._n_new else to_read([self.prompts[each] for each in running])
-        samples = [[each for each, copy in zip(running, copies, strict=True) if copy == n] for n in range(len(leading))]
+        running = self._running
+        samples = [[index] for index in running]
+        if not self._n_new:
+            groups = by_prompt([self.prompts[index] for index in running])
+            samples = [[running[row] for row in group] for group in groups]
         sequences = [[*self.prompts[first].read_ids, *self._responses[first]] for first, *_ in samples]
         n_positions = max(map(len, sequences)) - self._n_new + self._settings.max_new_tokens
-        self._state = self._model.start(len(leading))
-        if len(leading) == len(running):
+        self._state = self._model.start(len(samples))
+        if len(samples) == len(running):
             self._model.reserve(self._state, n_positions)
             return self._read_sequences(sequences, samples, self._acting)
-        logits = self._read_sequences(sequences, samples, self._acting_on([running[row] for row in leading]))
-        self._state = self._model.branch(self._state, list(copies))
+        logits = self._read_sequences(sequences, samples, self._acting_on([first for first, *_ in samples]))
+        copies = [row for row, group in enumerate(samples) for _ in group]
+        self._state = self._model.branch(self._state, copies)
         self._model.reserve(self._state, n_positions)
-        return logits.index_select(0, upload(list(copies), logits.device))
+        return logits.index_select(0, upload(copies, logits.device))
 
     def _read_sequences(
         self, sequences: Sequence[Sequence[int]], samples: Sequence[Sequence[int]], changes: ActingInterventions
@@ -292,7 +295,7 @@ class Batch:
         self._recorder.record(self._running, step.cache)
         return step.logits
 
-    def _step(self, tokens: Tokens, interventions: Acting, *, want_logits: bool) -> Step:
+    def _step(self, tokens: Tokens, interventions: Acting, *, want_logits: bool) -> StepResult:
         mask, names = torch.ones_like(tokens), self._recorder.names
         with acting(self._model, interventions, self._settings.own_hooks):
             return self._model.step(tokens, mask, self._state, names, want_logits=want_logits)

@@ -87,16 +87,22 @@ def generate(
     longest = max((len(prompt.read_ids) for prompt in fitting), default=0)
     if batch_size is None:
         model.release()
-    above = None if spooling is None else spooling.above
-    size = batch_size or fitting_batch_size(
-        model, longest + max_new_tokens, len(fitting), hooks, longest, spooled_above=above
-    )
-    queue = _Queue(fitting, size)
+        above = None if spooling is None else spooling.above
+        batch_size = fitting_batch_size(
+            model, longest + max_new_tokens, len(fitting), hooks, longest, spooled_above=above
+        )
     changes = [each.to(model.device) for each in interventions]
     settings = Settings(hooks, max_new_tokens, sampling, changes, own_hooks, spooling)
+    yield from _in_batches(model, _Queue(fitting, batch_size), settings, names, on_tokens)
+
+
+def _in_batches(
+    model: Model, queue: _Queue, settings: Settings, wanted: Collection[PromptId], on_tokens: Callable[[int], None]
+) -> Iterator[Outcome]:
+    """The outcomes of the wanted prompts of a queue; where memory runs out, they go on in smaller batches."""
     paused: list[_InFlight] = []  # the next one last
     while paused or queue:
-        in_flight = paused.pop() if paused else _InFlight.of(model, queue.next_batch(), settings, names)
+        in_flight = paused.pop() if paused else _InFlight.of(model, queue.next_batch(), settings, wanted)
         with suppress(OutOfMemoryError), within_memory("out of memory"):
             yield from in_flight.run(on_tokens)
             continue

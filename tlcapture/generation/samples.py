@@ -45,15 +45,15 @@ def n_together(prompts: Sequence[TokenizedPrompt], most: int, start: int = 0) ->
     return (end if end > start else last) - start
 
 
-def to_read(prompts: Sequence[TokenizedPrompt]) -> tuple[Sequence[int], Sequence[int]]:
-    """The indices of distinct prompts, and for each prompt its place among them."""
-    first: list[int] = []
-    rows = []
+def by_prompt(prompts: Sequence[TokenizedPrompt]) -> list[list[int]]:
+    """The indices of prompts in order, those of samples of one prompt as one list."""
+    groups: list[list[int]] = []
     for index, prompt in enumerate(prompts):
-        if not first or not _is_same(prompts[first[-1]], prompt):
-            first.append(index)
-        rows.append(len(first) - 1)
-    return first, rows
+        if groups and _is_same(prompts[index - 1], prompt):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 def _is_same(one: TokenizedPrompt, other: TokenizedPrompt) -> bool:

@@ -11,7 +11,7 @@ Face's at the same point. `engines/` contains the differences between them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,100 +126,68 @@ def load_model(
         ModelError: the model is not found, the engine does not support it or computes something other than Hugging
             Face, a package is missing, or there are too few devices.
     """
-    notes: list[str] = []
-    sources = _Sources(source, adapter, adapter_source)
-    model = _load(name, engine, device, dtype, sources, n_devices, fast, check, notes.append)
-    for note in notes:
-        (warn or warn_user)(note)
-    return model
-
-
-@dataclass(frozen=True)
-class _Sources:
-    """Where a model's files are, unless they are found by its name, and an adapter, with the folder of its files."""
-
-    model: str | Path | None
-    adapter: str | None
-    adapter_folder: str | Path | None
-
-    def adapter_of(self, source: str) -> Adapter | None:
-        """The adapter for the model in a folder."""
-        return None if self.adapter is None else given_adapter(str(self.adapter_folder or self.adapter), source)
-
-
-def _load(
-    name: str,
-    engine: str,
-    device: str,
-    dtype: str,
-    sources: _Sources,
-    n_devices: int,
-    fast: bool,
-    check: bool,
-    warn: Callable[[str], None],
-) -> Model:
     target = pick_device(device)
     check_devices(n_devices, target)
+    notes: list[str] = []  # passed on below, since `quiet_loading` suppresses warnings
     with quiet_loading():
-        source = source_of(name) if sources.model is None else str(sources.model)
-        for note in embedded.notes_on(Path(source)):
-            warn(note)
-        adapter = sources.adapter_of(source)
-        config = fetch_config(name, source)
+        folder = source_of(name) if source is None else str(source)
+        notes += embedded.notes_on(Path(folder))
+        merging = None if adapter is None else given_adapter(str(adapter_source or adapter), folder)
+        config = fetch_config(name, folder)
         chosen = pick_engine(name, engine, config)
-        tokenizer = fetch_tokenizer(name, source if adapter is None else adapter.tokenizer_source)
+        tokenizer = fetch_tokenizer(name, folder if merging is None else merging.tokenizer_source)
         with refused_in_one_line(config, name):
-            whole = fetch_weights(name, source, n_devices=n_devices if chosen == "bridge" else 1, warn=warn)
-            origin: dict[str, str] = {}
-            if adapter is not None and sources.adapter is not None:
+            whole = fetch_weights(name, folder, n_devices=n_devices if chosen == "bridge" else 1, warn=notes.append)
+            adapted: dict[str, str] = {}
+            if merging is not None and adapter is not None:
                 before = fingerprint(text_model_of(whole))
-                origin = {"adapter": sources.adapter, "adapter_digest": digest_of(adapter), "base_fingerprint": before}
-                whole = _adapted(whole, adapter, name, warn)
+                adapted = {"adapter": adapter, "adapter_digest": digest_of(merging), "base_fingerprint": before}
+                notes += _note_on_base(merging, name)
+                whole = merged(whole, merging, name)
             model = text_model_of(whole)
-            model.config._commit_hash = commit_of(source)
-            checkpoint_fingerprint = fingerprint(model)
+            model.config._commit_hash = commit_of(folder)
+            identity = fingerprint(model)
             cast(whole, pick_dtype(dtype, target, config))
-            where: dict[str, Any] = {"device": str(target), "n_devices": n_devices, "fast": fast}
-            facts = {"engine": chosen, "dtype": model.dtype, "fingerprint": checkpoint_fingerprint}
-            passed = PassedCheck.of(model.config, **where, **facts)
-            reference = _reference(whole, name, warn) if check and not passed.exists() else None
-            if reference is not None and not reference.is_finite:
-                _check_weights(whole, name, source)
-            del whole
+            placing: dict[str, Any] = {"device": str(target), "n_devices": n_devices, "fast": fast}
+            passed = PassedCheck.of(model.config, **placing, engine=chosen, dtype=model.dtype, fingerprint=identity)
+            reference = None
+            if check and not passed.exists():
+                reference = _reference(whole, name, weight_folders(name, folder), notes.append)
+            del whole  # so that an engine that copies the weights frees them
             loaded = from_hugging_face(
-                model, tokenizer, name=name, engine=chosen, checkpoint_fingerprint=checkpoint_fingerprint, **where
+                model, tokenizer, name=name, engine=chosen, checkpoint_fingerprint=identity, **placing
             )
-            loaded.adapted = origin
+            loaded.adapted = adapted
             if reference is not None:
                 quick_check(loaded, reference)
                 passed.remember()
-            return loaded
+    for note in notes:
+        (warn or warn_user)(note)
+    return loaded
 
 
-def _adapted(whole: Any, adapter: Adapter, name: str, warn: Callable[[str], None]) -> Any:
-    """The Hugging Face model with an adapter merged; warns where the adapter says that it is for another model."""
+def _note_on_base(adapter: Adapter, name: str) -> list[str]:
+    """What to know about an adapter that says that it is for another model."""
     other = other_base(replace(adapter, base=name))
-    if other is not None:
-        warn(f"adapter {adapter.source!r} says that it is for {other!r}: it is merged into {name!r}")
-    return merged(whole, adapter, name)
+    if other is None:
+        return []
+    return [f"adapter {adapter.source!r} says that it is for {other!r}: it is merged into {name!r}"]
 
 
-def _check_weights(whole: Any, name: str, source: str) -> None:
-    """Raise `ModelError` for weights that hold NaN or infinity.
+def _reference(hf_model: Any, name: str, folders: Sequence[Path], warn: Callable[[str], None]) -> QuickReference | None:
+    """Hugging Face's run of the short prompt; `None`, with a warning, if it cannot run it.
 
-    Looked for only where Hugging Face's own run gives such numbers: reading all weights takes 3 to 10 % of a load.
+    Raises `ModelError` if that gives NaN or infinity because the weights, whose files are in `folders`, hold such
+    numbers. They are looked for only then: reading all weights takes 3 to 10 % of a load.
     """
-    if reason := unusable_weights(whole, weight_folders(name, source)):
-        raise ModelError(f"model {name!r} cannot be used: {reason}")
-
-
-def _reference(hf_model: Any, name: str, warn: Callable[[str], None]) -> QuickReference | None:
-    """Hugging Face's run of the short prompt; `None`, with a warning, if it cannot run it."""
     try:
-        return QuickReference.of(hf_model.eval())
+        found = QuickReference.of(hf_model.eval())
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, MemoryError) as error:
         warn(f"model {name!r} is not compared with Hugging Face, whose own forward pass failed: {first_line(error)}")
         return None
+    if not found.is_finite and (reason := unusable_weights(hf_model, folders)):
+        raise ModelError(f"model {name!r} cannot be used: {reason}")
+    return found
 
 
 def from_hugging_face(

@@ -81,8 +81,7 @@ def fitting_batch_size(
     Patterns of prompts with more than `spooled_above` weights are on disk.
     """
     most = min(n_prompts, _MOST.get(model.device.type, _MOST_ELSEWHERE))
-    options: dict[str, Any] = {"in_one_step": in_one_step, "spooled_above": spooled_above}
-    needed = batch_bytes(model, n_tokens, hooks, n_prompt_tokens, **options)
+    needed = batch_bytes(model, n_tokens, hooks, n_prompt_tokens, in_one_step=in_one_step, spooled_above=spooled_above)
     device, main = free_memory(model.device), free_memory(torch.device("cpu"))
     is_main = model.device.type != "cuda"
     return next((size for size in range(most, 1, -1) if needed.fits(size, device, main, is_main=is_main)), 1)

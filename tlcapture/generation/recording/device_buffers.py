@@ -44,7 +44,7 @@ class DeviceBuffer:
         self._is_whole = n_held >= self._width + max_new_tokens
         a_row = (self._width + max_new_tokens) * math.prod(self._buffer.shape[2:]) * like.itemsize
         self._n_together = pinned_together(a_row) if max_new_tokens <= _FEW else 1
-        pinned = -(-len(lengths) // self._n_together) * _taken(self._n_together * a_row)
+        pinned = -(-len(lengths) // self._n_together) * _bytes_pinned(self._n_together * a_row)
         self._is_pinned = self._is_whole and pinned <= _PINNED * virtual_memory().available
         self._starts = [self._width - length for length in lengths]
         self._left = list(self._starts)  # the first column of each row that has not left yet
@@ -83,10 +83,10 @@ class DeviceBuffer:
     def _write_piece(self, indices: Sequence[int], pieces: Sequence[Tensor], first: int) -> None:
         n_columns = pieces[0].shape[1]
         if n_columns == 1:
-            _put(self._buffer[:, first], indices, torch.stack([piece[:, 0] for piece in pieces], dim=1))
+            _write_rows(self._buffer[:, first], indices, torch.stack([piece[:, 0] for piece in pieces], dim=1))
             return
         for hook, piece in enumerate(pieces):  # stacked, whole prompts would take their memory twice
-            _put(self._buffer[:, first : first + n_columns, hook], indices, piece)
+            _write_rows(self._buffer[:, first : first + n_columns, hook], indices, piece)
 
     def _leave(self, indices: Sequence[int], stop: int, n_tokens: int | None = None) -> None:
         """Copy the columns before `stop` of these rows to main memory, if they have not left yet."""
@@ -120,7 +120,7 @@ class DeviceBuffer:
         return self._width - self._starts[index] + self._max_new_tokens
 
 
-def _put(target: Tensor, indices: Sequence[int], values: Tensor) -> None:
+def _write_rows(target: Tensor, indices: Sequence[int], values: Tensor) -> None:
     """Write values into some rows of a tensor."""
     if len(indices) == indices[-1] + 1 - indices[0]:  # consecutive, as long as no prompt between them has ended
         target[indices[0] : indices[-1] + 1] = values
@@ -130,10 +130,10 @@ def _put(target: Tensor, indices: Sequence[int], values: Tensor) -> None:
 
 def pinned_together(n_bytes: int) -> int:
     """How many rows of so many bytes torch pins with the least waste: it takes a power of two each time."""
-    return min(range(1, _MOST_TOGETHER + 1), key=lambda n_rows: _taken(n_rows * n_bytes) / n_rows)
+    return min(range(1, _MOST_TOGETHER + 1), key=lambda n_rows: _bytes_pinned(n_rows * n_bytes) / n_rows)
 
 
-def _taken(n_bytes: int) -> int:
+def _bytes_pinned(n_bytes: int) -> int:
     """The bytes that torch pins for a tensor."""
     return 1 << max(0, n_bytes - 1).bit_length()
 
@@ -168,7 +168,7 @@ class Triangles:
         if n_columns == 1:
             n_keys = min(stop, patterns[0].shape[-1])
             stacked = torch.stack([pattern[:, :, -1, -n_keys:] for pattern in patterns], dim=1).to(device)
-            _put(self._buffer[..., n_weights(stop) - n_keys : n_weights(stop)], indices, stacked)
+            _write_rows(self._buffer[..., n_weights(stop) - n_keys : n_weights(stop)], indices, stacked)
             return
         query, key = torch.tril_indices(n_columns, n_columns, device=device)
         at = (query + first) * (query + first + 1) // 2 + key + first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,12 +51,9 @@ class Recorder:
         self._lengths = prompt_lengths
         self._max_new_tokens = max_new_tokens
         self._spooling = spooling
-        self._spooled: dict[Kind, SpooledPatterns | None] = {}  # `None` where patterns stay in memory
-        self._filled = [0] * len(prompt_lengths)
-        self._groups: dict[Kind, list[str]] = {}
-        self._buffers: dict[tuple[Kind, int], Tensor] = {}
-        self._on_device: dict[Kind, DeviceBuffer | None] = {}  # `None` where nothing fits
-        self._triangles: dict[Kind, Triangles] = {}
+        self._filled = [0] * len(prompt_lengths)  # the tokens recorded of each prompt
+        self._groups: dict[Kind, list[str]] = {}  # the names of each kind, in order
+        self._stores: dict[Kind, Store] = {}
         self._copies: dict[torch.device, Copies] = {}
 
     def record(self, indices: Sequence[int], cache: Cache) -> None:
@@ -75,14 +73,10 @@ class Recorder:
                 activations = [activation.to("cpu") for activation in activations]
             # Rotated keys have all columns so far.
             n_columns = min(each.shape[_token_axis(names[0])] for each in activations) if stop == self._width else 1
-            if is_pattern(names[0]) and (spooled := self._spooled_of(kind, activations)) is not None:
-                spooled.write(indices, activations, stop, n_columns)
-            elif is_pattern(names[0]):
-                self._triangles_of(kind, activations).write(indices, activations, stop, n_columns)
-            elif (buffer := self._device_buffer(kind, activations)) is not None:
-                buffer.write(indices, activations, stop, n_columns)
-            else:
-                self._write(kind, indices, n_new, activations)
+            if kind not in self._stores:
+                make = self._store_of_patterns if is_pattern(names[0]) else self._store_of_rows
+                self._stores[kind] = make(activations)
+            self._stores[kind].write(indices, activations, stop, n_columns)
         for index, count in zip(indices, n_new, strict=True):
             self._filled[index] += count
 
@@ -104,11 +98,12 @@ class Recorder:
         """
         parts, n_bytes, spools = [], 0, dict[str, tuple[PatternSpool, int]]()
         for kind, names in self._groups.items():
-            if (spooled := self._spooled.get(kind)) is not None:
-                spool = spooled.take(index, self._filled[index])
+            store = self._stores[kind]
+            if isinstance(store, SpooledPatterns):
+                spool = store.take(index, self._filled[index])
                 spools |= {name: (spool, hook) for hook, name in enumerate(names)}
                 continue
-            part, more = self._part(kind, index)
+            part, more = self._part(store, index)
             parts.append((names, part))
             n_bytes += more
         self.forget(index)
@@ -117,52 +112,42 @@ class Recorder:
     def forget(self, index: int) -> None:
         """Drop the activations of a prompt that has ended."""
         self._filled[index] = 0
-        for kind in self._groups:
-            self._buffers.pop((kind, index), None)
-            if (buffer := self._on_device.get(kind)) is not None:
-                buffer.forget(index)
-            if (spooled := self._spooled.get(kind)) is not None:
-                spooled.forget(index)
+        for store in self._stores.values():
+            if not isinstance(store, Triangles):  # those of all prompts are one tensor
+                store.forget(index)
 
     def rewind(self, index: int, n_tokens: int) -> None:
         """Let the next token recorded of a prompt be the one after its first `n_tokens`."""
         self._filled[index] = n_tokens
-        for spooled in self._spooled.values():
-            if spooled is not None:
-                spooled.rewind(index, n_tokens)
+        for store in self._stores.values():
+            if isinstance(store, SpooledPatterns):  # all others write a token where it belongs
+                store.rewind(index, n_tokens)
 
     def leave_devices(self) -> None:
         """Move the activations of all prompts that have not ended to main memory, where further steps are recorded."""
-        for kind, buffer in self._on_device.items():
-            if buffer is not None:
+        for kind, store in self._stores.items():
+            if isinstance(store, DeviceBuffer):
                 moved = {
-                    (kind, index): buffer.with_room(index, n_tokens)
-                    for index, n_tokens in enumerate(self._filled)
-                    if n_tokens
+                    index: store.with_room(index, n_tokens) for index, n_tokens in enumerate(self._filled) if n_tokens
                 }
-                buffer.copies.wait(buffer.copies.mark())
-                self._buffers.update(moved)
-                self._on_device[kind] = None
-        for triangles in self._triangles.values():
-            triangles.leave_device()
-        for spooled in self._spooled.values():
-            if spooled is not None:
-                spooled.flush()
+                store.copies.wait(store.copies.mark())
+                self._stores[kind] = RowBuffers(self._lengths, self._max_new_tokens, moved)
+            elif isinstance(store, Triangles):
+                store.leave_device()
+            elif isinstance(store, SpooledPatterns):
+                store.flush()
 
-    def _part(self, kind: Kind, index: int) -> tuple[Part, int]:
-        """The activations of a kind, and their bytes."""
+    def _part(self, store: RowBuffers | DeviceBuffer | Triangles, index: int) -> tuple[Part, int]:
+        """The activations of a prompt in a store, and their bytes."""
         n_tokens = self._filled[index]
-        if kind in self._triangles:
-            triangle = self._triangles[kind].own(index, self._width - self._lengths[index], n_tokens)
+        if isinstance(store, Triangles):
+            triangle = store.own(index, self._width - self._lengths[index], n_tokens)
             arrived = self._leaving(triangle)
             n_bytes = triangle[..., 0].numel() * n_tokens**2 * triangle.itemsize
             return lambda: whole_patterns(arrived(), n_tokens), n_bytes
-        buffer = self._on_device.get(kind)
-        if buffer is None:
-            whole = self._buffers[kind, index][:, :n_tokens]
-            return lambda: whole, whole.nbytes
-        taken = buffer.take(index, n_tokens)
-        return _once_copied(taken, buffer.copies), taken.nbytes
+        taken = store.take(index, n_tokens)
+        part = _once_copied(taken, store.copies) if isinstance(store, DeviceBuffer) else lambda: taken
+        return part, taken.nbytes
 
     def _leaving(self, tensor: Tensor) -> Part:
         """A tensor on its way to main memory."""
@@ -180,17 +165,6 @@ class Recorder:
             self._copies[device] = Copies(device)
         return self._copies[device]
 
-    def _write(self, kind: Kind, indices: Sequence[int], n_new: Sequence[int], activations: list[Tensor]) -> None:
-        # A token of each prompt leaves its device as one tensor. Whole prompts, stacked, would take their memory twice.
-        stacked = None if max(n_new) > 1 else torch.stack(activations).to("cpu")
-        activations = [each.to("cpu") for each in activations] if stacked is None else activations
-        for row, (index, count) in enumerate(zip(indices, n_new, strict=True)):
-            target = self._buffer(kind, index, activations)[:, self._filled[index] : self._filled[index] + count]
-            if stacked is None:
-                torch.stack([activation[row, -count:] for activation in activations], out=target)
-            else:
-                target.copy_(stacked[:, row, -count:])
-
     @property
     def _width(self) -> int:
         """The number of columns of the left-padded prompts; responses begin in the next column."""
@@ -201,51 +175,71 @@ class Recorder:
         n_filled = self._filled[indices[0]]
         return self._width + (n_filled + 1 - self._lengths[indices[0]] if n_filled else 0)
 
-    def _device_buffer(self, kind: Kind, activations: list[Tensor]) -> DeviceBuffer | None:
-        """The buffer of a kind on the accelerator that the activations are on, made at the first step."""
-        if kind not in self._on_device:
-            first, n_hooks, n_rows = activations[0], len(activations), len(self._lengths)
-            n_held = 0
-            if _has_own_memory(first.device):
-                columns = self._width + self._max_new_tokens
-                n_held = columns_that_fit(first, n_hooks, n_rows, columns, free_memory(first.device))
-            self._on_device[kind] = (
-                DeviceBuffer(
-                    first, n_hooks, self._lengths, self._max_new_tokens, n_held, self._copies_from(first.device)
-                )
-                if n_held
-                else None
-            )
-        return self._on_device[kind]
+    def _store_of_rows(self, activations: Sequence[Tensor]) -> RowBuffers | DeviceBuffer:
+        """Where to record activations of one shape: on the accelerator that they are on if there is room."""
+        first, n_hooks = activations[0], len(activations)
+        if _has_own_memory(first.device):
+            n_columns, free = self._width + self._max_new_tokens, free_memory(first.device)
+            if n_held := columns_that_fit(first, n_hooks, len(self._lengths), n_columns, free):
+                copies = self._copies_from(first.device)
+                return DeviceBuffer(first, n_hooks, self._lengths, self._max_new_tokens, n_held, copies)
+        return RowBuffers(self._lengths, self._max_new_tokens)
 
-    def _spooled_of(self, kind: Kind, patterns: list[Tensor]) -> SpooledPatterns | None:
-        """The spools of a kind, made at the first step; `None` where its patterns are kept in memory."""
-        if kind not in self._spooled:
-            n_columns = self._width + self._max_new_tokens
-            n_all = len(patterns) * patterns[0].shape[1] * n_weights(n_columns)
-            self._spooled[kind] = (
-                None
-                if self._spooling is None or n_all <= self._spooling.above
-                else SpooledPatterns(self._spooling.folder, patterns[0], len(patterns), self._lengths)
-            )
-        return self._spooled[kind]
+    def _store_of_patterns(self, patterns: Sequence[Tensor]) -> SpooledPatterns | Triangles:
+        """Where to record patterns: on disk if they are too large, else on the device that they are on if they fit."""
+        first, n_hooks, n_rows = patterns[0], len(patterns), len(self._lengths)
+        n_columns = self._width + self._max_new_tokens
+        n_weights_of_row = n_hooks * first.shape[1] * n_weights(n_columns)
+        if self._spooling is not None and n_weights_of_row > self._spooling.above:
+            return SpooledPatterns(self._spooling.folder, first, n_hooks, self._lengths)
+        n_bytes = n_rows * n_weights_of_row * first.itemsize
+        fits = _has_own_memory(first.device) and n_bytes <= SHARE * free_memory(first.device)
+        return Triangles(first, n_hooks, n_rows, n_columns, first.device if fits else torch.device("cpu"))
 
-    def _triangles_of(self, kind: Kind, patterns: list[Tensor]) -> Triangles:
-        """The triangles of a kind, made at the first step on the device of the patterns if they fit there."""
-        if kind not in self._triangles:
-            first = patterns[0]
-            n_columns, n_rows = self._width + self._max_new_tokens, len(self._lengths)
-            n_bytes = n_rows * len(patterns) * first.shape[1] * n_weights(n_columns) * first.itemsize
-            fits = _has_own_memory(first.device) and n_bytes <= SHARE * free_memory(first.device)
-            device = first.device if fits else torch.device("cpu")
-            self._triangles[kind] = Triangles(first, len(patterns), n_rows, n_columns, device)
-        return self._triangles[kind]
 
-    def _buffer(self, kind: Kind, index: int, activations: list[Tensor]) -> Tensor:
-        if (kind, index) not in self._buffers:
-            shape = (len(activations), self._lengths[index] + self._max_new_tokens, *activations[0].shape[2:])
-            self._buffers[kind, index] = torch.empty(shape, dtype=activations[0].dtype)
-        return self._buffers[kind, index]
+class RowBuffers:
+    """Activations of one shape in main memory: `[hook, token, ...]` for each prompt, without padding.
+
+    Args:
+        lengths: tokens of each prompt; columns are the positions of the left-padded batch.
+        buffers: what has been recorded of some prompts, by index, with room for all of their tokens.
+    """
+
+    def __init__(self, lengths: Sequence[int], max_new_tokens: int, buffers: Mapping[int, Tensor] = {}):
+        self._starts = [max(lengths) - length for length in lengths]
+        self._n_columns = max(lengths) + max_new_tokens
+        self._buffers = dict(buffers)
+
+    def write(self, indices: Sequence[int], activations: Sequence[Tensor], stop: int, n_columns: int) -> None:
+        """Write the last `n_columns` of activations `[batch, pos, ...]` of these rows; `stop` is the column after."""
+        first = [max(stop - n_columns, self._starts[index]) for index in indices]
+        # A token of each prompt leaves its device as one tensor. Whole prompts, stacked, would take their memory twice.
+        stacked = torch.stack(list(activations)).to("cpu") if min(first) == stop - 1 else None
+        on_cpu = [] if stacked is not None else [each.to("cpu") for each in activations]
+        for row, (index, column) in enumerate(zip(indices, first, strict=True)):
+            start = self._starts[index]
+            target = self._buffer(index, activations)[:, column - start : stop - start]
+            if stacked is None:
+                torch.stack([each[row, column - stop :] for each in on_cpu], out=target)
+            else:
+                target.copy_(stacked[:, row, -1:])
+
+    def take(self, index: int, n_tokens: int) -> Tensor:
+        """A prompt's activations `[hook, n_tokens, ...]`."""
+        return self._buffers[index][:, :n_tokens]
+
+    def forget(self, index: int) -> None:
+        """Drop a prompt's activations, to be freed once nobody else holds them."""
+        self._buffers.pop(index, None)
+
+    def _buffer(self, index: int, like: Sequence[Tensor]) -> Tensor:
+        if index not in self._buffers:
+            shape = (len(like), self._n_columns - self._starts[index], *like[0].shape[2:])
+            self._buffers[index] = torch.empty(shape, dtype=like[0].dtype)
+        return self._buffers[index]
+
+
+Store: TypeAlias = RowBuffers | DeviceBuffer | Triangles | SpooledPatterns  # of the activations of a kind
 
 
 def _once_copied(target: Tensor, copies: Copies) -> Part:

@@ -18,7 +18,7 @@ from typing import Any
 
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints.files import PLAIN_TYPES, damage
-from tlcapture.models.checkpoints.finite_weights import not_finite, said_of
+from tlcapture.models.checkpoints.finite_weights import not_finite, not_finite_message
 from tlcapture.models.checkpoints.untaken import listed
 from tlcapture.text import decoded
 
@@ -181,29 +181,9 @@ def _fault(folder: Path) -> str | None:
 def _merged(model: Any, adapter: Adapter, name: str) -> Any:
     import peft
 
-    config = peft.PeftConfig.from_pretrained(adapter.source)
-    if config.is_prompt_learning or config.is_adaption_prompt:
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        raise ModelError(f"model {name!r}: an adapter of type {kind} has no weights to merge into those of the model")
-    if getattr(config, "layer_replication", None):
-        raise ModelError(f"model {name!r}: its adapter repeats layers of the model (layer_replication): not supported")
-    start = str(getattr(config, "init_lora_weights", True))
-    if start.startswith(_CHANGED_BY):
-        raise ModelError(
-            f"model {name!r}: its adapter (init_lora_weights {start!r}) was trained beside weights that no file has: "
-            "convert it on saving with peft's path_initial_model_for_weight_conversion"
-        )
+    _check_kind(peft.PeftConfig.from_pretrained(adapter.source), name)
     weights = peft.load_peft_weights(adapter.source, device="cpu")
-    rounded = [
-        f"{key} is {weight.dtype}"
-        for key, weight in weights.items()
-        if str(weight.dtype) not in PLAIN_TYPES and (_LORA in key or key.endswith(".weight"))
-    ]
-    if rounded:
-        raise ModelError(f"model {name!r}: its adapter has weights that are not of floating point: {listed(rounded)}")
-    if unusable := not_finite(weights.items()):
-        path = next(Path(adapter.source) / each for each in _OWN_WEIGHTS if (Path(adapter.source) / each).exists())
-        raise ModelError(f"model {name!r}: its adapter cannot be merged: {path}: {said_of(unusable)}")
+    _check_numbers(weights, adapter, name)
     _resize(model, weights, name)
     device = str(model.device)
     adapted = peft.PeftModel.from_pretrained(model, adapter.source, torch_device=device)
@@ -219,6 +199,35 @@ def _merged(model: Any, adapter: Adapter, name: str) -> Any:
         raise ModelError(f"model {name!r}: its adapter adapts {twice} in two ways, which peft merges wrongly")
     _separate(adapted)
     return adapted.merge_and_unload()
+
+
+def _check_kind(config: Any, name: str) -> None:
+    """Raise `ModelError` for an adapter that cannot be merged into the weights of its model, by its config."""
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        raise ModelError(f"model {name!r}: an adapter of type {kind} has no weights to merge into those of the model")
+    if getattr(config, "layer_replication", None):
+        raise ModelError(f"model {name!r}: its adapter repeats layers of the model (layer_replication): not supported")
+    start = str(getattr(config, "init_lora_weights", True))
+    if start.startswith(_CHANGED_BY):
+        raise ModelError(
+            f"model {name!r}: its adapter (init_lora_weights {start!r}) was trained beside weights that no file has: "
+            "convert it on saving with peft's path_initial_model_for_weight_conversion"
+        )
+
+
+def _check_numbers(weights: dict[str, Any], adapter: Adapter, name: str) -> None:
+    """Raise `ModelError` for weights of an adapter that are not floating point, or not finite."""
+    packed = [
+        f"{key} is {weight.dtype}"
+        for key, weight in weights.items()
+        if str(weight.dtype) not in PLAIN_TYPES and (_LORA in key or key.endswith(".weight"))
+    ]
+    if packed:
+        raise ModelError(f"model {name!r}: its adapter has weights that are not of floating point: {listed(packed)}")
+    if unusable := not_finite(weights.items()):
+        path = next(Path(adapter.source) / each for each in _OWN_WEIGHTS if (Path(adapter.source) / each).exists())
+        raise ModelError(f"model {name!r}: its adapter cannot be merged: {path}: {not_finite_message(unusable)}")
 
 
 def _is_repeated(key: str, weights: dict[str, Any]) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,13 +129,7 @@ def fetch_weights(
     if adapter is not None and adapter.base != source:
         base = _base_of(adapter, name, weights=True)
         return adapters.merged(fetch_weights(adapter.base, base, n_devices=n_devices, warn=warn), adapter, name)
-    # Not whatever implementation the file asks for, which need not be installed.
-    config = fetch(name, "AutoConfig", source, attn_implementation=_ATTENTION)
-    for part in (config, config.get_text_config()):
-        for key in _OUTPUTS.keys() & vars(part).keys():
-            setattr(part, key, _OUTPUTS[key])
-    if fault := generation_config_fault(Path(source)):
-        raise ModelError(f"model {name!r} cannot be loaded: {fault}")
+    config = _config_for_weights(name, source)
     model, found = fetch(
         name,
         auto_class_of(config),
@@ -144,20 +138,55 @@ def fetch_weights(
         config=config,
         attn_implementation=_ATTENTION,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are named below
+        ignore_mismatched_sizes=True,  # `_check_complete` names them
         **quantised.loading_options(config, name),
-        **_over(n_devices),
+        **_distributed(n_devices),
         **({} if adapter is None else adapters.NOT_BY_TRANSFORMERS),
     )
+    extra = untaken(found.get("unexpected_keys", ()), model.config)
+    _check_complete(name, found, extra)
+    if quantised.method_of(config) is None and Path(source).is_dir():
+        types = {key: kind for key, kind in stored_types(Path(source)).items() if key not in extra}
+        _check_types(name, types, model, warn)
+    if extra:
+        warn(
+            f"model {name!r} has weights that no module takes, and which change nothing: {listed(extra)}: check that "
+            "config.json belongs to these weights"
+        )
+    with quantised.refused_in_one_line(config, name):
+        model = quantised.dequantised(model, config)
+    return model if adapter is None else adapters.merged(model, adapter, name)
+
+
+def _config_for_weights(name: str, source: str) -> Any:
+    """The config with which the weights of a checkpoint are loaded; what it asks for beyond logits is switched off.
+
+    Raises `ModelError` where the generation config beside it has no usable stop tokens.
+    """
+    # Not whatever implementation the file asks for, which need not be installed.
+    config = fetch(name, "AutoConfig", source, attn_implementation=_ATTENTION)
+    for part in (config, config.get_text_config()):
+        for key in _OUTPUTS.keys() & vars(part).keys():
+            setattr(part, key, _OUTPUTS[key])
+    if fault := generation_config_fault(Path(source)):
+        raise ModelError(f"model {name!r} cannot be loaded: {fault}")
+    return config
+
+
+def _check_complete(name: str, found: Mapping[str, Any], extra: list[str]) -> None:
+    """Raise `ModelError` if weights are missing, or have other shapes or a quantisation that the config does not state.
+
+    Args:
+        found: the loading info of transformers.
+        extra: the names of weights that no module takes.
+    """
     if unfit := sorted(found.get("mismatched_keys", ())):
         key, stored, expected = unfit[0]
         raise ModelError(
             f"model {name!r} has weights of other shapes than its config.json asks for: {key} is {list(stored)}, "
             f"expected {list(expected)}: check that config.json belongs to these weights"
         )
-    missing = sorted(map(str, found.get("missing_keys", ())))
-    extra = untaken(found.get("unexpected_keys", ()), model.config)
-    if missing:
+    if missing := sorted(map(str, found.get("missing_keys", ()))):
         others = f"; no module takes its {listed(extra)}: expected names as transformers saves them" if extra else ""
         raise ModelError(
             f"model {name!r} is incomplete: its checkpoint has no fitting {listed(missing)}; they would be initialised "
@@ -168,26 +197,24 @@ def fetch_weights(
             f"model {name!r} has weights that only quantised checkpoints have ({listed(extra)}): expected a "
             "quantization_config in config.json"
         )
-    if quantised.method_of(config) is None and Path(source).is_dir():
-        types = {key: kind for key, kind in stored_types(Path(source)).items() if key not in extra}
-        if rounded := quantised.of_other_types(types, model):
-            raise ModelError(
-                f"model {name!r} has weights of a type that only quantised checkpoints have ({listed(rounded)}): "
-                "expected a quantization_config in config.json, or weights of floating point"
-            )
-        if types and {*types.values()} <= _EXACT and model.dtype in _HALF:
-            warn(
-                f"model {name!r} has weights in 32 bits that are rounded to {dtype_name(model.dtype)}, since its "
-                "config.json says so: change dtype there to use them as they are"
-            )
-    if extra:
-        warn(
-            f"model {name!r} has weights that no module takes, and which change nothing: {listed(extra)}: check that "
-            "config.json belongs to these weights"
+
+
+def _check_types(name: str, types: Mapping[str, str], model: Any, warn: Callable[[str], None]) -> None:
+    """Raise `ModelError` for stored weights that are not floating point; warn of those that loading has rounded.
+
+    Args:
+        types: the stored type of each weight, as safetensors calls it.
+    """
+    if packed := quantised.of_other_types(types, model):
+        raise ModelError(
+            f"model {name!r} has weights of a type that only quantised checkpoints have ({listed(packed)}): "
+            "expected a quantization_config in config.json, or weights of floating point"
         )
-    with quantised.refused_in_one_line(config, name):
-        model = quantised.dequantised(model, config)
-    return model if adapter is None else adapters.merged(model, adapter, name)
+    if types and {*types.values()} <= _EXACT and model.dtype in _HALF:
+        warn(
+            f"model {name!r} has weights in 32 bits that are rounded to {dtype_name(model.dtype)}, since its "
+            "config.json says so: change dtype there to use them as they are"
+        )
 
 
 def weight_folders(name: str, source: str) -> list[Path]:
@@ -213,7 +240,7 @@ def _base_of(adapter: adapters.Adapter, name: str, *, weights: bool) -> str:
         raise ModelError(f"model {name!r} is an adapter: {error}") from None
 
 
-def _over(n_devices: int) -> dict[str, Any]:
+def _distributed(n_devices: int) -> dict[str, Any]:
     """Options of `from_pretrained` that distribute a model over the first devices, within their free memory."""
     if n_devices == 1:
         return {}
@@ -246,13 +273,13 @@ def cast(model: Any, dtype: torch.dtype) -> None:
 
 
 def _compute_again(module: Any, owner: Any, dtype: torch.dtype) -> None:
-    """Let transformers compute buffers again that no file holds and that were rounded to another dtype of 16 bits."""
+    """Let transformers compute buffers again that no file holds and that were rounded to another dtype of 16 bits.
+
+    `owner` is the innermost module around `module` that knows how to initialise it.
+    """
     owner = module if hasattr(module, "_init_weights") else owner
-    names = module._non_persistent_buffers_set & module._buffers.keys()
-    found = {name: getattr(module, name) for name in names}
-    rounded = {
-        name: each for name, each in found.items() if each is not None and each.dtype in _HALF and each.dtype != dtype
-    }
+    buffers = {name: module._buffers.get(name) for name in module._non_persistent_buffers_set}
+    rounded = {name: each for name, each in buffers.items() if each is not None and each.dtype in {*_HALF} - {dtype}}
     if rounded:
         for weight in (*module.parameters(), *module.buffers()):
             weight._is_hf_initialized = True  # which transformers then leaves as it is

@@ -24,7 +24,7 @@ _LARGEST_HEADER = 100_000_000  # bytes; what safetensors takes
 
 def damage(folder: Path) -> str | None:
     """The first file of a checkpoint's folder that is damaged, and how, in one line; `None` if none is known to be."""
-    return next(_damages(folder), None)
+    return next(filter(None, _damages(folder)), None)
 
 
 def generation_config_fault(folder: Path) -> str | None:
@@ -39,20 +39,18 @@ def generation_config_fault(folder: Path) -> str | None:
     return None
 
 
-def _damages(folder: Path) -> Iterator[str]:
+def _damages(folder: Path) -> Iterator[str | None]:
+    """What is wrong with one file after another; `None` for those that seem sound."""
     for name in _JSON:
         if (folder / name).exists():
-            yield from filter(None, [_json(folder / name)[1]])
+            yield _json(folder / name)[1]
     for path in sorted([*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]):
-        yield from filter(None, [_text_fault(path)])
-    if (fault := _names_of_templates_fault(folder / "tokenizer_config.json")) is not None:
-        yield fault
+        yield _text_fault(path)
+    yield _names_of_templates_fault(folder / "tokenizer_config.json")
     for index in sorted(folder.glob("*.index.json")):
         yield from _missing_shards(index)
-    for path in sorted(folder.glob("*.safetensors")):
-        yield from filter(None, [_safetensors_fault(path)])
-    for path in sorted(folder.glob("*.bin")):
-        yield from filter(None, [_bin_fault(path)])
+    yield from map(_safetensors_fault, sorted(folder.glob("*.safetensors")))
+    yield from map(_bin_fault, sorted(folder.glob("*.bin")))
 
 
 def stored_types(folder: Path) -> dict[str, str]:

@@ -31,11 +31,11 @@ def unusable_weights(model: Any, folders: Iterable[Path]) -> str | None:
         return None
     for path in _files(folders):
         if stored := not_finite(weights_of(path)):
-            return f"{path}: {said_of(stored)}"
-    return said_of(names)
+            return f"{path}: {not_finite_message(stored)}"
+    return not_finite_message(names)
 
 
-def said_of(names: list[str]) -> str:
+def not_finite_message(names: list[str]) -> str:
     """The message about weights that are not finite."""
     return f"{listed(names)} {'holds' if len(names) == 1 else 'hold'} NaN or infinity: expected finite weights"
 

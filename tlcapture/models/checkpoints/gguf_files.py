@@ -142,71 +142,71 @@ class _File:
 
 def _complete(config: Any, file: _File) -> None:
     """Let a config state what its file does and transformers leaves out."""
-    kind = config.model_type
-    width = file.value("attention.key_length")
-    if width and kind in _FLAT_ROPE and hasattr(config, "head_dim"):
-        config.head_dim = int(width)  # rather than d_model / n_heads, or the default of the config
+    _complete_attention(config, file)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if (cap := file.value(name)) is not None:
             if not hasattr(config, name):
                 raise file.refused(f"{name} {cap}")
             setattr(config, name, float(cap))
-    window = file.value("attention.sliding_window")
-    if kind in _WINDOWED:
-        config.sliding_window = window or None  # rather than the default of the config
-    elif isinstance(window, int) and kind in _FLAT_ROPE and kind != "gemma2" and 0 < window < _context(config):
-        raise file.refused(f"a sliding window of {window} tokens")
-    if kind in ("gemma2", "gemma3_text"):
-        is_27b = config.num_hidden_layers == _LAYERS_OF_27B[kind]
-        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
     for tensor, name in (("blk.0.attn_q.bias", "attention_bias"), ("blk.0.ffn_up.bias", "mlp_bias")):
         if tensor in file.shapes and hasattr(config, name):
             setattr(config, name, True)
     rope = _rope_of(config, file)
     if "original_max_position_embeddings" in rope and hasattr(config, "original_max_position_embeddings"):
         config.original_max_position_embeddings = rope["original_max_position_embeddings"]  # takes precedence
-    if rope and kind == "gemma3_text":
-        config.rope_parameters["full_attention"].update(rope)
-    elif rope:
-        config.rope_parameters.update(rope)
+    if rope:
+        parameters = config.rope_parameters
+        (parameters["full_attention"] if config.model_type == "gemma3_text" else parameters).update(rope)
 
 
-def _context(config: Any) -> int:
-    return int(config.max_position_embeddings)
+def _complete_attention(config: Any, file: _File) -> None:
+    """Set the width of heads, the sliding window and the scale of attention scores."""
+    kind = config.model_type
+    width = file.value("attention.key_length")
+    if width and kind in _FLAT_ROPE and hasattr(config, "head_dim"):
+        config.head_dim = int(width)  # rather than d_model / n_heads, or the default of the config
+    window = file.value("attention.sliding_window")
+    if kind in _WINDOWED:
+        config.sliding_window = window or None  # rather than the default of the config
+    elif isinstance(window, int) and kind in _FLAT_ROPE and kind != "gemma2":
+        if 0 < window < config.max_position_embeddings:
+            raise file.refused(f"a sliding window of {window} tokens")
+    if kind in _LAYERS_OF_27B:
+        is_27b = config.num_hidden_layers == _LAYERS_OF_27B[kind]
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
 
 
 def _rope_of(config: Any, file: _File) -> dict[str, Any]:
     """The entries of `rope_parameters` that a file states beyond its base."""
     kind = config.model_type
-    found: dict[str, Any] = {}
     rotated = file.value("rope.dimension_count")
+    partial: dict[str, Any] = {}
     if kind in _PARTLY_ROTATED and rotated:
-        found["partial_rotary_factor"] = rotated / _head_width(config)
-    scaling = file.value("rope.scaling.type") or ("linear" if file.value("rope.scale_linear") else "none")
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        partial["partial_rotary_factor"] = rotated / width
+    return partial if kind in _READ_BY_TRANSFORMERS else {**partial, **_scaling_of(config, file)}
+
+
+def _scaling_of(config: Any, file: _File) -> dict[str, Any]:
+    """The scaling of rotary embeddings that a file states; empty without one. Raises `ModelError` for any other."""
+    kind = file.value("rope.scaling.type") or ("linear" if file.value("rope.scale_linear") else "none")
     has_factors = {_LONG, _SHORT} <= file.shapes.keys()
-    if kind in _READ_BY_TRANSFORMERS or (scaling == "none" and not has_factors and _ROPE_FREQS not in file.shapes):
-        return found
-    what = f"rotary embeddings of type {'longrope' if has_factors else scaling!r}"
-    if kind not in (*_FLAT_ROPE, "gemma3_text"):
-        raise file.refused(what)
-    if has_factors and scaling in ("none", "longrope"):
-        return {**found, **_longrope(file)}
+    if kind == "none" and not has_factors and _ROPE_FREQS not in file.shapes:
+        return {}
+    refused = file.refused(f"rotary embeddings of type {'longrope' if has_factors else kind!r}")
+    if config.model_type not in (*_FLAT_ROPE, "gemma3_text"):
+        raise refused
+    if has_factors and kind in ("none", "longrope"):
+        return _longrope(file)
     if _ROPE_FREQS in file.shapes:
-        return {**found, **_llama3(config, file)}
+        return _llama3(config, file)
     known = {f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")}
     factor = file.value("rope.scaling.factor") or file.value("rope.scale_linear")
-    if scaling not in ("linear", "yarn") or not factor or set(file.names("rope.scaling.")) - known:
-        raise file.refused(what)
+    if kind not in ("linear", "yarn") or not factor or set(file.names("rope.scaling.")) - known:
+        raise refused
     original = file.value("rope.scaling.original_context_length")
-    stated = {"original_max_position_embeddings": int(original)} if scaling == "yarn" and original else {}
-    return {**found, "rope_type": scaling, "factor": float(factor), **stated}
-
-
-def _head_width(config: Any) -> int:
-    width = getattr(config, "head_dim", None)
-    return (
-        int(width or config.hidden_size // config.num_attention_heads) if hasattr(config, "num_attention_heads") else 0
-    )
+    stated = {"original_max_position_embeddings": int(original)} if kind == "yarn" and original else {}
+    return {"rope_type": kind, "factor": float(factor), **stated}
 
 
 def _longrope(file: _File) -> dict[str, Any]:

@@ -100,12 +100,13 @@ def load_gguf_tokenizer(source: Path) -> Any:
     from transformers import AutoTokenizer
 
     reader = GGUFReader(source)
-    found = {
+    stated = {
         name: field.contents()
         for name in ("model", "pre", "tokens", "token_type", "add_space_prefix", *_SPECIAL.values())
         if (field := reader.get_field(_KEY + name)) is not None
     }
-    rule = None if found.get("model") != "gpt2" or found.get("pre") in _BY_DEFAULT else found["pre"]
+    is_byte_level = stated.get("model") == "gpt2"
+    rule = stated.get("pre") if is_byte_level and stated.get("pre") not in _BY_DEFAULT else None
     if rule is not None and rule not in _PATTERNS:
         raise ModelError(
             f"{source}: its text is split into words by the rule {rule!r}, which is not known here: use the "
@@ -114,8 +115,8 @@ def load_gguf_tokenizer(source: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     before = json.dumps(state)
-    if found.get("model") == "gpt2":
-        _spell_added_tokens(state, found)
+    if is_byte_level:
+        _spell_added_tokens(state, stated)
         if (state["decoder"] or {}).get("type") != _BYTES["type"]:  # of an earlier transformers
             state["decoder"] = _BYTES
     if rule is not None:
@@ -123,12 +124,18 @@ def load_gguf_tokenizer(source: Path) -> Any:
         state["model"]["ignore_merges"] = rule in _WORDS_FIRST
         if rule in _COMPOSED:
             state["normalizer"] = {"type": "NFC"}
-    elif found.get("model") == "llama" and found.get("add_space_prefix") is False:
+    elif stated.get("model") == "llama" and stated.get("add_space_prefix") is False:
         _put_no_space_in_front(state)
-    tokens = found.get("tokens", ())
-    special = {name: tokens[found[key]] for name, key in _SPECIAL.items() if found.get(key, len(tokens)) < len(tokens)}
-    is_right = all(getattr(tokenizer, name) == token for name, token in special.items())
-    return tokenizer if is_right and json.dumps(state) == before else _made_of(state, tokenizer, special)
+    special = _special_tokens(stated)
+    has_special = all(getattr(tokenizer, name) == token for name, token in special.items())
+    return tokenizer if has_special and json.dumps(state) == before else _made_of(state, tokenizer, special)
+
+
+def _special_tokens(stated: dict[str, Any]) -> dict[str, str]:
+    """The special tokens of a file by their names in a tokenizer, without ids that it has no token for."""
+    tokens = stated.get("tokens", ())
+    ids = {name: stated[key] for name, key in _SPECIAL.items() if key in stated}
+    return {name: tokens[number] for name, number in ids.items() if number < len(tokens)}
 
 
 def _split(patterns: tuple[str, ...]) -> dict[str, Any]:
@@ -139,12 +146,12 @@ def _split(patterns: tuple[str, ...]) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [*splits, {**_BYTES, "use_regex": False}]}
 
 
-def _spell_added_tokens(state: dict[str, Any], found: dict[str, Any]) -> None:
+def _spell_added_tokens(state: dict[str, Any], stated: dict[str, Any]) -> None:
     """Give added tokens the spelling and number that they have in the file."""
-    tokens, vocabulary = found["tokens"], state["model"]["vocab"]
+    tokens, vocabulary = stated["tokens"], state["model"]["vocab"]
     spelled = {number: token for token, number in vocabulary.items()}
     added = {each["id"]: each for each in state["added_tokens"] if each["id"] < len(tokens)}
-    for number, (token, kind) in enumerate(zip(tokens, found.get("token_type", ()), strict=False)):
+    for number, (token, kind) in enumerate(zip(tokens, stated.get("token_type", ()), strict=False)):
         if kind in (_CONTROL, _USER_DEFINED) and not (number in added and spelled.get(number, token) == token):
             vocabulary.pop(spelled.get(number), None)
             vocabulary[token] = number

@@ -60,9 +60,9 @@ class ModelFiles:
 
     def found(self) -> Path | None:
         """The folder with these files on this machine, if any."""
-        if self._are(self._path):
+        if self._has_all(self._path):
             return self.folder
-        return self._copy() if self._are(self._copy().joinpath) else None
+        return self._copy() if self._has_all(self._copy().joinpath) else None
 
     def receive(self, content: Callable[[str], bytes]) -> Path:
         """Copy the files to the cache folder, unless this machine has them; returns their folder.
@@ -97,7 +97,8 @@ class ModelFiles:
         inner = name.removeprefix(f"{BASE}/")
         return self.folder / name if self.base is None or inner == name else self.base / inner
 
-    def _are(self, path: Callable[[str], Path]) -> bool:
+    def _has_all(self, path: Callable[[str], Path]) -> bool:
+        """Whether every file is where `path` says, with its size."""
         return all(path(name).is_file() and path(name).stat().st_size == n for name, n in self.sizes.items())
 
 

@@ -25,7 +25,7 @@ EXTERNAL_PREFIX = "tl-"  # prefix of the fingerprints of models that tlcapture d
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class StepResult:
     """The result of one forward pass.
 
     Attributes:
@@ -153,8 +153,8 @@ class Model(ABC):
     def reserve(self, state: Any, n_positions: int) -> None:  # noqa: B027  most engines reserve nothing
         """Reserve memory for all positions that an empty state, or a new branch of a state, will have.
 
-        Steps after the prompts are then of one token per row, which is not padding, and the tensors of a `Step` may be
-        overwritten by the next one.
+        Steps after the prompts are then of one token per row, which is not padding, and the tensors of a `StepResult`
+        may be overwritten by the next step.
         """
 
     def prepare(self, hooks: Set[str]) -> None:  # noqa: B027  most engines need nothing
@@ -164,7 +164,7 @@ class Model(ABC):
         """Free the memory that was reserved for a batch and kept for the next."""
 
     @abstractmethod
-    def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
+    def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> StepResult:
         """Call `run_with_cache` on the next positions of a batch and append them to `state`.
 
         Args:
@@ -176,7 +176,9 @@ class Model(ABC):
             want_logits: whether to compute the logits of the last position.
         """
 
-    def prompt_steps(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str]) -> Iterator[tuple[slice, Step]]:
+    def prompt_steps(
+        self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str]
+    ) -> Iterator[tuple[slice, StepResult]]:
         """Run the prompts of a new batch, in one step or in several micro-batches if that is faster.
 
         Yields:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints.checkpoint import fingerprint
-from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step, soft_cap
+from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, StepResult, soft_cap
 from tlcapture.models.engines.booting import text_only
 from tlcapture.models.engines.hook_layouts import (
     PLAIN,
@@ -30,7 +30,7 @@ from tlcapture.models.engines.hooked_config import architecture_of
 from tlcapture.models.engines.more_adapters import register_adapters
 from tlcapture.models.engines.newer_transformers import support_newer_transformers
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
-from tlcapture.models.engines.versions import version_advice
+from tlcapture.models.engines.versions import ADDED_IN_4, found_versions, version_advice
 from tlcapture.models.fast.bridge_components import make_components_fast, offering_only
 from tlcapture.models.fast.growing_cache import grow_in_place
 from tlcapture.models.fast.linear_modules import make_linears_fast
@@ -44,6 +44,11 @@ from tlcapture.views.hooks import HOOKS, POINTS, at_any_layer, hook, is_pattern,
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _WINDOWS = ("sliding_window", "attention_chunk_size", "layer_types")  # of a config, from which caches are made
+# Shares of an activation by which rounding may change it in `check`, by the dtype of the weights: some recurrent models
+# keep their residual stream in float32. In bfloat16, 24 layers of Mamba or of a hybrid reach half of it; a lost state,
+# or padding that is read, gives twice as much or more.
+_TOLERANCE, _TOLERANCE_IN_16_BITS = 2e-3, 0.05
+_ABOUT_DTYPES = ("dtype", "scalar type")  # in torch's errors about operands that differ in theirs
 # Every block that has these holds them as `[batch, pos, d_model]`.
 _ALWAYS_PLAIN = {HOOKS[name] for name in (*POINTS, "attn_out", "mixer_out", "mlp_out")}
 
@@ -123,7 +128,9 @@ class BridgeModel(Model):
             self._layout(name)
 
     @torch.no_grad()
-    def step(self, tokens: Tokens, mask: Mask, state: _BridgeState, hooks: Set[str], *, want_logits: bool) -> Step:
+    def step(
+        self, tokens: Tokens, mask: Mask, state: _BridgeState, hooks: Set[str], *, want_logits: bool
+    ) -> StepResult:
         """Call `run_with_cache` with position ids that skip left padding; patterns cover all keys so far."""
         laid_out = {name: self._layout(name) for name in hooks}
         state.mask = torch.cat([state.mask, mask.to(self.device)], dim=1)
@@ -133,7 +140,7 @@ class BridgeModel(Model):
         for name, layout in laid_out.items():
             activation = _with_all_keys(name, by_token(cache[name], layout, len(tokens)), state.mask.shape[1])
             handed_out[name] = self._by_head(name, activation)
-        return Step(logits[:, -1] if want_logits else None, handed_out)
+        return StepResult(logits[:, -1] if want_logits else None, handed_out)
 
     def _run(
         self, tokens: Tokens, positions: Tokens, state: _BridgeState, hooks: Set[str]
@@ -237,12 +244,13 @@ class BridgeModel(Model):
         tokens = torch.arange(1, 7).unsqueeze(0) % self.d_vocab
         whole = self.step(tokens, torch.ones_like(tokens), self.start(1), {probed, last}, want_logits=True)
         assert whole.logits is not None
-        if not _is_close(self.unembed(whole.cache[last][:, -1]), whole.logits):
+        tolerance = _TOLERANCE if self.dtype == torch.float32 else _TOLERANCE_IN_16_BITS
+        if not _is_close(self.unembed(whole.cache[last][:, -1]), whole.logits, tolerance):
             raise self._refusal(
                 "its logits involve more than final norm, unembedding, scale and soft cap, which a logit lens would "
                 "silently omit"
             )
-        if not _is_close(self._padded_and_in_two_steps(tokens, probed), whole.cache[probed][0]):
+        if not _is_close(self._padded_and_in_two_steps(tokens, probed), whole.cache[probed][0], tolerance):
             raise self._refusal(
                 "TransformerBridge computes other activations for it token by token in a padded batch than in one "
                 f"pass; {version_advice()}"
@@ -281,13 +289,12 @@ def _has_attention(config: Any, layer: int) -> bool:
     return layer >= len(kinds) or kinds[layer] not in WITHOUT_ATTENTION
 
 
-def _is_close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two activations are equal up to the rounding of their dtype.
+def _is_close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    """Whether two activations are equal up to a share of each value and of the largest one.
 
     Non-finite activations of the model itself are accepted: they do not depend on the architecture, and captures
     report them.
     """
-    tolerance = 2e-3 if ours.dtype == theirs.dtype == torch.float32 else 0.05
     ours, theirs = ours.float(), theirs.float()
     largest = float(theirs.abs().max())
     return not theirs.isfinite().all() or torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * largest)
@@ -328,15 +335,29 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, checkpoint_fingerprin
     except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # TransformerLens raises many kinds for what it does not have
-        reason = f"TransformerBridge does not run {architecture_of(model.config)}: {_why(error)}"
-        advice = "" if isinstance(error, ProcessRefusedError) else f"; {version_advice()}"
-        raise ModelError(f"{name}: {reason}{advice}") from None
+        architecture = architecture_of(model.config)
+        reason = f"TransformerBridge does not run {architecture}: {_why(error)}"
+        raise ModelError(f"{name}: {reason}{_remedy(error, architecture, model.dtype)}") from None
     return bridge
+
+
+def _has_no_adapter(error: Exception) -> bool:
+    return "Could not determine supported architecture" in str(error)
+
+
+def _remedy(error: Exception, architecture: str, dtype: torch.dtype) -> str:
+    """What may help after a failed boot, to end its refusal with; empty where nothing is known to."""
+    if isinstance(error, ProcessRefusedError) or (_has_no_adapter(error) and architecture not in ADDED_IN_4):
+        return ""
+    is_about_dtypes = isinstance(error, RuntimeError) and any(each in str(error) for each in _ABOUT_DTYPES)
+    if is_about_dtypes and dtype != torch.float32:
+        return f"; {found_versions()}; try --dtype float32"
+    return f"; {version_advice()}"
 
 
 def _why(error: Exception) -> str:
     """The reason of a failed boot, without TransformerLens's list of all architectures that it has."""
-    if "Could not determine supported architecture" in str(error):
+    if _has_no_adapter(error):
         return f"TransformerLens {installed('transformer_lens')} has no adapter for it"
     if isinstance(error, AssertionError) and not str(error):
         return f"TransformerLens fails at {extract_tb(error.__traceback__)[-1].line!r}"

@@ -14,7 +14,7 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints.checkpoint import fingerprint
-from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step, soft_cap
+from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, StepResult, soft_cap
 from tlcapture.models.engines.hooked_config import hooked_fields, weight_converter
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.models.engines.weight_layout import (
@@ -86,7 +86,7 @@ class HookedModel(Model):
         self._decoder = None
 
     @torch.no_grad()
-    def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
+    def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> StepResult:
         """Call `run_with_cache`, which extends the `past_kv_cache` of `state` in place, or replay such a call."""
         decoder = getattr(state, "decoder", None)
         if decoder is None or not decoder.can_step(state, tokens):
@@ -97,9 +97,9 @@ class HookedModel(Model):
             return step.logits, step.cache
 
         on = {"is_hooked": self.tl.is_hooked, "recordable": self.tl.recordable_key}
-        return Step(*decoder.step(state, tokens, hooks, run, **on))
+        return StepResult(*decoder.step(state, tokens, hooks, run, **on))
 
-    def _run(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
+    def _run(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> StepResult:
         residual, cache = self.tl.run_with_cache(
             tokens.to(self.device),
             names_filter=hooks.__contains__,
@@ -109,9 +109,11 @@ class HookedModel(Model):
             # Unembedding every prompt position would cost more than the rest of a short prompt.
             stop_at_layer=self.n_layers,
         )
-        return Step(self.unembed(residual[:, -1:])[:, 0] if want_logits else None, cache)
+        return StepResult(self.unembed(residual[:, -1:])[:, 0] if want_logits else None, cache)
 
-    def prompt_steps(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str]) -> Iterator[tuple[slice, Step]]:
+    def prompt_steps(
+        self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str]
+    ) -> Iterator[tuple[slice, StepResult]]:
         """Run the prompts of a new batch: in micro-batches by FastHookedTransformer, else in one step."""
         if not self._is_fast:
             yield from super().prompt_steps(tokens, mask, state, hooks)
@@ -184,8 +186,14 @@ def hooked_model(
     Raises:
         ModelError: HookedTransformer does not compute something that the config asks for.
     """
-    tl = _hooked_transformer(model, tokenizer, name, device, n_devices, fast)
-    return HookedModel(tl, tokenizer, model.config, model.generation_config, name, checkpoint_fingerprint)
+    tl = _with_weights_of(model, name, device, n_devices)
+    share_tables_in_place(tl)
+    tl.set_tokenizer(for_transformer_lens(tokenizer, name))
+    if fast:
+        make_fast(tl)
+        if n_devices == 1:
+            join_in_place(tl)
+    return HookedModel(tl.eval(), tokenizer, model.config, model.generation_config, name, checkpoint_fingerprint)
 
 
 def from_hooked_transformer(hooked: Any, *, name: str | None = None) -> HookedModel:
@@ -227,8 +235,8 @@ def make_fast(hooked: Any) -> None:
         hooked.__class__ = FastHookedTransformer
 
 
-def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_devices: int, fast: bool) -> Any:
-    """A HookedTransformer with the unprocessed weights of a Hugging Face model."""
+def _with_weights_of(model: Any, name: str, device: str, n_devices: int) -> Any:
+    """A HookedTransformer on its devices, with the unprocessed weights of a Hugging Face model and no tokenizer."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.loading_from_pretrained import fill_missing_keys
 
@@ -249,13 +257,7 @@ def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_de
         hooked.to(device, print_details=False)
     else:
         spread(hooked)
-    share_tables_in_place(hooked)
-    hooked.set_tokenizer(for_transformer_lens(tokenizer, name))
-    if fast:
-        make_fast(hooked)
-        if n_devices == 1:
-            join_in_place(hooked)
-    return hooked.eval()
+    return hooked
 
 
 def spread(hooked: Any) -> None:

@@ -130,14 +130,9 @@ def _gpt_neox(config: Any) -> Fields:
     d_head = config.hidden_size // config.num_attention_heads
     rotary_share = rope.get("partial_rotary_factor") or getattr(config, "rotary_pct", None) or 0.25
     return {
-        "d_model": config.hidden_size,
-        "d_head": d_head,
-        "n_heads": config.num_attention_heads,
+        **_sizes(config, d_head),
         "d_mlp": config.intermediate_size,
-        "n_layers": config.num_hidden_layers,
-        "n_ctx": config.max_position_embeddings,
         "eps": config.layer_norm_eps,
-        "d_vocab": config.vocab_size,
         "act_fn": config.hidden_act,
         "parallel_attn_mlp": config.use_parallel_residual,
         "positional_embedding_type": "rotary",
@@ -155,14 +150,9 @@ def _opt(config: Any) -> Fields:
     _refuse(not config.layer_norm_elementwise_affine, "OPT with norms without weights")
     _refuse(config._remove_final_layer_norm, "OPT without a final norm")
     return {
-        "d_model": config.hidden_size,
-        "d_head": config.hidden_size // config.num_attention_heads,
-        "n_heads": config.num_attention_heads,
+        **_sizes(config, config.hidden_size // config.num_attention_heads),
         "d_mlp": config.ffn_dim,
-        "n_layers": config.num_hidden_layers,
-        "n_ctx": config.max_position_embeddings,
         "eps": 1e-5,
-        "d_vocab": config.vocab_size,
         "act_fn": config.activation_function,
         "normalization_type": "LN",
     }
@@ -194,15 +184,7 @@ def _gemma(config: Any) -> Fields:
 
 def _gemma2(config: Any) -> Fields:
     _refuse(config.attention_bias, "Gemma-2 with attention biases")
-    return {
-        **_gated_rms(config),
-        **_windows(config),
-        "act_fn": _gemma_activation(config),
-        "attn_scale": sqrt(config.query_pre_attn_scalar),
-        "attn_scores_soft_cap": config.attn_logit_softcapping or -1.0,
-        "output_logits_soft_cap": config.final_logit_softcapping or -1.0,
-        "use_normalization_before_and_after": True,
-    }
+    return {**_gated_rms(config), **_since_gemma2(config)}
 
 
 def _gemma3(config: Any) -> Fields:
@@ -214,10 +196,17 @@ def _gemma3(config: Any) -> Fields:
     _refuse(_kind(local) != "default", f"rotary embeddings of type {_kind(local)!r} in local layers")
     return {
         **_gated_rms(config, kinds.get("full_attention") or local),
-        **_windows(config),
-        "act_fn": _gemma_activation(config),
+        **_since_gemma2(config),
         "rotary_base_local": local["rope_theta"],
         "use_qk_norm": True,
+    }
+
+
+def _since_gemma2(config: Any) -> Fields:
+    """Fields shared by Gemma-2 and Gemma-3: windows, soft caps, norms on both sides of attention and MLP."""
+    return {
+        **_windows(config),
+        "act_fn": _gemma_activation(config),
         "attn_scale": sqrt(config.query_pre_attn_scalar),
         "attn_scores_soft_cap": config.attn_logit_softcapping or -1.0,
         "output_logits_soft_cap": config.final_logit_softcapping or -1.0,
@@ -251,15 +240,10 @@ def _gated_rms(config: Any, rope: Fields | None = None, *, plain_heads_without_g
     if plain_heads_without_groups and groups == config.num_attention_heads:
         groups = None
     return {
-        "d_model": config.hidden_size,
-        "d_head": d_head,
-        "n_heads": config.num_attention_heads,
+        **_sizes(config, d_head),
         "n_key_value_heads": groups,
         "d_mlp": config.intermediate_size,
-        "n_layers": config.num_hidden_layers,
-        "n_ctx": config.max_position_embeddings,
         "eps": config.rms_norm_eps,
-        "d_vocab": config.vocab_size,
         "act_fn": getattr(config, "hidden_act", None) or "silu",
         "normalization_type": "RMS",
         "final_rms": True,
@@ -268,6 +252,18 @@ def _gated_rms(config: Any, rope: Fields | None = None, *, plain_heads_without_g
         "rotary_adjacent_pairs": False,
         "rotary_dim": d_head,
         **_rotary(rope or _rope(config)),
+    }
+
+
+def _sizes(config: Any, d_head: int) -> Fields:
+    """Sizes under the names that most configs have for them."""
+    return {
+        "d_model": config.hidden_size,
+        "d_head": d_head,
+        "n_heads": config.num_attention_heads,
+        "n_layers": config.num_hidden_layers,
+        "n_ctx": config.max_position_embeddings,
+        "d_vocab": config.vocab_size,
     }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tlcapture.models.fast.cache import FastCache
 from tlcapture.models.fast.fixed import FixedCache, FixedState
 from tlcapture.models.fast.forward import FastForward
-from tlcapture.models.fast.recording import Recorded, Tape
+from tlcapture.models.fast.recording import RecordedCall, Tape
 from tlcapture.shapes import Tokens
 
 _log = logging.getLogger(__name__)
@@ -61,10 +61,14 @@ class Decoder:
             self._position = torch.zeros(1, dtype=torch.long, device=like.device)
         self._tape = Tape(like.device) if like.is_cuda and self.records else None
         self._seen: dict[Key, None] = {}  # run once, and not recorded
-        self._recorded: dict[Key, Recorded[Result]] = {}
+        self._recorded: dict[Key, RecordedCall[Result]] = {}
         self._version: Any = None
         self.seconds = 0.0
+        # Of the batch that `lend` lets use the buffers: its cache, the rows of its recorded step, its most positions,
+        # and the mask that the last step made, `None` before the first.
         self._owner: Callable[[], FastCache | None] = lambda: None
+        self._size = self._limit = 0
+        self._adopted: Tensor | None = None
 
     def __deepcopy__(self, memo: Any) -> None:
         """`None`: a copy of a model makes its own buffers, and a copy of a state does without."""
@@ -73,22 +77,15 @@ class Decoder:
         """Whether no other batch uses the buffers, and a batch of a model with weights like `like` fits in them."""
         rows, positions = self._mask.shape
         has_room = n_rows <= rows and n_positions <= positions
-        return (
-            has_room
-            and self._owner() is None
-            and (self._store.dtype, self._store.device)
-            == (
-                like.dtype,
-                like.device,
-            )
-        )
+        is_alike = (self._store.dtype, self._store.device) == (like.dtype, like.device)
+        return has_room and is_alike and self._owner() is None
 
     def lend(self, cache: FastCache, n_positions: int) -> None:
         """Let the state of a new batch of up to `n_positions` use the buffers, which take over its content."""
         assert cache.state is not None
         n_rows = len(cache.state.mask)
         self._owner, self._size, self._limit = weakref.ref(cache), n_rows, n_positions
-        self._adopted: Tensor | None = None
+        self._adopted = None
         # Masked values are multiplied by zero, which gives NaN if an earlier batch left NaN or inf.
         store, held = self._store.zero_()[:, :, :n_rows], cache.state.store
         if held is not None:

@@ -40,7 +40,7 @@ class Tape:
         with self._alone():
             return call()
 
-    def record(self, call: Callable[[], Result]) -> Recorded[Result]:
+    def record(self, call: Callable[[], Result]) -> RecordedCall[Result]:
         """Record a call, which is not run. Raises `RuntimeError` if it cannot be recorded."""
         graph = torch.cuda.CUDAGraph()
         with self._alone(), _without_collection():
@@ -53,7 +53,7 @@ class Tape:
                     graph.capture_end()
                 raise
             graph.capture_end()
-        return Recorded(graph, result)
+        return RecordedCall(graph, result)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -68,7 +68,7 @@ class Tape:
                 current.wait_stream(self._stream)
 
 
-class Recorded(Generic[Result]):
+class RecordedCall(Generic[Result]):
     """A recorded call and what it returned: tensors that every replay overwrites.
 
     Attributes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,20 @@ class CachingHooks(list[tuple[str, Callable[..., Any]]]):
         return len(self) == len(self.names)
 
 
+class _Call(NamedTuple):
+    """A call that FastForward can run.
+
+    Attributes:
+        given: token ids `[batch, pos]`, or the residual stream before the first block, `[batch, pos, d_model]`.
+        mask: 0 where positions so far are padded, else 1, `[batch, key]`; `None` if TransformerLens computes none.
+        cache: keys and values so far, if the call has a cache.
+    """
+
+    given: Tensor
+    mask: Tensor | None
+    cache: FastCache | None
+
+
 class FastHookedTransformer(HookedTransformer):
     """A HookedTransformer with the forward pass of `tlcapture.models.fast` and otherwise unchanged behaviour."""
 
@@ -91,15 +105,8 @@ class FastHookedTransformer(HookedTransformer):
     def is_hooked(self) -> bool:
         """Whether others see a call of `run_with_cache`: hooks, or a method that replaces its own or `forward`."""
         methods = (self.run_with_cache, self.forward)
-        replaced = [getattr(method, "__func__", None) for method in methods] != [*_METHODS]
-        return (
-            replaced
-            or bool(self._caching_hooks)
-            or any(
-                point._forward_hooks or point._forward_pre_hooks or point._backward_hooks
-                for point in self.hook_dict.values()
-            )
-        )
+        is_replaced = [getattr(method, "__func__", None) for method in methods] != [*_METHODS]
+        return is_replaced or bool(self._caching_hooks) or any(map(_has_hooks, self.hook_dict.values()))
 
     @property
     def recordable_key(self) -> tuple[Hashable, ...]:
@@ -237,14 +244,13 @@ class FastHookedTransformer(HookedTransformer):
         ):
             fast = self._fast_forward_for(input, past_kv_cache)
         with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
+            call = None
             if fast is not None and start_at_layer is None:
-                ready = self._tokens_and_mask(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
-                if ready is not None:
-                    return self._run(fast, None, *ready, past_kv_cache, return_type, loss_per_token, stop_at_layer)
+                call = self._call_from_tokens(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
             elif fast is not None and start_at_layer == 0 and return_type == "logits":
-                whole = self._full_mask(input, attention_mask, past_kv_cache)
-                if whole is not None:
-                    return self._run(fast, input, None, whole, past_kv_cache, "logits", False, stop_at_layer)
+                call = self._call_from_residual(input, attention_mask, past_kv_cache)
+            if fast is not None and call is not None:
+                return self._run(fast, call, return_type, loss_per_token, stop_at_layer)
         return self._transformer_lens_forward(
             input,
             return_type=return_type,
@@ -278,12 +284,12 @@ class FastHookedTransformer(HookedTransformer):
         hooked = any(point._forward_hooks or point._backward_hooks for point in self.hook_points())
         return hooked or fast.requires_grad() or (isinstance(input, Tensor) and input.requires_grad)
 
-    def _tokens_and_mask(
+    def _call_from_tokens(
         self, input: Any, prepend_bos: Any, padding_side: Any, mask: Tensor | None, cache: FastCache | None
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Token ids `[batch, pos]` and the mask of all positions so far, as in TransformerLens's `input_to_embed`.
+    ) -> _Call | None:
+        """A call with token ids or texts and its mask, as in TransformerLens's `input_to_embed`.
 
-        The mask is `None` if `input_to_embed` computes none. The result is `None` if TransformerLens must run the call.
+        The result is `None` if TransformerLens must run the call.
         """
         if isinstance(input, Tensor):
             tokens = input
@@ -297,7 +303,7 @@ class FastHookedTransformer(HookedTransformer):
         tokens = tokens.to(self.embed.W_E.device)
         if mask is None:
             if cache is None and not (self.tokenizer and self.tokenizer.padding_side == "left"):
-                return tokens, None
+                return _Call(tokens, None, None)
             if self.tokenizer is None:
                 return None
             with_bos = self.cfg.default_prepend_bos if prepend_bos is USE_DEFAULT_VALUE else prepend_bos
@@ -305,10 +311,10 @@ class FastHookedTransformer(HookedTransformer):
         if mask.shape != tokens.shape or mask.is_floating_point():
             return None
         mask = mask.to(tokens.device)
-        return tokens, mask if cache is None else cache.append_attention_mask(mask)
+        return _Call(tokens, mask if cache is None else cache.append_attention_mask(mask), cache)
 
-    def _full_mask(self, residual: Any, mask: Tensor | None, cache: FastCache | None) -> Tensor | None:
-        """The mask of all positions so far for a residual stream `[batch, pos, d_model]` before the first block.
+    def _call_from_residual(self, residual: Any, mask: Tensor | None, cache: FastCache | None) -> _Call | None:
+        """A call with the residual stream `[batch, pos, d_model]` before the first block and the mask of all positions.
 
         `generate` passes both. The result is `None` if TransformerLens must run the call.
         """
@@ -316,49 +322,37 @@ class FastHookedTransformer(HookedTransformer):
             return None
         shape = (len(residual), cache.length + residual.shape[1])
         if mask is None:
-            return torch.ones(shape, dtype=torch.long, device=residual.device)
-        return mask.to(residual.device) if mask.shape == shape and not mask.is_floating_point() else None
+            mask = torch.ones(shape, dtype=torch.long, device=residual.device)
+        elif mask.shape != shape or mask.is_floating_point():
+            return None
+        return _Call(residual, mask.to(residual.device), cache)
 
     def _run(
-        self,
-        fast: FastForward,
-        residual: Tensor | None,
-        tokens: Tensor | None,
-        mask: Tensor | None,
-        cache: FastCache | None,
-        return_type: str | None,
-        loss_per_token: bool,
-        stop_at_layer: int | None,
+        self, fast: FastForward, call: _Call, return_type: str | None, loss_per_token: bool, stop_at_layer: int | None
     ) -> Any:
-        """Compute a supported call from tokens or from the residual stream before the first block."""
-        given = tokens if residual is None else residual
-        assert given is not None
-        batch, n_new = given.shape[:2]
-        state = FastState.empty(batch, given.device) if cache is None else cache.state
+        """Compute a supported call."""
+        given, mask, cache = call
+        state = FastState.empty(len(given), given.device) if cache is None else cache.state
         assert state is not None
         points = self._points()
-        whole = torch.ones(batch, n_new, dtype=torch.long, device=given.device) if mask is None else mask.long()
-        step = fast.begin(whole, state)
-        if residual is None:
-            assert tokens is not None
-            residual = fast.embed(tokens, step, points)
+        if mask is None:
+            step = fast.begin(torch.ones(given.shape[:2], dtype=torch.long, device=given.device), state)
+        else:
+            step = fast.begin(mask.long(), state)
+        residual = fast.embed(given, step, points) if given.ndim == 2 else given
         residual = fast(residual, step, state, points)
         if stop_at_layer is not None:
             return residual
-        if (
-            cache is not None
-            and cache.is_converted
-            and return_type == "logits"
-            and not self._has_hooks_after_blocks(points)
-        ):
-            residual = residual[:, -1:]  # `generate` uses only the logits of the last position
+        is_of_generate = cache is not None and cache.is_converted and return_type == "logits"
+        if is_of_generate and not self._has_hooks_after_blocks(points):
+            residual = residual[:, -1:]  # only whose logits are used
         normed = fast.final_norm(residual, points)
         if return_type is None:
             return None
         logits = apply_softcap(fast.logits(normed, points), self.cfg.output_logits_soft_cap)
         if return_type == "logits":
             return logits
-        loss = self.loss_fn(logits, tokens, mask, per_token=loss_per_token)
+        loss = self.loss_fn(logits, given, mask, per_token=loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
 
     def _has_hooks_after_blocks(self, points: HookPoints) -> bool:
@@ -388,6 +382,10 @@ class FastHookedTransformer(HookedTransformer):
 
 
 _METHODS = (FastHookedTransformer.run_with_cache, FastHookedTransformer.forward)
+
+
+def _has_hooks(point: Any) -> bool:
+    return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks)
 
 
 def _fits(tl: Any, given: Tensor, cache: FastCache | None) -> bool:
