@@ -395,6 +395,23 @@ def test_a_template_that_closes_thinking_only_where_it_is_off_makes_the_model_th
     assert not prompt_of(tokenizer_with(TURNS), [USER]).thinks
 
 
+def test_instructions_to_think_make_a_model_think() -> None:
+    """Granite 3.3's template writes them where thinking is on and there is no other system prompt."""
+    asks = "Write your thoughts between <think></think> and your response between <response></response>."
+    template = (
+        "{% if messages[0].role == 'system' %}{% set said = messages[0].content %}{% set rest = messages[1:] %}"
+        f"{{% else %}}{{% set said = 'You help.' + (' {asks}' if thinking else '') %}}{{% set rest = messages %}}"
+        "{% endif %}<turn>system\n{{ said }}</turn>" + TURNS.replace("in messages", "in rest")
+    )
+    tokenizer = tokenizer_with(template)
+    on = {"template_args": template_args(tokenizer, "on", {})}
+    assert prompt_of(tokenizer, [USER], **on).thinks
+    assert not prompt_of(tokenizer, [USER]).thinks
+    assert not prompt_of(tokenizer, [{**USER, "content": asks}]).thinks
+    assert not prompt_of(tokenizer, [SYSTEM, USER], **on).thinks
+    assert prompt_of(tokenizer, [{**SYSTEM, "content": asks}, USER]).thinks
+
+
 @pytest.mark.parametrize("tags", [("<|channel>thought\n", "<channel|>"), ("<thought>", "</thought>")])
 def test_thinking_of_an_earlier_message_that_its_template_takes_out_is_dropped(tags: tuple[str, str]) -> None:
     template = TURNS.replace("m.content", f"(m.content.split({tags[1]!r}) | last)")

@@ -8,7 +8,7 @@ The end of the prompt matters too, since some templates open the thinking there,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -24,8 +24,8 @@ _QUESTION, _THOUGHT, _ANSWER = "tlcapture question", "tlcapture thought", "tlcap
 _FIELDS_OF_THINKING = ("thinking", "reasoning_content", "reasoning")
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷")
 
-_cached: WeakKeyDictionary[Any, tuple[Any, ThinkingMarkers | None]] = WeakKeyDictionary()
-_closing: WeakKeyDictionary[Any, tuple[Any, bool]] = WeakKeyDictionary()
+# By tokenizer and name: what was found out, and the templates that it was found in, which may be replaced.
+_known: WeakKeyDictionary[Any, dict[str, tuple[Any, Any]]] = WeakKeyDictionary()
 
 
 class _Field(NamedTuple):
@@ -34,6 +34,25 @@ class _Field(NamedTuple):
     kind: Literal["thinking", "answer"]
     open: Any  # a compiled pattern, of the module re or regex
     close: Any | None
+
+
+class _Part(NamedTuple):
+    """A run of characters between two markers, or outside of them, and whether a marker is next to it."""
+
+    kind: Kind
+    start: int
+    stop: int
+    after_marker: bool
+    before_marker: bool
+
+    def trimmed(self, text: str) -> tuple[int, int]:
+        """Its start and stop without the white space next to a marker."""
+        start, stop = self.start, self.stop
+        if self.after_marker:
+            start = stop - len(text[start:stop].lstrip())
+        if self.before_marker:
+            stop = start + len(text[start:stop].rstrip())
+        return start, stop
 
 
 @dataclass(frozen=True)
@@ -63,12 +82,13 @@ class ThinkingMarkers:
         """
         text, n_before = opening + response, len(opening)
         found = []
-        for kind, begin, end in self._regions(text, self._start(opening), n_before):
+        for part in self._parts(opening, response):
+            begin, end = part.trimmed(text)
             begin, end = max(0, begin - n_before), end - n_before
-            if kind != "template" and begin < end:
-                found.append(Piece(begin, end, kind, "assistant"))
-        text = response.strip()
-        if found or self.rest == "answer" or not text or _TAG.match(text):
+            if part.kind != "template" and begin < end:
+                found.append(Piece(begin, end, part.kind, "assistant"))
+        stripped = response.strip()
+        if found or self.rest == "answer" or not stripped or _TAG.match(stripped):
             return found
         # Without any marker, since thinking is off: the answer alone.
         ends = [match.start() for each in self.fields if each.close for match in each.close.finditer(response)]
@@ -86,14 +106,8 @@ class ThinkingMarkers:
 
     def is_open(self, opening: str, response: str) -> bool:
         """Whether the thinking goes on at the end of a response so far; `opening` is as in `pieces`."""
-        text, at = opening + response, self._start(opening)
-        while opens := list(self._opens(text, at, len(opening))):
-            field, match = min(opens, key=lambda each: (each[1].start(), -len(each[1][0])))
-            close = None if field.close is None else field.close.search(text, match.end())
-            if close is None:
-                return field.kind == "thinking"
-            at = max(close.end(), match.end())
-        return False
+        *_, last = self._parts(opening, response)
+        return last.kind == "thinking" and not last.before_marker
 
     def literals(self) -> tuple[str, str] | None:
         """The opening and the closing marker of the thinking, if they alone decide where it is."""
@@ -121,21 +135,21 @@ class ThinkingMarkers:
         """Where the response begins in the end of the prompt."""
         return max((match.end() for match in self.anchor.finditer(opening)), default=0) if self.anchor else 0
 
-    def _regions(self, text: str, at: int, n_before: int) -> Iterator[tuple[Kind, int, int]]:
-        """Kind, start and stop of all parts, without the white space next to markers."""
-        after_marker = False
+    def _parts(self, opening: str, response: str) -> Iterator[_Part]:
+        """All parts of the end of a prompt and the response, as runs of their characters together."""
+        text, at, after_marker = opening + response, self._start(opening), False
         while True:
-            opens = [(match.start(), -len(match[0]), field, match) for field, match in self._opens(text, at, n_before)]
-            following = min(opens, key=lambda each: each[:2], default=None)
-            stop = len(text) if following is None else following[0]
+            opens = list(self._opens(text, at, len(opening)))
+            first = min(opens, key=lambda each: (each[1].start(), -len(each[1][0])), default=None)
+            stop = len(text) if first is None else first[1].start()
             for begin, end in self._unmarked(text, at, stop):
-                yield self.rest, *_trimmed(text, begin, end, start=after_marker or begin > at, stop=end < len(text))
-            if following is None:
+                yield _Part(self.rest, begin, end, after_marker or begin > at, end < len(text))
+            if first is None:
                 return
-            field, match = following[2:]
+            field, match = first
             close = None if field.close is None else field.close.search(text, match.end())
             end = len(text) if close is None else close.start()
-            yield field.kind, *_trimmed(text, match.end(), end, start=True, stop=close is not None)
+            yield _Part(field.kind, match.end(), end, after_marker=True, before_marker=close is not None)
             if close is None:
                 return
             at, after_marker = max(close.end(), match.end()), True
@@ -252,10 +266,17 @@ def marker_tokens(tokenizer: Any, *, chat_template: bool = True) -> tuple[int, i
     return (ids[0][0], ids[1][0]) if [len(each) for each in ids] == [1, 1] else None
 
 
-def thinks(tokenizer: Any, opening: str) -> bool:
-    """Whether a response after this end of a prompt is expected to begin with thinking."""
+def thinks(tokenizer: Any, opening: str, instructions: str = "") -> bool:
+    """Whether a response is expected to begin with thinking.
+
+    Args:
+        opening: the end of the prompt, see `ThinkingMarkers.pieces`.
+        instructions: its beginning, up to the first message that is not the system's.
+    """
     markers = thinking_markers(tokenizer) or _table_entry(opening, "")
-    return _closes_if_off(tokenizer) if markers is None else markers.thinks(opening)
+    if markers is None:
+        return _closes_if_off(tokenizer) or _asks_for_thinking(instructions)
+    return markers.thinks(opening)
 
 
 def thinking_markers(tokenizer: Any, *, chat_template: bool = True) -> ThinkingMarkers | None:
@@ -264,11 +285,22 @@ def thinking_markers(tokenizer: Any, *, chat_template: bool = True) -> ThinkingM
     The chat template is only rendered if prompts are rendered with it.
     """
     template = getattr(tokenizer, "chat_template", None) if chat_template else None
-    state = (template, getattr(tokenizer, "response_template", None))
-    if tokenizer not in _cached or _cached[tokenizer][0] != state:
-        found = _of_response_template(tokenizer) or (_of_rendering(tokenizer) if template else None)
-        _cached[tokenizer] = state, found
-    return _cached[tokenizer][1]
+
+    def find() -> ThinkingMarkers | None:
+        return _of_response_template(tokenizer) or (_of_rendering(tokenizer) if template else None)
+
+    found: ThinkingMarkers | None = _once(
+        tokenizer, "markers", (template, getattr(tokenizer, "response_template", None)), find
+    )
+    return found
+
+
+def _once(tokenizer: Any, name: str, templates: Any, find: Callable[[], Any]) -> Any:
+    """What `find` returns, which is called once as long as a tokenizer has these templates."""
+    known = _known.setdefault(tokenizer, {})
+    if name not in known or known[name][0] != templates:
+        known[name] = templates, find()
+    return known[name][1]
 
 
 def _table_entry(opening: str, response: str) -> ThinkingMarkers | None:
@@ -320,15 +352,25 @@ def _of_rendering(tokenizer: Any) -> ThinkingMarkers | None:
 
 def _closes_if_off(tokenizer: Any) -> bool:
     """Whether the end of a prompt closes the thinking where it is switched off, and is thus expected otherwise."""
-    state = getattr(tokenizer, "chat_template", None)
-    if tokenizer not in _closing or _closing[tokenizer][0] != state:
+    template = getattr(tokenizer, "chat_template", None)
+
+    def find() -> bool:
         user = {"role": "user", "content": _QUESTION}
         off = dict.fromkeys(SWITCHES, False)
-        prompt = rendered_or_none(tokenizer, [user], add_generation_prompt=True, template_args=off) if state else None
+        prompt = (
+            rendered_or_none(tokenizer, [user], add_generation_prompt=True, template_args=off) if template else None
+        )
         opening = (prompt or "").rpartition(_QUESTION)[2]
         entry = _table_entry(opening, "")
-        _closing[tokenizer] = state, entry is not None and not entry.thinks(opening)
-    return _closing[tokenizer][1]
+        return entry is not None and not entry.thinks(opening)
+
+    return bool(_once(tokenizer, "closes if off", template, find))
+
+
+def _asks_for_thinking(instructions: str) -> bool:
+    """Whether a text names the markers around the thinking, as the system prompts of Granite 3.3 and Phi-4 do."""
+    fields = [entry.fields[0] for entry in _TABLE]
+    return any(each.open.search(instructions) and each.close.search(instructions) for each in fields if each.close)
 
 
 def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
@@ -368,15 +410,6 @@ def _opener(text: str, turns: str) -> str:
         return text.rpartition("\n")[2].strip()
     ends = [text[tag.start() :] for tag in reversed(tags)]
     return next((each for each in ends if turns.count(each) == 1), ends[0])
-
-
-def _trimmed(text: str, begin: int, end: int, *, start: bool, stop: bool) -> tuple[int, int]:
-    """A run of characters without the white space next to a marker, where one is at its start or stop."""
-    while start and begin < end and text[begin].isspace():
-        begin += 1
-    while stop and begin < end and text[end - 1].isspace():
-        end -= 1
-    return begin, end
 
 
 def _readable(pattern: Any) -> str:

@@ -163,7 +163,7 @@ def tokenize(
         template_args=dict(template_args),
         spans=tuple(_spans(turns, chat, offsets, n_added)),
         opening=opening,
-        thinks=templated and thinks(tokenizer, opening),
+        thinks=templated and thinks(tokenizer, opening, _instructions(turns, chat)),
     )
 
 
@@ -318,7 +318,14 @@ def _plain_chat(turns: Sequence[Message]) -> RenderedChat:
     return RenderedChat(text, tuple(system if turn["role"] == "system" else user for turn in turns))
 
 
+def _instructions(turns: Sequence[Message], chat: RenderedChat) -> str:
+    """The beginning of a rendering, up to the first message that is not the system's."""
+    starts = [span.start for turn, span in zip(turns, chat.spans, strict=True) if span and turn["role"] != "system"]
+    return chat.text[: min(starts, default=len(chat.text))]
+
+
 def _opening(turns: Sequence[Message], chat: RenderedChat) -> str:
+    """The end of a rendering, after the last message that is not a beginning of the response."""
     others = [
         span.stop
         for turn, span in zip(turns, chat.spans, strict=True)
