@@ -256,12 +256,7 @@ def capture(
         OutOfMemoryError: a prompt does not fit in memory, even alone in its batch.
         NumericalError: a prompt's logits are NaN or inf.
     """
-    if max_new_tokens is not None and not (isinstance(max_new_tokens, SupportsIndex) and index(max_new_tokens) >= 0):
-        raise InputError(f"max_new_tokens is {max_new_tokens!r}: expected a whole number, at least 0")
-    if isinstance(internals, str) and internals != ALL_LAYERS:
-        raise InputError(f"internals {internals!r}: expected layers, or {ALL_LAYERS!r}")
-    if vectors is not None and not isinstance(vectors, Experiment):
-        raise InputError(f"vectors: expected an Experiment, got {type(vectors).__name__}: Experiment({vectors!r})?")
+    _check_kinds(max_new_tokens, internals, vectors)
     kept_tokens = None if tokens is None else KeptTokens.parse(tokens)
     rules = {"top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
     asked = _asked(sampling, temperature, seed, stop, rules)
@@ -269,14 +264,10 @@ def capture(
     runner = as_model(model)
     sources = given_captures(prompts)
     values = all_template_args(runner.tokenizer, thinking, template_args, chat_template=chat_template)
-    if sources is not None:
-        tokenized = [prompt_of_capture(runner, each) for each in sources]
-    elif (ids := given_token_ids(prompts)) is not None:
-        if system_prompt is not None or chat_template or values:
-            raise InputError("token ids are read as they are: leave out system_prompt, chat_template and thinking")
-        tokenized = [prompt_of_ids(runner, number, each) for number, each in enumerate(ids, start=1)]
+    if sources is None:
+        tokenized = _tokenized(runner, prompts, system_prompt, chat_template, values)
     else:
-        tokenized = _tokenized(runner, as_prompt_set(prompts), system_prompt, chat_template, values)
+        tokenized = [prompt_of_capture(runner, each) for each in sources]
     chosen = sampling_for(asked, runner)
     for note in filter(None, (unfollowed(chosen, runner), without_effect(chosen, samples))):
         _log.warning(note)
@@ -332,13 +323,29 @@ def capture(
         )
 
 
+def _check_kinds(max_new_tokens: Any, internals: Any, vectors: Any) -> None:
+    """Raise `InputError` for arguments of the wrong kind."""
+    if max_new_tokens is not None and not (isinstance(max_new_tokens, SupportsIndex) and index(max_new_tokens) >= 0):
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}: expected a whole number, at least 0")
+    if isinstance(internals, str) and internals != ALL_LAYERS:
+        raise InputError(f"internals {internals!r}: expected layers, or {ALL_LAYERS!r}")
+    if vectors is not None and not isinstance(vectors, Experiment):
+        raise InputError(f"vectors: expected an Experiment, got {type(vectors).__name__}: Experiment({vectors!r})?")
+
+
 def _tokenized(
     model: Model,
-    prompt_set: PromptSet,
+    prompts: Any,
     system_prompt: str | None,
     chat_template: bool | None,
     template_args: Mapping[str, Any],
 ) -> list[TokenizedPrompt]:
+    """The prompts as the model reads them, given as token ids, texts or conversations."""
+    if (given := given_token_ids(prompts)) is not None:
+        if system_prompt is not None or chat_template or template_args:
+            raise InputError("token ids are read as they are: leave out system_prompt, chat_template and thinking")
+        return [prompt_of_ids(model, number, ids) for number, ids in enumerate(given, start=1)]
+    prompt_set = as_prompt_set(prompts)
     return [
         tokenize_prompt(
             model.tokenizer,
