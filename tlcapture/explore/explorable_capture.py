@@ -15,7 +15,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from operator import index
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.coloured_tokens import ColouredTokens
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from tlcapture.models.loading import Model
     from tlcapture.traits.projections.projection import Projection
     from tlcapture.views.cache import Cache
+    from tlcapture.views.head_summary import ReadByRow
     from tlcapture.views.logit_lens import LogitLens
 
 
@@ -69,13 +69,21 @@ class ExplorableCapture(ABC):
         Raises `InputError` if they cannot be applied again.
         """
 
-    def _add_on(self, kind: str, layer: int = 0) -> Path | None:
-        """The file of `attention`, `logit_lens`, or the `internals` of a layer that was made from this capture."""
-        return None
+    @abstractmethod
+    def _stored_internals(self, layer: int) -> dict[str, Tensor] | None:
+        """The activations of a layer that were captured, if they were."""
 
-    def _lens(self) -> LogitLens | None:
+    @abstractmethod
+    def _stored_heads(self, layer: int) -> AttentionHeads | None:
+        """The attention patterns of a layer that were captured, if they were."""
+
+    @abstractmethod
+    def _stored_attention(self) -> ReadByRow | None:
+        """The attention patterns of all layers that were captured, read token by token."""
+
+    @abstractmethod
+    def _stored_lens(self) -> LogitLensTable | None:
         """The logit lens that was captured, if it was."""
-        return None
 
     # -- traits -----------------------------------------------------------------------------------
 
@@ -201,7 +209,7 @@ class ExplorableCapture(ABC):
         from tlcapture.explore.activation_cache import activation_cache
         from tlcapture.explore.internals import stored_hooks
 
-        stored = stored_hooks(self._captured.n_layers, self._saved_internals, self._saved_heads)
+        stored = stored_hooks(self._captured.n_layers, self._stored_internals, self._stored_heads)
         return activation_cache(self._captured, self._model, stored)
 
     def internals(self, layer: SupportsIndex) -> dict[str, Tensor]:
@@ -215,7 +223,7 @@ class ExplorableCapture(ABC):
         from tlcapture.explore.internals import computed_internals
 
         at = self._layer(layer)
-        stored = self._saved_internals(at)
+        stored = self._stored_internals(at)
         return computed_internals(self._captured, at, self._model(), self._forced) if stored is None else stored
 
     def attention(self, layer: SupportsIndex) -> AttentionHeads:
@@ -228,7 +236,7 @@ class ExplorableCapture(ABC):
         """
         layer_index = self._layer(layer)
         if layer_index not in self._heads:
-            self._heads[layer_index] = self._saved_heads(layer_index) or self._computed_heads(layer_index)
+            self._heads[layer_index] = self._stored_heads(layer_index) or self._computed_heads(layer_index)
         return self._heads[layer_index]
 
     def head_summary(self) -> DataFrame:
@@ -262,17 +270,13 @@ class ExplorableCapture(ABC):
 
     @cached_property
     def _logit_lens(self) -> LogitLensTable:
-        from tlcapture.explore.figures.logit_lens_table import table_of, table_of_view
-        from tlcapture.views.saved_lens import read_lens
-
-        path = self._add_on("logit_lens")
-        saved = None if path is None else read_lens(path)
-        if saved is not None and saved.head.tokens == self._captured.tokens:  # otherwise of another capture
-            return table_of(saved, self._labels())
+        stored = self._stored_lens()
+        if stored is not None:
+            return stored
         from tlcapture.views.logit_lens import logit_lens_view
 
         capture, model = self._captured, self._model()
-        lens = self._lens() or logit_lens_view(
+        lens = logit_lens_view(
             capture.residual,
             capture.n_layers,
             capture.token_ids,
@@ -280,7 +284,12 @@ class ExplorableCapture(ABC):
             positions=capture.positions,
             device=model.last_device,
         )
-        return table_of_view(lens, model.tokenizer, capture.positions.stated, self._labels())
+        return self._lens_table(lens)
+
+    def _lens_table(self, lens: LogitLens) -> LogitLensTable:
+        from tlcapture.explore.figures.logit_lens_table import table_of_view
+
+        return table_of_view(lens, self._model().tokenizer, self._captured.positions.stated, self._labels())
 
     def _layer(self, layer: SupportsIndex) -> int:
         """A layer of the model, negative ones counted from the last; raises `InputError` for any other."""
@@ -289,24 +298,6 @@ class ExplorableCapture(ABC):
         if not 0 <= found < n_layers:
             raise InputError(f"no layer {found}: the model has layers 0 to {n_layers - 1}")
         return found
-
-    def _saved_internals(self, layer: int) -> dict[str, Tensor] | None:
-        from tlcapture.explore.internals import stored_internals
-
-        path = self._add_on("internals", layer)
-        return None if path is None else stored_internals(path, self._captured, layer)
-
-    def _saved_heads(self, layer: int) -> AttentionHeads | None:
-        from tlcapture.explore.figures.attention_heads import AttentionHeads
-        from tlcapture.views.saved_attention import read_attention
-
-        path = self._add_on("attention")
-        saved = None if path is None else read_attention(path)
-        if saved is None or saved.head.tokens != self._captured.tokens:  # of another capture
-            return None
-        if layer not in saved.head.kept_layers:  # a forward pass has it
-            return None
-        return AttentionHeads(**self._labels(), layer=layer, patterns=saved.heads(layer), source=saved.path.name)
 
     def _computed_heads(self, layer: int) -> AttentionHeads:
         name = hook("pattern", layer)

@@ -21,7 +21,6 @@ from tlcapture.views.internals import internals_hooks, internals_view
 if TYPE_CHECKING:
     from tlcapture.explore.figures.attention_heads import AttentionHeads
     from tlcapture.models.loading import Model
-    from tlcapture.views.cache import Cache
 
 
 def stored_internals(path: Path, capture: Capture, layer: int) -> dict[str, Tensor] | None:

@@ -29,6 +29,7 @@ from tlcapture.errors import InputError
 from tlcapture.explore.applied_interventions import NO_INTERVENTIONS, AppliedInterventions
 from tlcapture.explore.experiment import Experiment
 from tlcapture.explore.explorable_capture import ExplorableCapture
+from tlcapture.explore.figures.attention_heads import AttentionHeads, HeadsByRow
 from tlcapture.explore.live.given_prompts import as_prompt_set, given_token_ids, prompt_of_ids
 from tlcapture.explore.live.live_interventions import (
     Hook,
@@ -67,11 +68,9 @@ from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_view
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens, kept_of
-from tlcapture.views.logit_lens import LogitLens
 
 if TYPE_CHECKING:
-    from tlcapture.explore.figures.attention_heads import AttentionHeads
-
+    from tlcapture.explore.figures.logit_lens_table import LogitLensTable
 
 _log = logging.getLogger(__name__)
 
@@ -146,19 +145,23 @@ class LiveCapture(Capture, ExplorableCapture):
             return None
         return own.experiment
 
-    def _saved_internals(self, layer: int) -> dict[str, Tensor] | None:
+    def _stored_internals(self, layer: int) -> dict[str, Tensor] | None:
         if self.more is None or layer not in self.more.wanted.internals:
             return None
         return internals_view(self.more.cache, layer, self.positions)
 
-    def _saved_heads(self, layer: int) -> AttentionHeads | None:
+    def _stored_heads(self, layer: int) -> AttentionHeads | None:
         more = self.more
         if more is None or not more.wanted.attention or hook("pattern", layer) not in more.cache:
             return None
         return self._heads_in(more.cache, layer, "the capture")
 
-    def _lens(self) -> LogitLens | None:
-        return None if self.more is None else self.more.lens
+    def _stored_attention(self) -> HeadsByRow | None:
+        heads = {layer: found for layer in range(self.n_layers) if (found := self._stored_heads(layer)) is not None}
+        return HeadsByRow.of(heads, self.n_layers) if heads else None
+
+    def _stored_lens(self) -> LogitLensTable | None:
+        return None if self.more is None or self.more.lens is None else self._lens_table(self.more.lens)
 
     @property
     def _captured(self) -> Capture:
