@@ -31,7 +31,7 @@ from tlcapture import capture
 from tlcapture.errors import InputError
 from tlcapture.prompts.conversations import check_messages
 from tlcapture.prompts.prompt_sets import Prompt
-from tlcapture.prompts.spans import NO_OFFSETS, Piece, TokenSpan, check_spans, labels_of, spans_of_text
+from tlcapture.prompts.spans import NO_OFFSETS, TextSpan, TokenSpan, check_spans, labels_of, spans_of_text
 from tlcapture.prompts.template_args import has_switch, template_args
 from tlcapture.prompts.thinking import RESPONSE_TEMPLATE, is_thinking, response_spans, thinks
 from tlcapture.prompts.tokenization import TokenizedPrompt, token_texts, tokenize
@@ -216,7 +216,7 @@ def test_a_token_belongs_to_the_span_with_most_of_its_characters(lengths: list[i
     length = edges[-1]
     cuts = sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=5))})
     pieces = [
-        Piece(start, stop, "turn", "user")
+        TextSpan(start, stop, "turn", "user")
         for number, (start, stop) in enumerate(pairwise(cuts))
         if number % 2 == 0 and start < stop
     ]

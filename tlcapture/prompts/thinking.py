@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from tlcapture.prompts.chat_template import SWITCHES, rendered_or_none
 from tlcapture.prompts.message_spans import THINKING_TAGS
-from tlcapture.prompts.spans import Kind, Piece, TokenSpan, spans_of_text
+from tlcapture.prompts.spans import Kind, TextSpan, TokenSpan, spans_of_text
 from tlcapture.text import MOST_BYTES, REPLACEMENT, n_shared
 
 RESPONSE_TEMPLATE, REASONING_CONTENT, TABLE = "response_template", "reasoning_content", "table"
@@ -75,7 +75,7 @@ class ThinkingMarkers:
     anchor: Any | None = None
     opened_by_prompt: bool = False
 
-    def pieces(self, opening: str, response: str) -> list[Piece]:
+    def text_spans(self, opening: str, response: str) -> list[TextSpan]:
         """The thinking and the answer within a response, as runs of its characters.
 
         `opening` is the end of the prompt: what comes after the last message that is not the assistant's.
@@ -86,13 +86,13 @@ class ThinkingMarkers:
             begin, end = part.trimmed(text)
             begin, end = max(0, begin - n_before), end - n_before
             if part.kind != "template" and begin < end:
-                found.append(Piece(begin, end, part.kind, "assistant"))
+                found.append(TextSpan(begin, end, part.kind, "assistant"))
         stripped = response.strip()
         if found or self.rest == "answer" or not stripped or _TAG.match(stripped):
             return found
         # Without any marker, since thinking is off: the answer alone.
         ends = [match.start() for each in self.fields if each.close for match in each.close.finditer(response)]
-        return [Piece(0, min(ends, default=len(response)), "answer", "assistant")]
+        return [TextSpan(0, min(ends, default=len(response)), "answer", "assistant")]
 
     def thinks(self, opening: str) -> bool:
         """Whether a response after this end of a prompt begins with thinking, as far as the template says."""
@@ -105,7 +105,7 @@ class ThinkingMarkers:
         return self.source != TABLE and not self.opened_by_prompt
 
     def is_open(self, opening: str, response: str) -> bool:
-        """Whether the thinking goes on at the end of a response so far; `opening` is as in `pieces`."""
+        """Whether the thinking goes on at the end of a response so far; `opening` is as in `text_spans`."""
         *_, last = self._parts(opening, response)
         return last.kind == "thinking" and not last.before_marker
 
@@ -216,7 +216,7 @@ def response_spans(
     """The spans of a response, and the markers of thinking as metadata hold them.
 
     Args:
-        opening: see `ThinkingMarkers.pieces`.
+        opening: see `ThinkingMarkers.text_spans`.
         token_ids, tokens: the response's tokens, and their texts.
         first: the index of its first token.
         stopped: whether the last token is a stop token, which is not part of any text.
@@ -230,8 +230,8 @@ def response_spans(
     length = offsets[-1][0] if stopped else len(whole)
     response = whole[:length]
     markers = thinking_markers(tokenizer, chat_template=chat_template) or _table_entry(opening, response)
-    pieces = [Piece(0, length, "answer", "assistant")] if markers is None else markers.pieces(opening, response)
-    spans = spans_of_text([each for each in pieces if each.start < each.stop], len(whole), offsets, first)
+    parts = [TextSpan(0, length, "answer", "assistant")] if markers is None else markers.text_spans(opening, response)
+    spans = spans_of_text([each for each in parts if each.start < each.stop], len(whole), offsets, first)
     return spans, None if markers is None else markers.to_json()
 
 
@@ -270,7 +270,7 @@ def thinks(tokenizer: Any, opening: str, instructions: str = "") -> bool:
     """Whether a response is expected to begin with thinking.
 
     Args:
-        opening: the end of the prompt, see `ThinkingMarkers.pieces`.
+        opening: the end of the prompt, see `ThinkingMarkers.text_spans`.
         instructions: its beginning, up to the first message that is not the system's.
     """
     markers = thinking_markers(tokenizer) or _table_entry(opening, "")

@@ -281,7 +281,7 @@ def capture(
     wanted = CaptureOptions(
         attention=attention,
         logit_lens=logit_lens,
-        internals=internals if isinstance(internals, str) else _several(internals),
+        internals=internals if isinstance(internals, str) else _as_numbers(internals),
         capture_attn=capture_attn,
         layers=kept.layers,
         points=kept.points,
@@ -381,5 +381,5 @@ def _most_tokens(asked: int | None, prompts: Sequence[TokenizedPrompt], n_ctx: i
     return max(NEW_TOKENS, min(THINKING_TOKENS, n_ctx - max(len(prompt.token_ids) for prompt in prompts)))
 
 
-def _several(layers: Iterable[SupportsIndex] | SupportsIndex) -> tuple[int, ...]:
+def _as_numbers(layers: Iterable[SupportsIndex] | SupportsIndex) -> tuple[int, ...]:
     return (index(layers),) if isinstance(layers, SupportsIndex) else tuple(map(index, layers))
