@@ -9,6 +9,8 @@ from operator import index
 from os.path import lexists
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from tlcapture.explore.experiment_tables import rises_frame
+from tlcapture.explore.figures.set_figures import SetFigures
 from tlcapture.explore.saved_capture import SavedCapture
 from tlcapture.names import is_capture_set, is_safe_name, split_name
 from tlcapture.text import beside, listed, printable
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from tlcapture.explore.experiment import Experiment
-    from tlcapture.explore.figures.set_figures import SetFigures
 
 _MOST_ROWS = 50
 Names = list[str]
@@ -197,7 +198,6 @@ class Captures:
 
         Raises `InputError`, naming the command to run, if the set has no projections.
         """
-        from tlcapture.explore.experiment_tables import rises_frame
 
         return rises_frame(self._experiment.layout, self.prompt_set, component)
 
@@ -208,7 +208,6 @@ class Captures:
         Example:
             captures.plot.trajectory("behavioral/refusal")
         """
-        from tlcapture.explore.figures.set_figures import SetFigures
 
         return SetFigures(self._experiment.layout, self.prompt_set)
 

@@ -19,6 +19,10 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError
+from tlcapture.explore.figures.attention_heads import AttentionHeads
+from tlcapture.explore.figures.capture_figures import CaptureFigures
+from tlcapture.explore.figures.logit_lens_table import LogitLensTable, table_of_view
+from tlcapture.explore.projection_frames import Layers, tidy_frame
 from tlcapture.explore.roots import default_root
 from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import as_ranges
@@ -35,10 +39,6 @@ if TYPE_CHECKING:
 
     from tlcapture.captures.capture import Capture
     from tlcapture.explore.applied_interventions import AppliedInterventions
-    from tlcapture.explore.figures.attention_heads import AttentionHeads
-    from tlcapture.explore.figures.capture_figures import CaptureFigures
-    from tlcapture.explore.figures.logit_lens_table import LogitLensTable
-    from tlcapture.explore.projection_frames import Layers
     from tlcapture.models.loading import Model
     from tlcapture.traits.projections.projection import Projection
     from tlcapture.views.cache import Cache
@@ -178,7 +178,6 @@ class ExplorableCapture(ABC):
             layers: the layers whose activations are projected: `own` (each vector's own layer), `all`, one, or several.
             how: the options of `project`. `layer=[8, 16]` takes the vectors of these layers, and so compares them.
         """
-        from tlcapture.explore.projection_frames import tidy_frame
 
         return tidy_frame(self.projected(*([] if traits is None else _traits(traits)), **how), layers)
 
@@ -191,7 +190,6 @@ class ExplorableCapture(ABC):
         Example:
             cap.plot.trajectory("behavioral/refusal").save("refusal.png")
         """
-        from tlcapture.explore.figures.capture_figures import CaptureFigures
 
         return CaptureFigures(self)
 
@@ -287,7 +285,6 @@ class ExplorableCapture(ABC):
         return self._lens_table(lens)
 
     def _lens_table(self, lens: LogitLens) -> LogitLensTable:
-        from tlcapture.explore.figures.logit_lens_table import table_of_view
 
         return table_of_view(lens, self._model().tokenizer, self._captured.positions.stated, self._labels())
 
@@ -307,7 +304,6 @@ class ExplorableCapture(ABC):
 
     def _heads_in(self, cache: Cache, layer: int, source: str) -> AttentionHeads:
         """The heads of a layer in a cache; as in files, without the rows of tokens that the capture does not hold."""
-        from tlcapture.explore.figures.attention_heads import AttentionHeads
 
         patterns, held = cache[hook("pattern", layer)].float().numpy(), self._captured.positions
         if not held.is_all:

@@ -7,23 +7,24 @@ from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from tlcapture.captures.notes import Marked, Note, add_note, read_notes
 from tlcapture.errors import InputError
 from tlcapture.explore.explorable_capture import ExplorableCapture
+from tlcapture.explore.figures.attention_heads import AttentionHeads
+from tlcapture.explore.figures.logit_lens_table import LogitLensTable, table_of
 from tlcapture.names import PromptId
 from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import did_you_mean
+from tlcapture.views.saved_attention import SavedAttention, read_attention
+from tlcapture.views.saved_lens import read_lens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tlcapture.captures.capture import Capture
-    from tlcapture.captures.notes import Note
     from tlcapture.explore.applied_interventions import AppliedInterventions
     from tlcapture.explore.experiment import Experiment
-    from tlcapture.explore.figures.attention_heads import AttentionHeads
-    from tlcapture.explore.figures.logit_lens_table import LogitLensTable
     from tlcapture.models.loading import Model
-    from tlcapture.views.saved_attention import SavedAttention
 
 _CAPTURE_ATTRIBUTES = (
     "prompt", "response", "metadata", "tokens", "token_ids", "positions", "residual", "n_layers", "d_model",
@@ -70,7 +71,6 @@ class SavedCapture(ExplorableCapture):
 
         Raises `StorageError` for a damaged note, naming it.
         """
-        from tlcapture.captures.notes import read_notes
 
         found = read_notes(self.experiment.layout, self.prompt_set, self._name)
         if found.problems:
@@ -84,7 +84,6 @@ class SavedCapture(ExplorableCapture):
 
         Raises `InputError` for tokens that the capture does not have, and if the capture has since been removed.
         """
-        from tlcapture.captures.notes import Marked, add_note
 
         layout = self.experiment.layout
         layout.check_exists()
@@ -152,7 +151,6 @@ class SavedCapture(ExplorableCapture):
         return None if path is None else stored_internals(path, self.capture, layer)
 
     def _stored_heads(self, layer: int) -> AttentionHeads | None:
-        from tlcapture.explore.figures.attention_heads import AttentionHeads
 
         saved = self._stored_attention()
         if saved is None or saved.head.tokens != self.capture.tokens:  # of another capture
@@ -162,15 +160,12 @@ class SavedCapture(ExplorableCapture):
         return AttentionHeads(**self._labels(), layer=layer, patterns=saved.heads(layer), source=saved.path.name)
 
     def _stored_attention(self) -> SavedAttention | None:
-        from tlcapture.views.saved_attention import read_attention
 
         layout = self.experiment.layout
         path = self._current(layout.saved(layout.attention(self.prompt_set, self._name)))
         return None if path is None else read_attention(path)
 
     def _stored_lens(self) -> LogitLensTable | None:
-        from tlcapture.explore.figures.logit_lens_table import table_of
-        from tlcapture.views.saved_lens import read_lens
 
         layout = self.experiment.layout
         path = self._current(layout.saved(layout.logit_lens(self.prompt_set, self._name)))
