@@ -374,7 +374,13 @@ def _asks_for_thinking(instructions: str) -> bool:
 
 
 def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
-    """The markers in a rendering of a thought and an answer; `prompt` and `bare` are of the question alone."""
+    """The markers in a rendering of a question, a thought and an answer.
+
+    The opening marker is what is before the thought and not in `prompt`, the question with a generation prompt; where
+    that opens the thinking itself, it is the end of that. The closing marker is what is after the thought, up to the
+    end of the first tag. What is left before the answer opens the answer, apart from the header that begins any
+    response, which `bare`, the question alone, lacks.
+    """
     thought, answer = whole.index(_THOUGHT), whole.index(_ANSWER)
     if whole[:thought].endswith("<|channel|>analysis<|message|>"):
         return _channels(REASONING_CONTENT)
