@@ -218,11 +218,14 @@ class ExplorableCapture(ABC):
         It is read from the experiment's internals file of this capture, in the dtype that it was stored in, or computed
         by a forward pass over its tokens. Raises `InputError` if the layer does not exist.
         """
-        from tlcapture.explore.internals import computed_internals
+        from tlcapture.views.internals import internals_hooks, internals_view
 
         at = self._layer(layer)
         stored = self._stored_internals(at)
-        return computed_internals(self._captured, at, self._model(), self._forced) if stored is None else stored
+        if stored is not None:
+            return stored
+        cache = self._forced(internals_hooks(at, self._model().hook_names))
+        return internals_view(cache, at, self._captured.positions)
 
     def attention(self, layer: SupportsIndex) -> AttentionHeads:
         """The attention patterns of all heads of a layer.

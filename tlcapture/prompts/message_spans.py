@@ -45,7 +45,7 @@ THINKING_TAGS = (
     ("<|thought_start|>", "<|thought_end|>"),
 )
 _THINKING_TAG = re.compile("|".join(re.escape(tag) for tags in THINKING_TAGS for tag in tags))
-_MARKED_AT = (1 / 2, 1 / 4, 3 / 4, 1)  # of a text's length
+_MARKED_AT = (1 / 2, 1 / 4, 3 / 4, 1)  # of a text's length: a word there, such as /no_think, may be read
 _BY_CHANCE = 4  # characters that a turn and a title may have in common, such as `er: `
 _PRIVATE_USE = range(0xF0000, 0x10FFFE)
 _LETTERS = range(0x20000, 0x2A6E0)  # of CJK Extension B, which no template writes and `repr` leaves as they are
