@@ -305,6 +305,8 @@ def test_the_error_for_a_missing_layer_head_or_trait_lists_the_existing_ones(
     for cap in (exp.captures["single_trait"]["1"], live):
         with pytest.raises(InputError, match="no layer 3: the model has layers 0 to 2"):
             cap.plot.attention(3, 0)
+        with pytest.raises(InputError, match="layer '1' is not a number: the model has layers 0 to 2"):
+            cap.internals("1")
         with pytest.raises(InputError, match="no head 4: layer 2 has heads 0 to 3"):
             cap.plot.attention(2, 4)
         with pytest.raises(InputError, match=r"no vectors for trait 'a/b'.*available traits: behavioral/refusal"):

@@ -294,6 +294,8 @@ class ExplorableCapture(ABC):
     def _layer(self, layer: SupportsIndex) -> int:
         """A layer of the model, negative ones counted from the last; raises `InputError` for any other."""
         n_layers = self._captured.n_layers
+        if not isinstance(layer, SupportsIndex):
+            raise InputError(f"layer {layer!r} is not a number: the model has layers 0 to {n_layers - 1}")
         found = index(from_the_end(layer, n_layers))
         if not 0 <= found < n_layers:
             raise InputError(f"no layer {found}: the model has layers 0 to {n_layers - 1}")
