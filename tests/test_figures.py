@@ -207,3 +207,16 @@ def test_a_picture_of_the_lens_has_the_tokens_in_its_cells() -> None:
     canvas = drawn(lens_figure(predictions()))
     cells = [text.get_text() for text in canvas.axes[0].texts]
     assert cells.count("<img src"[:8]) == predictions().n_layers * predictions().n_predictions
+
+
+def test_a_picture_of_the_lens_may_have_no_prediction() -> None:
+    """Nothing follows the last token, which `tokens="last"` keeps alone."""
+    of_last = replace(
+        predictions(),
+        positions=[len(TOKENS) - 1],
+        top_tokens=[[]] * N_LAYERS,
+        top_probs=np.empty((N_LAYERS, 0, 2)),
+        actual_rank=np.empty((N_LAYERS, 0), int),
+        actual_prob=np.empty((N_LAYERS, 0)),
+    )
+    assert "logit lens" in drawn(lens_figure(of_last)).axes[0].get_title(loc="left")

@@ -258,7 +258,7 @@ def test_attention_and_logit_lens_files_hold_what_the_model_computes(
     exp: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cap, again = exp.captures["single_trait"]["2"], exp.captures["single_trait"]["2"]
-    monkeypatch.setattr(again, "_add_on", lambda kind: None)
+    monkeypatch.setattr(again, "_current", lambda path: None)
     heads, computed = cap.attention(1), again.attention(1)
     assert (heads.source, computed.source) == ("2_attention.json", "a forward pass")
     assert np.allclose(heads.patterns, computed.patterns, atol=1e-3)
@@ -277,12 +277,12 @@ def test_a_file_of_another_run_is_not_used(exp: Experiment, tmp_path: Path, monk
     cap = exp.captures["single_trait"]["2"]
     other = tmp_path / "1_attention.json"
     shutil.copy(exp.layout.attention("single_trait", "1"), other)
-    monkeypatch.setattr(cap, "_add_on", lambda kind: other)
+    monkeypatch.setattr(cap, "_current", lambda path: other)
     assert cap.attention(0).source == "a forward pass"
     broken = tmp_path / "broken.json"
     head = {"tokens": cap.tokens, "n_prompt_tokens": 1, "n_layers": cap.n_layers, "n_heads": 4}
     broken.write_text(json.dumps({**head, "attention": []}))
-    monkeypatch.setattr(cap, "_add_on", lambda kind: broken)
+    monkeypatch.setattr(cap, "_current", lambda path: broken)
     with pytest.raises(StorageError, match=r"broken.json: it does not have one entry per token"):
         cap.attention(1)
 
@@ -291,7 +291,7 @@ def test_another_model_is_refused_for_attention_and_logit_lens(
     exp: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cap = exp.captures["single_trait"]["1"]
-    monkeypatch.setattr(cap, "_add_on", lambda kind: None)
+    monkeypatch.setattr(cap, "_current", lambda path: None)
     monkeypatch.setattr(exp.model, "fingerprint", "another")
     with pytest.raises(InputError, match="was captured from"):
         cap.attention(0)
@@ -305,6 +305,8 @@ def test_the_error_for_a_missing_layer_head_or_trait_lists_the_existing_ones(
     for cap in (exp.captures["single_trait"]["1"], live):
         with pytest.raises(InputError, match="no layer 3: the model has layers 0 to 2"):
             cap.plot.attention(3, 0)
+        with pytest.raises(InputError, match="layer '1' is not a number: the model has layers 0 to 2"):
+            cap.internals("1")
         with pytest.raises(InputError, match="no head 4: layer 2 has heads 0 to 3"):
             cap.plot.attention(2, 4)
         with pytest.raises(InputError, match=r"no vectors for trait 'a/b'.*available traits: behavioral/refusal"):

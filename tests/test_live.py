@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -21,6 +22,9 @@ INVALID: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a number": ([1.5], {}, "expected texts, lists of messages, Prompts or a PromptSet: "),
     "a single number": (3, {}, "expected texts, lists of messages, Prompts or a PromptSet: got int"),
     "ids and texts": ([[1, 2], "hi"], {}, "expected token ids or texts, but not both at once"),
+    "a table": (pd.DataFrame({"text": ["hi"]}), {}, "expected texts, lists of messages, .*: got DataFrame"),
+    "bytes": (b"hi", {}, "expected texts, lists of messages, .*: got bytes"),
+    "a list of bytes": ([b"hi"], {}, 'expected {"id", "text"} or {"id", "messages"}, found a bytes'),
     "ids that are no integers": (torch.rand(3), {}, r"expected a list of ids, .* got torch.float32 of shape \[3\]"),
     "ids of three axes": (np.ones((1, 2, 3), int), {}, r"expected a list of ids, .* got int64 of shape \[1, 2, 3\]"),
     "no ids": (torch.zeros(0, dtype=torch.long), {}, "prompt 1: it has no token ids: expected at least one"),

@@ -55,7 +55,7 @@ def test_further_keys_given_in_python_are_plain_values_or_refused() -> None:
     prompt = Prompt(id=1, text="a", n=np.int64(2), x=np.float64(0.5), s=np.str_("t"), row={"at": (np.arange(2), None)})
     assert prompt.fields == {"n": 2, "x": 0.5, "s": "t", "row": {"at": [[0, 1], None]}}
     assert [type(each) for each in prompt.fields.values()] == [int, float, str, dict]
-    with pytest.raises(ValidationError, match="when: expected a JSON value, which metadata can hold, got date"):
+    with pytest.raises(ValidationError, match="when: expected a JSON value, which metadata can hold, found a date"):
         Prompt(id=1, text="a", when=np.datetime64("2020-01-01"))
 
 

@@ -31,7 +31,7 @@ from tlcapture import capture
 from tlcapture.errors import InputError
 from tlcapture.prompts.conversations import check_messages
 from tlcapture.prompts.prompt_sets import Prompt
-from tlcapture.prompts.spans import NO_OFFSETS, Piece, TokenSpan, check_spans, labels_of, spans_of_text
+from tlcapture.prompts.spans import NO_OFFSETS, TextSpan, TokenSpan, check_spans, labels_of, spans_of_text
 from tlcapture.prompts.template_args import has_switch, template_args
 from tlcapture.prompts.thinking import RESPONSE_TEMPLATE, is_thinking, response_spans, thinks
 from tlcapture.prompts.tokenization import TokenizedPrompt, token_texts, tokenize
@@ -216,7 +216,7 @@ def test_a_token_belongs_to_the_span_with_most_of_its_characters(lengths: list[i
     length = edges[-1]
     cuts = sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=5))})
     pieces = [
-        Piece(start, stop, "turn", "user")
+        TextSpan(start, stop, "turn", "user")
         for number, (start, stop) in enumerate(pairwise(cuts))
         if number % 2 == 0 and start < stop
     ]
@@ -393,6 +393,23 @@ def test_a_template_that_closes_thinking_only_where_it_is_off_makes_the_model_th
     assert prompt_of(tokenizer, [USER]).thinks
     assert not prompt_of(tokenizer, [USER], template_args={"enable_thinking": False}).thinks
     assert not prompt_of(tokenizer_with(TURNS), [USER]).thinks
+
+
+def test_instructions_to_think_make_a_model_think() -> None:
+    """Granite 3.3's template writes them where thinking is on and there is no other system prompt."""
+    asks = "Write your thoughts between <think></think> and your response between <response></response>."
+    template = (
+        "{% if messages[0].role == 'system' %}{% set said = messages[0].content %}{% set rest = messages[1:] %}"
+        f"{{% else %}}{{% set said = 'You help.' + (' {asks}' if thinking else '') %}}{{% set rest = messages %}}"
+        "{% endif %}<turn>system\n{{ said }}</turn>" + TURNS.replace("in messages", "in rest")
+    )
+    tokenizer = tokenizer_with(template)
+    on = {"template_args": template_args(tokenizer, "on", {})}
+    assert prompt_of(tokenizer, [USER], **on).thinks
+    assert not prompt_of(tokenizer, [USER]).thinks
+    assert not prompt_of(tokenizer, [{**USER, "content": asks}]).thinks
+    assert not prompt_of(tokenizer, [SYSTEM, USER], **on).thinks
+    assert prompt_of(tokenizer, [{**SYSTEM, "content": asks}, USER]).thinks
 
 
 @pytest.mark.parametrize("tags", [("<|channel>thought\n", "<channel|>"), ("<thought>", "</thought>")])

@@ -292,8 +292,8 @@ def test_a_closed_or_empty_standard_input_is_one_clear_line(tmp_path: Path, redi
         (b"[]", "a.json", "a.json: messages: expected at least one"),
         (b'["a"]\n[', "a.jsonl", "a.jsonl:2: line 1, column 2: not valid JSON"),
         (b'[]\n{"prompt": "x"}', "a.jsonl", 'a.jsonl:2: expected a list of messages, or an object with "messages"'),
-        (b'["a"]', "a.json", 'a.json: message 1: expected {"role", "content"}, got str'),
-        (b'[{"role": "user"}]', "a.json", "message 1: content: expected a text, got NoneType"),
+        (b'["a"]', "a.json", 'a.json: message 1: expected {"role", "content"}, found \'a\''),
+        (b'[{"role": "user"}]', "a.json", "message 1: content: expected a text, found null"),
         (b'[{"role": "user", "content": "x", "weight": NaN}]', "a.json", "not valid JSON"),
     ],
 )

@@ -134,8 +134,8 @@ def test_null_is_as_good_as_no_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (["hi", "ho"], 'prompts[0]: expected {"id", "text"} or {"id", "messages"}, got str'),
-        ([{"id": 1, "text": "hi"}, None], 'prompts[1]: expected {"id", "text"} or {"id", "messages"}, got NoneType'),
+        (["hi", "ho"], 'prompts[0]: expected {"id", "text"} or {"id", "messages"}, found \'hi\''),
+        ([{"id": 1, "text": "hi"}, None], 'prompts[1]: expected {"id", "text"} or {"id", "messages"}, found null'),
         ({"1": "hi"}, 'expected a list of prompts, or {"prompts": [...]}'),
         ("hi", 'expected a list of prompts, or {"prompts": [...]}'),
         ({"prompts": {"1": "hi"}}, "prompts: expected a list, found an object"),

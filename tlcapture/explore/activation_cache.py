@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,14 +127,14 @@ class _ModelOfCache:
         return getattr(self._lazy.load().tl, name)
 
 
-class _ConfigOfCache(SimpleNamespace):
+class _ConfigOfCache:
     """The model's config, whose sizes are known without loading the model."""
 
     def __init__(self, lazy: LazyModel, sizes: dict[str, int]):
-        super().__init__(**sizes)
-        self.__dict__["_lazy"] = lazy
+        self._lazy = lazy
+        vars(self).update(sizes)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self.__dict__["_lazy"].load().tl.cfg, name)
+        return getattr(self._lazy.load().tl.cfg, name)

@@ -9,6 +9,8 @@ from operator import index
 from os.path import lexists
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from tlcapture.explore.experiment_tables import rises_frame
+from tlcapture.explore.figures.set_figures import SetFigures
 from tlcapture.explore.saved_capture import SavedCapture
 from tlcapture.names import is_capture_set, is_safe_name, split_name
 from tlcapture.text import beside, listed, printable
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from tlcapture.explore.experiment import Experiment
-    from tlcapture.explore.figures.set_figures import SetFigures
 
 _MOST_ROWS = 50
 Names = list[str]
@@ -94,15 +95,20 @@ class Captures:
                 "captures have the ids of their prompts as keys: several by position are list(captures)[:3]"
             )
         if not self._holds(str(prompt_id)):
-            only = str(prompt_id) in self._experiment.layout.prompt_ids(self.prompt_set)
-            hint = "; only projections of this prompt were kept: use .to_pandas(...) of the experiment" if only else ""
-            if str(prompt_id) in self._by_prompt:
-                hint = f"; its samples: .samples({prompt_id!r})"
-            elif isinstance(prompt_id, int) and -len(self) <= prompt_id < len(self):
-                hint = f"; by position: .at({prompt_id})"
-            captures = listed(self._ids, near=str(prompt_id))
-            raise KeyError(f"{prompt_id!r}: prompt set {self.prompt_set!r} has captures {captures}{hint}")
+            raise self._without_capture(prompt_id)
         return SavedCapture(self._experiment, self.prompt_set, str(prompt_id))
+
+    def _without_capture(self, prompt_id: str | int) -> KeyError:
+        """The error for an id without a capture, with what may have been meant."""
+        hint = ""
+        if str(prompt_id) in self._by_prompt:
+            hint = f"; its samples: .samples({prompt_id!r})"
+        elif isinstance(prompt_id, int) and -len(self) <= prompt_id < len(self):
+            hint = f"; by position: .at({prompt_id})"
+        elif str(prompt_id) in self._experiment.layout.prompt_ids(self.prompt_set):
+            hint = "; only projections of this prompt were kept: use .to_pandas(...) of the experiment"
+        captures = listed(self._ids, near=str(prompt_id))
+        return KeyError(f"{prompt_id!r}: prompt set {self.prompt_set!r} has captures {captures}{hint}")
 
     def samples(self, prompt_id: str | int) -> list[SavedCapture]:
         """The samples of a prompt (`--samples`), in their order; none if it has none.
@@ -192,7 +198,6 @@ class Captures:
 
         Raises `InputError`, naming the command to run, if the set has no projections.
         """
-        from tlcapture.explore.experiment_tables import rises_frame
 
         return rises_frame(self._experiment.layout, self.prompt_set, component)
 
@@ -203,7 +208,6 @@ class Captures:
         Example:
             captures.plot.trajectory("behavioral/refusal")
         """
-        from tlcapture.explore.figures.set_figures import SetFigures
 
         return SetFigures(self._experiment.layout, self.prompt_set)
 
@@ -217,12 +221,11 @@ class Captures:
 
     def _repr_html_(self) -> str:
         """A table of token counts and responses of the first captures."""
-        shown = list(self._ids)[:_MOST_ROWS]
+        shown = {prompt_id: self[prompt_id] for prompt_id in list(self._ids)[:_MOST_ROWS]}
         rows = "".join(
-            f"<tr><td>{escape(prompt_id)}</td><td>{len(self[prompt_id].prompt.tokens)}</td>"
-            f"<td>{len(self[prompt_id].response.tokens)}</td>"
-            f"<td>{escape(printable(self[prompt_id].response.text[:120]))}</td></tr>"
-            for prompt_id in shown
+            f"<tr><td>{escape(prompt_id)}</td><td>{len(each.prompt.tokens)}</td><td>{len(each.response.tokens)}</td>"
+            f"<td>{escape(printable(each.response.text[:120]))}</td></tr>"
+            for prompt_id, each in shown.items()
         )
         more = f"<div>and {len(self) - len(shown)} more</div>" if len(shown) < len(self) else ""
         head = "<tr><th>id</th><th>prompt tokens</th><th>response tokens</th><th>response</th></tr>"

@@ -107,17 +107,17 @@ def _tidy_frame(columns: Mapping[str, Sequence[Any]]) -> DataFrame:
 def _add_rows(
     columns: Mapping[str, list[Any]], prompt_set: str, by: str, traits: Sequence[str], name: str, file: ComparisonFile
 ) -> None:
-    """Add the rows of a comparison, sorted by trait or layer, and token."""
-    for row in _rows(prompt_set, name, file, by, traits):
+    """Add the rows of a comparison, which has this name in its set, sorted by trait or layer, and token."""
+    for row in _rows(prompt_set, file, by, traits):
         for column, values in columns.items():
             values.append(row[column])
 
 
-def _rows(prompt_set: str, name: str, file: ComparisonFile, by: str, traits: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _rows(prompt_set: str, file: ComparisonFile, by: str, traits: Sequence[str]) -> Iterator[dict[str, Any]]:
     if by == "layer":
         for layer in range(file.metadata.n_layers):
             for token in range(len(file.tokens)):
-                yield {**_of_token(prompt_set, name, file, token), **_of_layer(file, token, layer)}
+                yield {**_of_token(prompt_set, file, token), **_of_layer(file, token, layer)}
         return
     for trait, each in file.traits.items():
         if traits and trait not in traits:
@@ -125,10 +125,10 @@ def _rows(prompt_set: str, name: str, file: ComparisonFile, by: str, traits: Seq
         for token in range(len(file.tokens)):
             difference = each.difference[token]
             own = {"trait": trait, "difference": nan if difference is None else difference}
-            yield {**_of_token(prompt_set, name, file, token), **own, **_of_layer(file, token, each.layer)}
+            yield {**_of_token(prompt_set, file, token), **own, **_of_layer(file, token, each.layer)}
 
 
-def _of_token(prompt_set: str, name: str, file: ComparisonFile, token: int) -> dict[str, Any]:
+def _of_token(prompt_set: str, file: ComparisonFile, token: int) -> dict[str, Any]:
     kl = None if file.kl is None else file.kl[token]
     sample = file.metadata.sample
     prompt_id = file.metadata.prompt_id

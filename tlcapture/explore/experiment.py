@@ -19,19 +19,28 @@ from typing import TYPE_CHECKING, Any
 
 from tlcapture.errors import InputError
 from tlcapture.explore.captured_sets import AllCaptures
+from tlcapture.explore.doubts import noted, tell_of_vectors
+from tlcapture.explore.experiment_tables import (
+    carry_over_frame,
+    evaluation_frame,
+    runs_frame,
+    steering_frame,
+    verdicts_frame,
+)
+from tlcapture.explore.experiment_vectors import ExperimentVectors
+from tlcapture.explore.projection_frames import Layers, tidy_frame
 from tlcapture.explore.roots import default_root, layout_of
 from tlcapture.storage.experiments.config import ExperimentConfig, read_config
 from tlcapture.storage.experiments.layout import Layout, existing_experiments
 from tlcapture.storage.remote.roots import FRESH, refresh, root_folder
 from tlcapture.text import counted
+from tlcapture.traits.projections.saved import scores_of_set
 from tlcapture.traits.vector_sources.packaged import listed_vectors, vectors_layout
 from tlcapture.traits.verdicts import UsedVector
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from tlcapture.explore.experiment_vectors import ExperimentVectors
-    from tlcapture.explore.projection_frames import Layers
     from tlcapture.models.loading import Model
 
 Names = list[str]  # `list` is a method of Experiment
@@ -139,7 +148,6 @@ class Experiment:
     @property
     def vectors(self) -> ExperimentVectors:
         """The trait vectors: `vectors["behavioral/refusal"].tensors[16]`; `vectors("attn_out")` for that component."""
-        from tlcapture.explore.experiment_vectors import ExperimentVectors
 
         return ExperimentVectors(self._listed)
 
@@ -151,7 +159,6 @@ class Experiment:
 
         The best of many vectors has a high score by chance: `verdicts` has that of a choice among them.
         """
-        from tlcapture.explore.experiment_tables import evaluation_frame
 
         return evaluation_frame(self._listed)
 
@@ -165,7 +172,6 @@ class Experiment:
         the choice of layer and method; the AUROCs of the vector of `layer_0`, of `words` and of `lengths`; what the
         vector adds to the best of these (`gain`, `gain_low`, `gain_high`); `p` and the `verdict`.
         """
-        from tlcapture.explore.experiment_tables import verdicts_frame
 
         return verdicts_frame(self._listed)
 
@@ -176,7 +182,6 @@ class Experiment:
         Example:
             exp.carry_over[["dataset", "trait", "auroc", "null_auroc_p95", "p"]]
         """
-        from tlcapture.explore.experiment_tables import carry_over_frame
 
         return carry_over_frame(self._listed)
 
@@ -187,7 +192,6 @@ class Experiment:
         Example:
             exp.steering[["layer", "coefficient", "gain", "null_p95"]]
         """
-        from tlcapture.explore.experiment_tables import steering_frame
 
         return steering_frame(self._listed)
 
@@ -198,7 +202,6 @@ class Experiment:
         Example:
             exp.runs[["command", "status", "seconds"]]
         """
-        from tlcapture.explore.experiment_tables import runs_frame
 
         return runs_frame(self._listed)
 
@@ -223,9 +226,6 @@ class Experiment:
 
         Raises `InputError`, naming the command to run, if the set has no projections.
         """
-        from tlcapture.explore.doubts import noted, tell_of_vectors
-        from tlcapture.explore.projection_frames import tidy_frame
-        from tlcapture.traits.projections.saved import scores_of_set
 
         vectors: dict[UsedVector, None] = {}
         projections = scores_of_set(self._listed, prompt_set, component=component, traits=traits)

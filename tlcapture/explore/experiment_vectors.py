@@ -17,6 +17,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from tlcapture.errors import InputError
+from tlcapture.explore.experiment_tables import evaluation_frame
 from tlcapture.names import Trait
 from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import did_you_mean, layers_named
@@ -149,7 +150,6 @@ class TraitVectors:
 
         Empty where the vectors were not evaluated.
         """
-        from tlcapture.explore.experiment_tables import evaluation_frame
 
         found = evaluation_frame(self.layout)
         chosen = (found["trait"] == str(self.trait)) & (found["component"] == self.component)

@@ -15,11 +15,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from operator import index
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError
+from tlcapture.explore.figures.attention_heads import AttentionHeads
+from tlcapture.explore.figures.capture_figures import CaptureFigures
+from tlcapture.explore.figures.logit_lens_table import LogitLensTable, table_of_view
+from tlcapture.explore.projection_frames import Layers, tidy_frame
 from tlcapture.explore.roots import default_root
 from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import as_ranges
@@ -36,13 +39,10 @@ if TYPE_CHECKING:
 
     from tlcapture.captures.capture import Capture
     from tlcapture.explore.applied_interventions import AppliedInterventions
-    from tlcapture.explore.figures.attention_heads import AttentionHeads
-    from tlcapture.explore.figures.capture_figures import CaptureFigures
-    from tlcapture.explore.figures.logit_lens_table import LogitLensTable
-    from tlcapture.explore.projection_frames import Layers
     from tlcapture.models.loading import Model
     from tlcapture.traits.projections.projection import Projection
     from tlcapture.views.cache import Cache
+    from tlcapture.views.head_summary import ReadByRow
     from tlcapture.views.logit_lens import LogitLens
 
 
@@ -69,13 +69,21 @@ class ExplorableCapture(ABC):
         Raises `InputError` if they cannot be applied again.
         """
 
-    def _add_on(self, kind: str, layer: int = 0) -> Path | None:
-        """The file of `attention`, `logit_lens`, or the `internals` of a layer that was made from this capture."""
-        return None
+    @abstractmethod
+    def _stored_internals(self, layer: int) -> dict[str, Tensor] | None:
+        """The activations of a layer that were captured, if they were."""
 
-    def _lens(self) -> LogitLens | None:
+    @abstractmethod
+    def _stored_heads(self, layer: int) -> AttentionHeads | None:
+        """The attention patterns of a layer that were captured, if they were."""
+
+    @abstractmethod
+    def _stored_attention(self) -> ReadByRow | None:
+        """The attention patterns of all layers that were captured, read token by token."""
+
+    @abstractmethod
+    def _stored_lens(self) -> LogitLensTable | None:
         """The logit lens that was captured, if it was."""
-        return None
 
     # -- traits -----------------------------------------------------------------------------------
 
@@ -170,7 +178,6 @@ class ExplorableCapture(ABC):
             layers: the layers whose activations are projected: `own` (each vector's own layer), `all`, one, or several.
             how: the options of `project`. `layer=[8, 16]` takes the vectors of these layers, and so compares them.
         """
-        from tlcapture.explore.projection_frames import tidy_frame
 
         return tidy_frame(self.projected(*([] if traits is None else _traits(traits)), **how), layers)
 
@@ -183,7 +190,6 @@ class ExplorableCapture(ABC):
         Example:
             cap.plot.trajectory("behavioral/refusal").save("refusal.png")
         """
-        from tlcapture.explore.figures.capture_figures import CaptureFigures
 
         return CaptureFigures(self)
 
@@ -201,7 +207,7 @@ class ExplorableCapture(ABC):
         from tlcapture.explore.activation_cache import activation_cache
         from tlcapture.explore.internals import stored_hooks
 
-        stored = stored_hooks(self._captured.n_layers, self._saved_internals, self._saved_heads)
+        stored = stored_hooks(self._captured.n_layers, self._stored_internals, self._stored_heads)
         return activation_cache(self._captured, self._model, stored)
 
     def internals(self, layer: SupportsIndex) -> dict[str, Tensor]:
@@ -212,11 +218,14 @@ class ExplorableCapture(ABC):
         It is read from the experiment's internals file of this capture, in the dtype that it was stored in, or computed
         by a forward pass over its tokens. Raises `InputError` if the layer does not exist.
         """
-        from tlcapture.explore.internals import computed_internals
+        from tlcapture.views.internals import internals_hooks, internals_view
 
         at = self._layer(layer)
-        stored = self._saved_internals(at)
-        return computed_internals(self._captured, at, self._model(), self._forced) if stored is None else stored
+        stored = self._stored_internals(at)
+        if stored is not None:
+            return stored
+        cache = self._forced(internals_hooks(at, self._model().hook_names))
+        return internals_view(cache, at, self._captured.positions)
 
     def attention(self, layer: SupportsIndex) -> AttentionHeads:
         """The attention patterns of all heads of a layer.
@@ -228,7 +237,7 @@ class ExplorableCapture(ABC):
         """
         layer_index = self._layer(layer)
         if layer_index not in self._heads:
-            self._heads[layer_index] = self._saved_heads(layer_index) or self._computed_heads(layer_index)
+            self._heads[layer_index] = self._stored_heads(layer_index) or self._computed_heads(layer_index)
         return self._heads[layer_index]
 
     def head_summary(self) -> DataFrame:
@@ -262,17 +271,13 @@ class ExplorableCapture(ABC):
 
     @cached_property
     def _logit_lens(self) -> LogitLensTable:
-        from tlcapture.explore.figures.logit_lens_table import table_of, table_of_view
-        from tlcapture.views.saved_lens import read_lens
-
-        path = self._add_on("logit_lens")
-        saved = None if path is None else read_lens(path)
-        if saved is not None and saved.head.tokens == self._captured.tokens:  # otherwise of another capture
-            return table_of(saved, self._labels())
+        stored = self._stored_lens()
+        if stored is not None:
+            return stored
         from tlcapture.views.logit_lens import logit_lens_view
 
         capture, model = self._captured, self._model()
-        lens = self._lens() or logit_lens_view(
+        lens = logit_lens_view(
             capture.residual,
             capture.n_layers,
             capture.token_ids,
@@ -280,33 +285,21 @@ class ExplorableCapture(ABC):
             positions=capture.positions,
             device=model.last_device,
         )
-        return table_of_view(lens, model.tokenizer, capture.positions.stated, self._labels())
+        return self._lens_table(lens)
+
+    def _lens_table(self, lens: LogitLens) -> LogitLensTable:
+
+        return table_of_view(lens, self._model().tokenizer, self._captured.positions.stated, self._labels())
 
     def _layer(self, layer: SupportsIndex) -> int:
         """A layer of the model, negative ones counted from the last; raises `InputError` for any other."""
         n_layers = self._captured.n_layers
+        if not isinstance(layer, SupportsIndex):
+            raise InputError(f"layer {layer!r} is not a number: the model has layers 0 to {n_layers - 1}")
         found = index(from_the_end(layer, n_layers))
         if not 0 <= found < n_layers:
             raise InputError(f"no layer {found}: the model has layers 0 to {n_layers - 1}")
         return found
-
-    def _saved_internals(self, layer: int) -> dict[str, Tensor] | None:
-        from tlcapture.explore.internals import stored_internals
-
-        path = self._add_on("internals", layer)
-        return None if path is None else stored_internals(path, self._captured, layer)
-
-    def _saved_heads(self, layer: int) -> AttentionHeads | None:
-        from tlcapture.explore.figures.attention_heads import AttentionHeads
-        from tlcapture.views.saved_attention import read_attention
-
-        path = self._add_on("attention")
-        saved = None if path is None else read_attention(path)
-        if saved is None or saved.head.tokens != self._captured.tokens:  # of another capture
-            return None
-        if layer not in saved.head.kept_layers:  # a forward pass has it
-            return None
-        return AttentionHeads(**self._labels(), layer=layer, patterns=saved.heads(layer), source=saved.path.name)
 
     def _computed_heads(self, layer: int) -> AttentionHeads:
         name = hook("pattern", layer)
@@ -316,7 +309,6 @@ class ExplorableCapture(ABC):
 
     def _heads_in(self, cache: Cache, layer: int, source: str) -> AttentionHeads:
         """The heads of a layer in a cache; as in files, without the rows of tokens that the capture does not hold."""
-        from tlcapture.explore.figures.attention_heads import AttentionHeads
 
         patterns, held = cache[hook("pattern", layer)].float().numpy(), self._captured.positions
         if not held.is_all:

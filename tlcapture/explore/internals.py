@@ -1,9 +1,9 @@
-"""The activations that a layer computed in a capture: from its stored file, or by a forward pass over its tokens."""
+"""The activations that a layer computed in a capture, from files of its experiment."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +14,10 @@ from tlcapture.captures.capture import Capture
 from tlcapture.storage.files import read_tensors
 from tlcapture.storage.tensors import is_plain
 from tlcapture.storage.validation import of_form
-from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
-from tlcapture.views.internals import internals_hooks, internals_view
 
 if TYPE_CHECKING:
     from tlcapture.explore.figures.attention_heads import AttentionHeads
-    from tlcapture.models.loading import Model
-    from tlcapture.views.cache import Cache
 
 
 def stored_internals(path: Path, capture: Capture, layer: int) -> dict[str, Tensor] | None:
@@ -37,17 +33,6 @@ def stored_internals(path: Path, capture: Capture, layer: int) -> dict[str, Tens
         if not found or not all(map(is_plain, found.values())):
             raise ValueError(f"it holds no activations of layer {layer}")
     return found
-
-
-def computed_internals(
-    capture: Capture, layer: int, model: Model, forced: Callable[[Sequence[str]], Cache]
-) -> dict[str, Tensor]:
-    """The internals of a layer at the tokens that a capture holds.
-
-    `forced` returns the activations of these names from a forward pass over its tokens.
-    """
-    cache = forced(internals_hooks(layer, model.hook_names))
-    return internals_view(cache, layer, capture.positions)
 
 
 def stored_hooks(

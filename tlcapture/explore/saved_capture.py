@@ -7,15 +7,21 @@ from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from tlcapture.captures.notes import Marked, Note, add_note, read_notes
 from tlcapture.errors import InputError
 from tlcapture.explore.explorable_capture import ExplorableCapture
+from tlcapture.explore.figures.attention_heads import AttentionHeads
+from tlcapture.explore.figures.logit_lens_table import LogitLensTable, table_of
 from tlcapture.names import PromptId
 from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import did_you_mean
+from tlcapture.views.saved_attention import SavedAttention, read_attention
+from tlcapture.views.saved_lens import read_lens
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tlcapture.captures.capture import Capture
-    from tlcapture.captures.notes import Note
     from tlcapture.explore.applied_interventions import AppliedInterventions
     from tlcapture.explore.experiment import Experiment
     from tlcapture.models.loading import Model
@@ -65,7 +71,6 @@ class SavedCapture(ExplorableCapture):
 
         Raises `StorageError` for a damaged note, naming it.
         """
-        from tlcapture.captures.notes import read_notes
 
         found = read_notes(self.experiment.layout, self.prompt_set, self._name)
         if found.problems:
@@ -79,7 +84,6 @@ class SavedCapture(ExplorableCapture):
 
         Raises `InputError` for tokens that the capture does not have, and if the capture has since been removed.
         """
-        from tlcapture.captures.notes import Marked, add_note
 
         layout = self.experiment.layout
         layout.check_exists()
@@ -140,13 +144,38 @@ class SavedCapture(ExplorableCapture):
         records = self.capture.metadata.get("interventions") or ()
         return AppliedInterventions(of_records(records, self.experiment.layout.root))
 
-    def _add_on(self, kind: str, layer: int = 0) -> Path | None:
-        layout, ids = self.experiment.layout, (self.prompt_set, self._name)
-        path = {
-            "attention": layout.saved(layout.attention(*ids)),
-            "logit_lens": layout.saved(layout.logit_lens(*ids)),
-            "internals": layout.internals(*ids, layer),
-        }[kind]
-        # A file older than the capture belongs to an earlier run of the prompt.
-        is_current = path.is_file() and path.stat().st_mtime_ns >= layout.residual(*ids).stat().st_mtime_ns
+    def _stored_internals(self, layer: int) -> dict[str, Tensor] | None:
+        from tlcapture.explore.internals import stored_internals
+
+        path = self._current(self.experiment.layout.internals(self.prompt_set, self._name, layer))
+        return None if path is None else stored_internals(path, self.capture, layer)
+
+    def _stored_heads(self, layer: int) -> AttentionHeads | None:
+
+        saved = self._stored_attention()
+        if saved is None or saved.head.tokens != self.capture.tokens:  # of another capture
+            return None
+        if layer not in saved.head.kept_layers:  # a forward pass has it
+            return None
+        return AttentionHeads(**self._labels(), layer=layer, patterns=saved.heads(layer), source=saved.path.name)
+
+    def _stored_attention(self) -> SavedAttention | None:
+
+        layout = self.experiment.layout
+        path = self._current(layout.saved(layout.attention(self.prompt_set, self._name)))
+        return None if path is None else read_attention(path)
+
+    def _stored_lens(self) -> LogitLensTable | None:
+
+        layout = self.experiment.layout
+        path = self._current(layout.saved(layout.logit_lens(self.prompt_set, self._name)))
+        saved = None if path is None else read_lens(path)
+        if saved is None or saved.head.tokens != self.capture.tokens:  # of another capture
+            return None
+        return table_of(saved, self._labels())
+
+    def _current(self, path: Path) -> Path | None:
+        """A file, if it was made from this capture; `None` if it is missing or of an earlier run of the prompt."""
+        raw = self.experiment.layout.residual(self.prompt_set, self._name)
+        is_current = path.is_file() and path.stat().st_mtime_ns >= raw.stat().st_mtime_ns
         return path if is_current else None

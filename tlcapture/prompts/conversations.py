@@ -87,9 +87,11 @@ def _joined(name: str, content: Any) -> Any:
 
 
 def _checked(number: int, message: Any) -> Message:
+    from tlcapture.storage.validation import in_few_words  # loads pydantic
+
     name = f"message {number}"
     if not isinstance(message, Mapping) or not all(isinstance(key, str) for key in message):
-        raise ValueError(f'{name}: expected {{"role", "content"}}, got {type(message).__name__}')
+        raise ValueError(f'{name}: expected {{"role", "content"}}, found {in_few_words(message)}')
     role, content = message.get("role"), _joined(name, message.get("content"))
     role = "system" if role == "developer" else role
     if role not in ROLES:
@@ -98,7 +100,7 @@ def _checked(number: int, message: Any) -> Message:
     if content is None and others and role == "assistant":
         content = ""  # a message that only calls tools
     if not isinstance(content, str):
-        raise ValueError(f"{name}: content: expected a text, got {type(content).__name__}")
+        raise ValueError(f"{name}: content: expected a text, found {in_few_words(content)}")
     if not content.strip() and role in ("user", "tool"):
         raise ValueError(f"{name}: content is empty")
     for key, value in others.items():

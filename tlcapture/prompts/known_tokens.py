@@ -8,7 +8,7 @@ from typing import Any
 
 from tlcapture.prompts.spans import TokenSpan
 
-# What a capture of given tokens takes over from the one that they are of.
+# What a capture of given tokens takes over from the capture that they come from.
 _OF_THE_TOKENS = (
     "prompt_text",
     "messages",

@@ -1,13 +1,20 @@
 """Where the text of each message is in a rendered conversation.
 
-A text such as `user` may also occur in what the template itself writes. The conversation is therefore rendered once
-more with a mark in every text: where the two renderings are otherwise equal, the marks show where the texts are. A mark
-is a private-use character within the text, or another letter in place of its own, for templates that read a text's
-length. A tool's result may be encoded: its span is what changes with it.
+A text such as `user` may also occur in what the template itself writes, so that looking for it is not enough:
 
-A template may write a text in a title or a reminder, too. The conversation is then rendered with further turns after
-or before it: what is in a turn keeps all that is before or after it. If that leaves several places, none is taken. The
-system message has no further turns of its own: in several places, it counts as not found.
+1. Pieces (`_pieces`). Each message is a piece of text, without white space at its ends. An assistant message is cut at
+   its thinking tags, which templates write in their own way, or leave out with the thinking.
+2. Marks (`_places`). The conversation is rendered again with a mark in every piece. If this rendering without its marks
+   is the first one, the marks show where the pieces are. A mark is a private-use character somewhere in the text, or
+   another letter in place of its own, for templates that read a text's length.
+3. Turns (`_places_in_turn`). A template may write a text in a title or a reminder, too. The conversation is then
+   rendered with further turns after or before it: what is in a turn keeps all that is before or after it. The system
+   message has no further turns of its own.
+4. Order (`find_messages`). From the last to the first, each piece gets its place, which ends before the next one's
+   begins; that of a system message may be anywhere. A piece without a place is thinking that was dropped, or the result
+   of a tool that is encoded (`_encoded`), whose place is what changes with it; otherwise its message is missing. Of
+   several places none is taken.
+5. Spans (`_span`). A message's span holds all its pieces, and the white space at its ends that the rendering keeps.
 """
 
 from __future__ import annotations
@@ -38,7 +45,7 @@ THINKING_TAGS = (
     ("<|thought_start|>", "<|thought_end|>"),
 )
 _THINKING_TAG = re.compile("|".join(re.escape(tag) for tags in THINKING_TAGS for tag in tags))
-_MARKED_AT = (1 / 2, 1 / 4, 3 / 4, 1)  # of a text's length
+_MARKED_AT = (1 / 2, 1 / 4, 3 / 4, 1)  # of a text's length: a word there, such as /no_think, may be read
 _BY_CHANCE = 4  # characters that a turn and a title may have in common, such as `er: `
 _PRIVATE_USE = range(0xF0000, 0x10FFFE)
 _LETTERS = range(0x20000, 0x2A6E0)  # of CJK Extension B, which no template writes and `repr` leaves as they are
@@ -89,6 +96,62 @@ class _Unmarked(NamedTuple):
     places: list[list[int]]
 
 
+@dataclass(frozen=True)
+class _Marking:
+    """Marks for pieces, one each: put in at a share of the text's length, or in place of its letters (`None`)."""
+
+    pieces: Sequence[_Piece]
+    marks: Sequence[str]
+    share: float | None
+
+    def put_into(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with their pieces marked."""
+        contents = [message["content"] for message in messages]
+        for piece, mark in reversed(list(zip(self.pieces, self.marks, strict=True))):
+            content, stop = contents[piece.message], piece.start + len(piece.text)
+            contents[piece.message] = content[: piece.start] + self._marked(piece, mark) + content[stop:]
+        return [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
+
+    def taken_from(self, rendering: str) -> _Unmarked:
+        """A rendering of marked messages without the marks."""
+        return self._letters_restored(rendering) if self.share is None else self._marks_removed(rendering)
+
+    def _marked(self, piece: _Piece, mark: str) -> str:
+        if self.share is not None:
+            cut = self._cut(piece, self.share)
+            return piece.text[:cut] + mark + piece.text[cut:]
+        # A template may read the punctuation; a text of nothing else is replaced as well.
+        is_letter = str.isalnum if any(map(str.isalnum, piece.text)) else str.strip
+        return "".join(mark if is_letter(each) else each for each in piece.text)
+
+    def _cut(self, piece: _Piece, share: float) -> int:
+        """Where a mark goes in a piece: not within a tag, which a template may read."""
+        return len(piece.text) if _THINKING_TAG.search(piece.text) else int(share * len(piece.text))
+
+    def _letters_restored(self, rendering: str) -> _Unmarked:
+        text, places = rendering, []
+        for piece, mark in zip(self.pieces, self.marks, strict=True):
+            marked = self._marked(piece, mark)
+            places.append([match.start() for match in re.finditer(re.escape(marked), text)])
+            text = text.replace(marked, piece.text)
+        return _Unmarked(text, places)
+
+    def _marks_removed(self, rendering: str) -> _Unmarked:
+        assert self.share is not None
+        places: dict[str, list[int]] = {mark: [] for mark in self.marks}
+        unmarked: list[str] = []
+        for character in rendering:
+            if character in places:
+                places[character].append(len(unmarked))
+            else:
+                unmarked.append(character)
+        starts = []
+        for piece, mark in zip(self.pieces, self.marks, strict=True):
+            cut = self._cut(piece, self.share)
+            starts.append([max(0, at - cut) for at in places[mark]])
+        return _Unmarked("".join(unmarked), starts)
+
+
 def find_messages(text: str, messages: Sequence[Message], render: _Render) -> FoundMessages:
     """Find the messages that `text` is the rendering of; `render` renders others, and returns `None` if it fails.
 
@@ -96,12 +159,12 @@ def find_messages(text: str, messages: Sequence[Message], render: _Render) -> Fo
     of the last user message.
     """
     pieces = [piece for index in range(len(messages)) for piece in _pieces(messages, index)]
-    starts = _starts(text, messages, pieces, render)
+    places = _places(text, messages, pieces, render)
     placed: dict[_Piece, int] = {}
     encoded: dict[int, Span] = {}
     dropped: set[int] = set()
-    limit = len(text)
-    for piece, options in reversed(list(zip(pieces, starts, strict=True))):
+    limit = len(text)  # where the following piece begins
+    for piece, options in reversed(list(zip(pieces, places, strict=True))):
         is_system = messages[piece.message]["role"] == "system"
         if len(options) > 1:
             if is_system:
@@ -140,75 +203,32 @@ def _pieces(messages: Sequence[Message], index: int) -> list[_Piece]:
     return found
 
 
-def _starts(text: str, messages: Sequence[Message], pieces: Sequence[_Piece], render: _Render) -> list[list[int]]:
+def _places(text: str, messages: Sequence[Message], pieces: Sequence[_Piece], render: _Render) -> list[list[int]]:
     """Where each piece starts in its turn: one place, none, or several of which any may be it."""
-
-    def is_system(piece: _Piece) -> bool:
-        return messages[piece.message]["role"] == "system"
-
     for share in (*_MARKED_AT, None):
         among = _LETTERS if share is None else _PRIVATE_USE
         marks = _unused_characters(text + "".join(piece.text for piece in pieces), len(pieces), among)
-        marked = _with_marks(messages, pieces, marks, share)
-        found = _without_marks(render(marked) or "", pieces, marks, share)
+        marking = _Marking(pieces, marks, share)
+        marked = marking.put_into(messages)
+        found = marking.taken_from(render(marked) or "")
         if found.text == text:
-            starts = [
-                [at for at in places if len(places) > 1 or text.startswith(piece.text, at)]
-                for piece, places in zip(pieces, found.places, strict=True)
-            ]
-            unclear = [n for n, piece in enumerate(pieces) if len(starts[n]) > 1 and not is_system(piece)]
-            if unclear:
-                longer = (render(each) or "" for each in _longer(messages, marked))
-                after, before = (_without_marks(each, pieces, marks, share) for each in longer)
-                for number in unclear:
-                    starts[number] = _in_turn(number, pieces, found, after, before)
-            return starts
-    return [[] for _ in pieces]
-
-
-def _with_marks(
-    messages: Sequence[Message], pieces: Sequence[_Piece], marks: Sequence[str], share: float | None
-) -> list[Message]:
-    """The messages with a mark at this share of each piece's length, or with the mark as all of its letters."""
-    contents = [message["content"] for message in messages]
-    for piece, mark in reversed(list(zip(pieces, marks, strict=True))):
-        content, stop = contents[piece.message], piece.start + len(piece.text)
-        contents[piece.message] = content[: piece.start] + _marked(piece, mark, share) + content[stop:]
-    return [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
-
-
-def _marked(piece: _Piece, mark: str, share: float | None) -> str:
-    if share is not None:
-        cut = _cut(piece, share)
-        return piece.text[:cut] + mark + piece.text[cut:]
-    # A template may read the punctuation; a text of nothing else is replaced as well.
-    is_letter = str.isalnum if any(map(str.isalnum, piece.text)) else str.strip
-    return "".join(mark if is_letter(each) else each for each in piece.text)
-
-
-def _cut(piece: _Piece, share: float) -> int:
-    """Where a mark goes in a piece: not within a tag, which a template may read."""
-    return len(piece.text) if _THINKING_TAG.search(piece.text) else int(share * len(piece.text))
-
-
-def _without_marks(rendering: str, pieces: Sequence[_Piece], marks: Sequence[str], share: float | None) -> _Unmarked:
-    if share is None:
-        text, places = rendering, []
-        for piece, mark in zip(pieces, marks, strict=True):
-            marked = _marked(piece, mark, share)
-            places.append([match.start() for match in re.finditer(re.escape(marked), text)])
-            text = text.replace(marked, piece.text)
-        return _Unmarked(text, places)
-    found: dict[str, list[int]] = {mark: [] for mark in marks}
-    unmarked: list[str] = []
-    for character in rendering:
-        if character in found:
-            found[character].append(len(unmarked))
-        else:
-            unmarked.append(character)
-    cuts = [_cut(piece, share) for piece in pieces]
-    places = [[max(0, at - cut) for at in found[mark]] for cut, mark in zip(cuts, marks, strict=True)]
-    return _Unmarked("".join(unmarked), places)
+            break
+    else:
+        return [[] for _ in pieces]
+    places = [
+        [at for at in options if len(options) > 1 or text.startswith(piece.text, at)]
+        for piece, options in zip(pieces, found.places, strict=True)
+    ]
+    repeated = [
+        number
+        for number, piece in enumerate(pieces)
+        if len(places[number]) > 1 and messages[piece.message]["role"] != "system"
+    ]
+    if repeated:
+        after, before = (marking.taken_from(render(each) or "") for each in _longer(messages, marked))
+        for number in repeated:
+            places[number] = _places_in_turn(number, pieces[number], found, after, before)
+    return places
 
 
 def _longer(messages: Sequence[Message], marked: Sequence[Message]) -> tuple[list[Message], list[Message]]:
@@ -227,18 +247,19 @@ def _longer(messages: Sequence[Message], marked: Sequence[Message]) -> tuple[lis
     return after, before
 
 
-def _in_turn(number: int, pieces: Sequence[_Piece], found: _Unmarked, after: _Unmarked, before: _Unmarked) -> list[int]:
+def _places_in_turn(number: int, piece: _Piece, found: _Unmarked, after: _Unmarked, before: _Unmarked) -> list[int]:
     """Of the places of a piece, the one that keeps most of the text around it in longer conversations.
 
-    `after` and `before` are the renderings with further turns there. The first place is taken of several within a turn.
+    `after` and `before` are the renderings with further turns there. The first place is taken of several within a turn;
+    all are returned where none is the turn's.
     """
-    text, places, piece = found.text, found.places[number], pieces[number]
+    text, places = found.text, found.places[number]
     backwards, in_after = text[::-1], after.text[::-1]
 
-    def kept(at: int) -> tuple[float, float]:
+    def shared_around(at: int) -> tuple[float, float]:
         """How far the text on the left and on the right is the same."""
-        left = (_kept(backwards[len(text) - at :], in_after[len(in_after) - to :]) for to in after.places[number])
-        right = (_kept(text[at:], before.text[to:]) for to in before.places[number])
+        left = (_shared(backwards[len(text) - at :], in_after[len(in_after) - to :]) for to in after.places[number])
+        right = (_shared(text[at:], before.text[to:]) for to in before.places[number])
         return max((n - at for n in left), default=-inf), max((n + at for n in right), default=-inf)
 
     def is_echo(at: int, later: int) -> bool:
@@ -252,15 +273,15 @@ def _in_turn(number: int, pieces: Sequence[_Piece], found: _Unmarked, after: _Un
             for each in (after, before)
         )
 
-    most = tuple(map(max, zip(*map(kept, places), strict=True)))
-    best = [at for at in places if min(most) > -inf and kept(at) == most]
+    most = tuple(map(max, zip(*map(shared_around, places), strict=True)))
+    best = [at for at in places if min(most) > -inf and shared_around(at) == most]
     if not best or not all(is_echo(best[0], at) for at in best[1:]):
         return places
     turn = [at for at in places if at in best or (at < best[0] and is_echo(at, best[0]))]
     return [at for at in turn if text.startswith(piece.text, at)][:1]
 
 
-def _kept(one: str, other: str) -> float:
+def _shared(one: str, other: str) -> float:
     """How many characters at the beginning two texts share; minus infinity for a few, unless the texts are equal."""
     n = n_shared(one, other)
     return n if n > _BY_CHANCE or one == other else -inf

@@ -22,7 +22,7 @@ from tlcapture.names import PromptId, check_prompt_set, prompt_id_problem
 from tlcapture.prompts.conversations import check_messages, system_prompt_of, text_of
 from tlcapture.storage.experiments.datasets import Datasets
 from tlcapture.storage.files import read_json
-from tlcapture.storage.validation import first_problem
+from tlcapture.storage.validation import first_problem, in_few_words
 from tlcapture.text import is_unicode
 
 ADHOC = "adhoc"  # the prompt set of prompts that are given as text
@@ -67,7 +67,7 @@ class Prompt(BaseModel):
         if isinstance(value, cls):
             return value
         if not isinstance(value, dict):
-            raise ValueError(f'expected {{"id", "text"}} or {{"id", "messages"}}, got {type(value).__name__}')
+            raise ValueError(f'expected {{"id", "text"}} or {{"id", "messages"}}, found {in_few_words(value)}')
         value = _without_nulls(value, {*cls.model_fields, "prompt"} - {"id"})
         if isinstance(value.get("prompt"), list):
             value = {("messages" if key == "prompt" else key): each for key, each in value.items()}
@@ -122,7 +122,7 @@ def _plain(value: Any, name: str) -> Any:
         return [_plain(each, name) for each in value]
     if hasattr(value, "tolist"):
         return _plain(value.tolist(), name)
-    raise ValueError(f"{name}: expected a JSON value, which metadata can hold, got {type(value).__name__}")
+    raise ValueError(f"{name}: expected a JSON value, which metadata can hold, found {in_few_words(value)}")
 
 
 def _without_nulls(value: dict[Any, Any], known: set[str]) -> dict[Any, Any]:

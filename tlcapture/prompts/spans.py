@@ -62,8 +62,8 @@ class TokenSpan(FileContent):
         return written if self.reason is None else {**written, "reason": self.reason}
 
 
-class Piece(NamedTuple):
-    """A run of characters that makes one span."""
+class TextSpan(NamedTuple):
+    """A run of characters with one meaning."""
 
     start: int
     stop: int
@@ -71,32 +71,32 @@ class Piece(NamedTuple):
     role: Role | None
 
 
-def spans_of_text(pieces: Iterable[Piece], length: int, offsets: Offsets, first: int = 0) -> list[TokenSpan]:
-    """The spans of the tokens of a text of `length` characters; text that no piece covers is template.
+def spans_of_text(known: Iterable[TextSpan], length: int, offsets: Offsets, first: int = 0) -> list[TokenSpan]:
+    """The spans of the tokens of a text of `length` characters; text that is in none of the `known` is template.
 
     Args:
-        pieces: the parts of the text, without overlaps.
+        known: spans of the text, without overlaps.
         offsets: the characters of each token.
         first: the index of the first token.
 
-    A piece that has no token becomes a span without tokens.
+    A turn that has no token becomes a span without tokens.
     """
-    whole = _without_gaps(pieces, length)
-    starts = [piece.start for piece in whole]
+    texts = _without_gaps(known, length)
+    starts = [each.start for each in texts]
     numbers: list[int] = []
     for start, stop in offsets:
-        number = _piece_of(start, stop, starts, length)
+        number = _number_of(start, stop, starts, length)
         numbers.append(max(number, numbers[-1]) if numbers else number)
     found: dict[int, tuple[int, int]] = {}
     at = first
     for number, tokens in groupby(numbers):
         found[number] = (at, at := at + len(list(tokens)))
     spans = []
-    for number, piece in enumerate(whole):
+    for number, each in enumerate(texts):
         if number in found:
-            spans.append(TokenSpan(kind=piece.kind, role=piece.role, start=found[number][0], stop=found[number][1]))
-        elif piece.kind == "turn":
-            spans.append(unfound(piece.role, NO_TOKEN))
+            spans.append(TokenSpan(kind=each.kind, role=each.role, start=found[number][0], stop=found[number][1]))
+        elif each.kind == "turn":
+            spans.append(unfound(each.role, NO_TOKEN))
     return spans
 
 
@@ -125,22 +125,23 @@ def labels_of(spans: Sequence[TokenSpan], n_tokens: int) -> list[tuple[str | Non
     return labels
 
 
-def _without_gaps(pieces: Iterable[Piece], length: int) -> list[Piece]:
-    whole: list[Piece] = []
+def _without_gaps(known: Iterable[TextSpan], length: int) -> list[TextSpan]:
+    """Spans of a whole text, in order: the known ones, and the template's between them."""
+    whole: list[TextSpan] = []
     end = 0
-    for piece in sorted(pieces):
-        start = max(piece.start, end)
+    for each in sorted(known):
+        start = max(each.start, end)
         if start > end:
-            whole.append(Piece(end, start, "template", None))
-        whole.append(piece._replace(start=start, stop=max(start, piece.stop)))
+            whole.append(TextSpan(end, start, "template", None))
+        whole.append(each._replace(start=start, stop=max(start, each.stop)))
         end = whole[-1].stop
     if end < length or not whole:
-        whole.append(Piece(end, length, "template", None))
+        whole.append(TextSpan(end, length, "template", None))
     return whole
 
 
-def _piece_of(start: int, stop: int, starts: Sequence[int], length: int) -> int:
-    """The number of the piece that has most of the characters of a token."""
+def _number_of(start: int, stop: int, starts: Sequence[int], length: int) -> int:
+    """The number of the span that has most of the characters of a token."""
     first, last = (max(0, bisect_right(starts, at) - 1) for at in (start, max(start, stop - 1)))
     if first == last:
         return first

@@ -1,192 +1,29 @@
 """Where the thinking of a response ends and its answer begins. Loads no torch.
 
 Markers of thinking are taken from the tokenizer's `response_template` (which transformers' `parse_response` reads),
-else from how the chat template renders an assistant message with `reasoning_content`, else from the table below.
-The end of the prompt matters too, since some templates open the thinking there, or close it at once.
+else from how the chat template renders an assistant message with `reasoning_content`, else from the table
+`MARKERS_OF_MODELS`. The end of the prompt matters too, since some templates open the thinking there, or close it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from tlcapture.prompts.chat_template import SWITCHES, rendered_or_none
-from tlcapture.prompts.message_spans import THINKING_TAGS
-from tlcapture.prompts.spans import Kind, Piece, TokenSpan, spans_of_text
+from tlcapture.prompts.spans import TextSpan, TokenSpan, spans_of_text
+from tlcapture.prompts.thinking_markers import MARKERS_OF_MODELS, TAG, Field, ThinkingMarkers, channels, literal
 from tlcapture.text import MOST_BYTES, REPLACEMENT, n_shared
 
-RESPONSE_TEMPLATE, REASONING_CONTENT, TABLE = "response_template", "reasoning_content", "table"
+RESPONSE_TEMPLATE, REASONING_CONTENT = "response_template", "reasoning_content"  # the sources of markers
 
 _QUESTION, _THOUGHT, _ANSWER = "tlcapture question", "tlcapture thought", "tlcapture answer"
 _FIELDS_OF_THINKING = ("thinking", "reasoning_content", "reasoning")
-_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷")
 
-_cached: WeakKeyDictionary[Any, tuple[Any, ThinkingMarkers | None]] = WeakKeyDictionary()
-_closing: WeakKeyDictionary[Any, tuple[Any, bool]] = WeakKeyDictionary()
-
-
-class _Field(NamedTuple):
-    """A part of a response between two markers; one without an end goes on to the end of the response."""
-
-    kind: Literal["thinking", "answer"]
-    open: Any  # a compiled pattern, of the module re or regex
-    close: Any | None
-
-
-@dataclass(frozen=True)
-class ThinkingMarkers:
-    """The markers around the parts of a response.
-
-    Attributes:
-        source: `response_template`, `reasoning_content` or `table`.
-        fields: the marked parts.
-        rest: the kind of text outside of them.
-        rest_end: the marker that ends such text, if any.
-        anchor: the text after which the response begins in the prompt's last part; without one, all of it is read.
-        opened_by_prompt: whether the end of a prompt opens the thinking, unless it is switched off.
-    """
-
-    source: str
-    fields: tuple[_Field, ...]
-    rest: Literal["answer", "template"] = "answer"
-    rest_end: Any | None = None
-    anchor: Any | None = None
-    opened_by_prompt: bool = False
-
-    def pieces(self, opening: str, response: str) -> list[Piece]:
-        """The thinking and the answer within a response, as runs of its characters.
-
-        `opening` is the end of the prompt: what comes after the last message that is not the assistant's.
-        """
-        text, n_before = opening + response, len(opening)
-        found = []
-        for kind, begin, end in self._regions(text, self._start(opening), n_before):
-            begin, end = max(0, begin - n_before), end - n_before
-            if kind != "template" and begin < end:
-                found.append(Piece(begin, end, kind, "assistant"))
-        text = response.strip()
-        if found or self.rest == "answer" or not text or _TAG.match(text):
-            return found
-        # Without any marker, since thinking is off: the answer alone.
-        ends = [match.start() for each in self.fields if each.close for match in each.close.finditer(response)]
-        return [Piece(0, min(ends, default=len(response)), "answer", "assistant")]
-
-    def thinks(self, opening: str) -> bool:
-        """Whether a response after this end of a prompt begins with thinking, as far as the template says."""
-        opened, closed = self._last(opening)
-        if opened >= 0:
-            return closed <= opened
-        answers = [match for each in self.fields if each.kind == "answer" for match in each.open.finditer(opening)]
-        if any(match.end() == len(opening.rstrip()) for match in answers):
-            return False
-        return self.source != TABLE and not self.opened_by_prompt
-
-    def is_open(self, opening: str, response: str) -> bool:
-        """Whether the thinking goes on at the end of a response so far; `opening` is as in `pieces`."""
-        text, at = opening + response, self._start(opening)
-        while opens := list(self._opens(text, at, len(opening))):
-            field, match = min(opens, key=lambda each: (each[1].start(), -len(each[1][0])))
-            close = None if field.close is None else field.close.search(text, match.end())
-            if close is None:
-                return field.kind == "thinking"
-            at = max(close.end(), match.end())
-        return False
-
-    def literals(self) -> tuple[str, str] | None:
-        """The opening and the closing marker of the thinking, if they alone decide where it is."""
-        if len(self.fields) != 1 or self.rest != "answer" or self.source == TABLE:
-            return None
-        patterns = [each.pattern for each in (self.fields[0].open, self.fields[0].close) if each is not None]
-        texts = [re.sub(r"\\(.)", r"\1", pattern) for pattern in patterns]
-        is_literal = [re.escape(text) for text in texts] == patterns
-        return (texts[0], texts[1]) if is_literal and len(texts) == 2 else None
-
-    def to_json(self) -> dict[str, Any]:
-        """The markers as metadata hold them."""
-        field = next(each for each in self.fields if each.kind == "thinking")
-        close = {} if field.close is None else {"close": _readable(field.close)}
-        return {"markers": self.source, "open": _readable(field.open), **close}
-
-    def _last(self, opening: str) -> tuple[int, int]:
-        """Where the last opening and the last closing marker of thinking end; -1 without one."""
-        fields = [each for each in self.fields if each.kind == "thinking"]
-        opened = [match.end() for each in fields for match in each.open.finditer(opening)]
-        closed = [match.end() for each in fields if each.close for match in each.close.finditer(opening)]
-        return max(opened, default=-1), max(closed, default=-1)
-
-    def _start(self, opening: str) -> int:
-        """Where the response begins in the end of the prompt."""
-        return max((match.end() for match in self.anchor.finditer(opening)), default=0) if self.anchor else 0
-
-    def _regions(self, text: str, at: int, n_before: int) -> Iterator[tuple[Kind, int, int]]:
-        """Kind, start and stop of all parts, without the white space next to markers."""
-        after_marker = False
-        while True:
-            opens = [(match.start(), -len(match[0]), field, match) for field, match in self._opens(text, at, n_before)]
-            following = min(opens, key=lambda each: each[:2], default=None)
-            stop = len(text) if following is None else following[0]
-            for begin, end in self._unmarked(text, at, stop):
-                yield self.rest, *_trimmed(text, begin, end, start=after_marker or begin > at, stop=end < len(text))
-            if following is None:
-                return
-            field, match = following[2:]
-            close = None if field.close is None else field.close.search(text, match.end())
-            end = len(text) if close is None else close.start()
-            yield field.kind, *_trimmed(text, match.end(), end, start=True, stop=close is not None)
-            if close is None:
-                return
-            at, after_marker = max(close.end(), match.end()), True
-
-    def _opens(self, text: str, at: int, n_before: int) -> Iterator[tuple[_Field, Any]]:
-        for field in self.fields:
-            match = field.open.search(text, at)
-            # The table is a guess: an answer may mention such a marker.
-            is_certain = self.source != TABLE or field.kind == "answer"
-            if match and match[0] and (is_certain or not text[n_before : match.start()].strip()):
-                yield field, match
-
-    def _unmarked(self, text: str, at: int, stop: int) -> Iterator[tuple[int, int]]:
-        for match in self.rest_end.finditer(text, at, stop) if self.rest_end is not None else ():
-            if match[0]:
-                yield at, match.start()
-                at = match.end()
-        yield at, stop
-
-
-def _literal(kind: Literal["thinking", "answer"], opening: str, *closing: str) -> _Field:
-    close = re.compile("|".join(map(re.escape, closing))) if closing else None
-    return _Field(kind, re.compile(re.escape(opening)), close)
-
-
-def _channels(source: str) -> ThinkingMarkers:
-    """gpt-oss's harmony format: the channel `analysis` is thinking, all others are the answer."""
-    message = re.compile(r"<\|channel\|>[^\n]*?<\|message\|>")
-    return ThinkingMarkers(
-        source,
-        (
-            _literal("thinking", "<|channel|>analysis<|message|>", "<|end|>"),
-            _Field("answer", message, re.compile(r"<\|(?:end|return|call)\|>")),
-        ),
-        rest="template",
-    )
-
-
-_RESPONSES = (
-    _literal("answer", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
-    # Granite 3.3's system prompt asks for these tags; an answer may have them elsewhere, as part of its text.
-    _Field("answer", re.compile(r"(?<=</think>)\s*<response>"), re.compile(r"</response>")),
-)
-_IN_WORDS = _Field(  # Granite 3.2, whose system prompt asks for these words
-    "thinking", re.compile(r"Here(?:'s| is) my thought process:"), re.compile(r"Here(?:'s| is) my response:")
-)
-_TABLE = (
-    _channels(TABLE),
-    ThinkingMarkers(TABLE, (_IN_WORDS,)),
-    *(ThinkingMarkers(TABLE, (_literal("thinking", *tags), *_RESPONSES)) for tags in THINKING_TAGS),
-)
+# By tokenizer and name: what was found out, and the templates that it was found in, which may be replaced.
+_known: WeakKeyDictionary[Any, dict[str, tuple[Any, Any]]] = WeakKeyDictionary()
 
 
 def response_spans(
@@ -202,7 +39,7 @@ def response_spans(
     """The spans of a response, and the markers of thinking as metadata hold them.
 
     Args:
-        opening: see `ThinkingMarkers.pieces`.
+        opening: see `ThinkingMarkers.text_spans`.
         token_ids, tokens: the response's tokens, and their texts.
         first: the index of its first token.
         stopped: whether the last token is a stop token, which is not part of any text.
@@ -216,8 +53,8 @@ def response_spans(
     length = offsets[-1][0] if stopped else len(whole)
     response = whole[:length]
     markers = thinking_markers(tokenizer, chat_template=chat_template) or _table_entry(opening, response)
-    pieces = [Piece(0, length, "answer", "assistant")] if markers is None else markers.pieces(opening, response)
-    spans = spans_of_text([each for each in pieces if each.start < each.stop], len(whole), offsets, first)
+    parts = [TextSpan(0, length, "answer", "assistant")] if markers is None else markers.text_spans(opening, response)
+    spans = spans_of_text([each for each in parts if each.start < each.stop], len(whole), offsets, first)
     return spans, None if markers is None else markers.to_json()
 
 
@@ -252,10 +89,18 @@ def marker_tokens(tokenizer: Any, *, chat_template: bool = True) -> tuple[int, i
     return (ids[0][0], ids[1][0]) if [len(each) for each in ids] == [1, 1] else None
 
 
-def thinks(tokenizer: Any, opening: str) -> bool:
-    """Whether a response after this end of a prompt is expected to begin with thinking."""
+def thinks(tokenizer: Any, opening: str, instructions: str = "") -> bool:
+    """Whether a response is expected to begin with thinking.
+
+    Args:
+        opening: the end of the prompt, see `ThinkingMarkers.text_spans`.
+        instructions: its beginning, up to the first message that is not the system's.
+    """
     markers = thinking_markers(tokenizer) or _table_entry(opening, "")
-    return _closes_if_off(tokenizer) if markers is None else markers.thinks(opening)
+    if markers is None:
+        is_switched = _once(tokenizer, "closes if off", tokenizer.chat_template, _closes_if_off)
+        return bool(is_switched) or _asks_for_thinking(instructions)
+    return markers.thinks(opening)
 
 
 def thinking_markers(tokenizer: Any, *, chat_template: bool = True) -> ThinkingMarkers | None:
@@ -264,16 +109,24 @@ def thinking_markers(tokenizer: Any, *, chat_template: bool = True) -> ThinkingM
     The chat template is only rendered if prompts are rendered with it.
     """
     template = getattr(tokenizer, "chat_template", None) if chat_template else None
-    state = (template, getattr(tokenizer, "response_template", None))
-    if tokenizer not in _cached or _cached[tokenizer][0] != state:
-        found = _of_response_template(tokenizer) or (_of_rendering(tokenizer) if template else None)
-        _cached[tokenizer] = state, found
-    return _cached[tokenizer][1]
+
+    templates = (template, getattr(tokenizer, "response_template", None))
+    find = (_of_response_template, _of_rendering) if template else (_of_response_template,)
+    found: ThinkingMarkers | None = _once(tokenizer, "markers", templates, *find)
+    return found
+
+
+def _once(tokenizer: Any, name: str, templates: Any, *find: Callable[[Any], Any]) -> Any:
+    """What the first of these functions finds; they are called once as long as a tokenizer has these templates."""
+    known = _known.setdefault(tokenizer, {})
+    if name not in known or known[name][0] != templates:
+        known[name] = templates, next(filter(None, (each(tokenizer) for each in find)), None)
+    return known[name][1]
 
 
 def _table_entry(opening: str, response: str) -> ThinkingMarkers | None:
     """The entry of the table whose thinking is open at the end of the prompt, or with which the response begins."""
-    for entry in _TABLE:
+    for entry in MARKERS_OF_MODELS:
         opens = entry.fields[0].open
         match = opens.search(opening + response)
         if match and not response[: max(0, match.start() - len(opening))].strip():
@@ -292,7 +145,7 @@ def _of_response_template(tokenizer: Any) -> ThinkingMarkers | None:
     except (ImportError, ValueError, TypeError):  # an earlier transformers, or a template of another version
         return None
     fields = [
-        _Field("thinking" if name in _FIELDS_OF_THINKING else "answer", field.open_re, field.close_re)
+        Field("thinking" if name in _FIELDS_OF_THINKING else "answer", field.open_re, field.close_re)
         for name, field in spec.fields.items()
         if field.open_re is not None
     ]
@@ -313,34 +166,43 @@ def _of_rendering(tokenizer: Any) -> ThinkingMarkers | None:
         whole = rendered_or_none(tokenizer, [user, answer]) or ""
         if whole.count(_THOUGHT) == 1 and whole.find(_ANSWER) > whole.find(_THOUGHT) and prompt is not None:
             found = _between(whole, prompt, bare or "")
-            opened, closed = found._last(prompt[prompt.rfind(_QUESTION) :]) if found else (-1, -1)
+            opened, closed = found.last_in(prompt[prompt.rfind(_QUESTION) :]) if found else (-1, -1)
             return found and replace(found, opened_by_prompt=opened > closed)
     return None
 
 
 def _closes_if_off(tokenizer: Any) -> bool:
     """Whether the end of a prompt closes the thinking where it is switched off, and is thus expected otherwise."""
-    state = getattr(tokenizer, "chat_template", None)
-    if tokenizer not in _closing or _closing[tokenizer][0] != state:
-        user = {"role": "user", "content": _QUESTION}
-        off = dict.fromkeys(SWITCHES, False)
-        prompt = rendered_or_none(tokenizer, [user], add_generation_prompt=True, template_args=off) if state else None
-        opening = (prompt or "").rpartition(_QUESTION)[2]
-        entry = _table_entry(opening, "")
-        _closing[tokenizer] = state, entry is not None and not entry.thinks(opening)
-    return _closing[tokenizer][1]
+    off = dict.fromkeys(SWITCHES, False)
+    user = {"role": "user", "content": _QUESTION}
+    prompt = rendered_or_none(tokenizer, [user], add_generation_prompt=True, template_args=off)
+    opening = (prompt or "").rpartition(_QUESTION)[2]
+    entry = _table_entry(opening, "")
+    return entry is not None and not entry.thinks(opening)
+
+
+def _asks_for_thinking(instructions: str) -> bool:
+    """Whether a text names the markers around the thinking, as the system prompts of Granite 3.3 and Phi-4 do."""
+    fields = [entry.fields[0] for entry in MARKERS_OF_MODELS]
+    return any(each.open.search(instructions) and each.close.search(instructions) for each in fields if each.close)
 
 
 def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
-    """The markers in a rendering of a thought and an answer; `prompt` and `bare` are of the question alone."""
+    """The markers in a rendering of a question, a thought and an answer.
+
+    The opening marker is what is before the thought and not in `prompt`, the question with a generation prompt; where
+    that opens the thinking itself, it is the end of that. The closing marker is what is after the thought, up to the
+    end of the first tag. What is left before the answer opens the answer, apart from the header that begins any
+    response, which `bare`, the question alone, lacks.
+    """
     thought, answer = whole.index(_THOUGHT), whole.index(_ANSWER)
     if whole[:thought].endswith("<|channel|>analysis<|message|>"):
-        return _channels(REASONING_CONTENT)
+        return channels(REASONING_CONTENT)
     before = _start_of_tag(whole, n_shared(whole[:thought], prompt))
     asked = whole.rfind(_QUESTION, 0, thought) + len(_QUESTION)
     opening = whole[before:thought].strip() or _opener(whole[asked:thought], whole[asked:])
     closing = whole[thought + len(_THOUGHT) : answer]
-    tag = _TAG.search(closing)
+    tag = TAG.search(closing)
     end = len(closing.rstrip()) if tag is None else tag.end()
     close = closing[:end].strip()
     if not opening or not close:
@@ -348,36 +210,23 @@ def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
     header = prompt[n_shared(prompt, bare) :].strip()
     following = closing[end:].strip().removeprefix(header).strip()
     if not following:
-        return ThinkingMarkers(REASONING_CONTENT, (_literal("thinking", opening, close),))
-    after = _TAG.search(whole, answer + len(_ANSWER))
+        return ThinkingMarkers(REASONING_CONTENT, (literal("thinking", opening, close),))
+    after = TAG.search(whole, answer + len(_ANSWER))
     ends = [close, *([after[0]] if after else [])]
-    fields = (_literal("thinking", opening, close), _literal("answer", following, *ends))
+    fields = (literal("thinking", opening, close), literal("answer", following, *ends))
     return ThinkingMarkers(REASONING_CONTENT, fields, rest="template")
 
 
 def _start_of_tag(text: str, at: int) -> int:
     """The start of the tag that `at` is within; `at` itself if it is in none."""
-    return next((match.start() for match in _TAG.finditer(text) if match.start() < at < match.end()), at)
+    return next((match.start() for match in TAG.finditer(text) if match.start() < at < match.end()), at)
 
 
 def _opener(text: str, turns: str) -> str:
     """What the prompt itself writes before a thought: the last tags, as many as occur once in `turns`, or a line."""
     text = text.rstrip()
-    tags = list(_TAG.finditer(text))
+    tags = list(TAG.finditer(text))
     if not tags or tags[-1].end() < len(text):
         return text.rpartition("\n")[2].strip()
     ends = [text[tag.start() :] for tag in reversed(tags)]
     return next((each for each in ends if turns.count(each) == 1), ends[0])
-
-
-def _trimmed(text: str, begin: int, end: int, *, start: bool, stop: bool) -> tuple[int, int]:
-    """A run of characters without the white space next to a marker, where one is at its start or stop."""
-    while start and begin < end and text[begin].isspace():
-        begin += 1
-    while stop and begin < end and text[end - 1].isspace():
-        end -= 1
-    return begin, end
-
-
-def _readable(pattern: Any) -> str:
-    return re.sub(r"\\(.)", r"\1", pattern.pattern) if "\\n" not in pattern.pattern else str(pattern.pattern)

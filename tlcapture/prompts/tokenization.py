@@ -20,7 +20,7 @@ from tlcapture.prompts.spans import (
     NO_TEXT,
     SEVERAL_PLACES,
     Offsets,
-    Piece,
+    TextSpan,
     TokenSpan,
     spans_of_text,
     unfound,
@@ -150,20 +150,20 @@ def tokenize(
         raise InputError(f"{name}: its text has no tokens")
     opening = _opening(turns, chat) if templated else ""
     return TokenizedPrompt(
-        prompt_set,
-        prompt_id,
-        text,
-        chat.text,
-        tuple(ids),
-        system_prompt,
-        templated,
-        chat.merged,
-        chat.dropped,
+        prompt_set=prompt_set,
+        id=prompt_id,
+        source_text=text,
+        text=chat.text,
+        token_ids=tuple(ids),
+        system_prompt=system_prompt,
+        chat_template=templated,
+        merged=chat.merged,
+        dropped=chat.dropped,
         messages=tuple(messages),
         template_args=dict(template_args),
         spans=tuple(_spans(turns, chat, offsets, n_added)),
         opening=opening,
-        thinks=templated and thinks(tokenizer, opening),
+        thinks=templated and thinks(tokenizer, opening, _instructions(turns, chat)),
     )
 
 
@@ -318,7 +318,14 @@ def _plain_chat(turns: Sequence[Message]) -> RenderedChat:
     return RenderedChat(text, tuple(system if turn["role"] == "system" else user for turn in turns))
 
 
+def _instructions(turns: Sequence[Message], chat: RenderedChat) -> str:
+    """The beginning of a rendering, up to the first message that is not the system's."""
+    starts = [span.start for turn, span in zip(turns, chat.spans, strict=True) if span and turn["role"] != "system"]
+    return chat.text[: min(starts, default=len(chat.text))]
+
+
 def _opening(turns: Sequence[Message], chat: RenderedChat) -> str:
+    """The end of a rendering, after the last message that is not a beginning of the response."""
     others = [
         span.stop
         for turn, span in zip(turns, chat.spans, strict=True)
@@ -333,9 +340,9 @@ def _spans(turns: Sequence[Message], chat: RenderedChat, offsets: Offsets | None
     if offsets is None:
         return [unfound(role, NO_OFFSETS) for role in roles]
     placed = zip(roles, chat.spans, strict=True)
-    pieces = [Piece(*span, "turn", role) for role, span in placed if span is not None]
+    known = [TextSpan(*span, "turn", role) for role, span in placed if span is not None]
     added = [TokenSpan(kind="template", role=None, start=0, stop=n_added)] if n_added else []
-    found = added + spans_of_text(pieces, len(chat.text), offsets, n_added)
+    found = added + spans_of_text(known, len(chat.text), offsets, n_added)
     missing = (turn for turn, span in zip(turns, chat.spans, strict=True) if span is None)
     return found + [unfound(each["role"], SEVERAL_PLACES if each["content"].strip() else NO_TEXT) for each in missing]
 

@@ -121,7 +121,7 @@ def first_problem(error: ValidationError) -> str:
         branches = [each for each in others if each["loc"][:-1] == first["loc"] and each["loc"][-1] in _BRANCHES]
         others = [each for each in others if each not in branches]
         expected = dict.fromkeys(_expected(each) for each in (first, *branches))
-        message = f"expected {' or '.join(expected)}, found {_found(first['input'])}"
+        message = f"expected {' or '.join(expected)}, found {in_few_words(first['input'])}"
     else:
         message = _message(first)
     where = _field(first["loc"])
@@ -141,7 +141,7 @@ def _message(problem: ErrorDetails) -> str:
     if problem["type"] == "missing":
         return "expected, but missing"
     name = " as its name" if problem["loc"][-1:] == ("[key]",) else ""
-    return f"expected {_expected(problem)}{name}, found {_found(problem['input'])}"
+    return f"expected {_expected(problem)}{name}, found {in_few_words(problem['input'])}"
 
 
 def _expected(problem: ErrorDetails) -> str:
@@ -155,7 +155,7 @@ def _expected(problem: ErrorDetails) -> str:
     return str(problem["msg"]) if template is None else template.format(**limits)
 
 
-def _found(value: object) -> str:
+def in_few_words(value: object) -> str:
     """A value in few words: a short one itself, otherwise its kind."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

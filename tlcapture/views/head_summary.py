@@ -59,7 +59,9 @@ class HeadSummary:
 class ReadByRow(Protocol):
     """Attention weights that are read query by query: those of a file, `SavedAttention`, or of a live capture."""
 
-    head: AttentionHead
+    @property
+    def head(self) -> AttentionHead:
+        """The tokens, and the numbers of layers and heads."""
 
     @property
     def present_layers(self) -> list[int]:

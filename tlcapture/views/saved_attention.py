@@ -170,7 +170,7 @@ class _CompactAttention(SavedAttention):
 
     def _checked(self, weights: NDArray[Any]) -> NDArray[Any]:
         if not ((weights >= 0) & (weights <= 1)).all():  # NaN too
-            raise StorageError(f"{self.path}: not a valid attention file: a weight is not between 0 and 1")
+            raise not_valid(self.path, KIND, "a weight is not between 0 and 1")
         return weights
 
 

@@ -27,6 +27,7 @@ from tlcapture.storage.compact.compact_files import compact_metadata, is_compact
 from tlcapture.storage.compact.safetensors_files import TensorSpec, write_safetensors
 from tlcapture.storage.files import Written
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
+from tlcapture.storage.validation import not_valid
 from tlcapture.views.json_files import LensEntry, LensHead, LensOverview
 from tlcapture.views.token_entries import TokenEntries, no_token
 
@@ -102,27 +103,23 @@ class _JsonLens(SavedLens):
         return (LensOverview.of(entry, self.path, self.head) for entry in self._entries)
 
     def numbers(self) -> LensNumbers:
-        return lens_numbers(list(self._entries), self.head, self.path)
-
-
-def lens_numbers(found: Sequence[Any], head: LensHead, path: Path) -> LensNumbers:
-    """The predictions of parsed JSON entries; raises `StorageError` if they do not have that form."""
-    entries = [LensEntry.of(entry, path, head) for entry in found]
-    if [entry.token_idx for entry in entries] != list(head.positions_held.with_next):
-        raise StorageError(f"{path}: it does not have one entry per token that has a next token")
-    if any(len(layer.top_k) != head.top_k for entry in entries for layer in entry.by_layer):
-        raise StorageError(f"{path}: it does not have {head.top_k} predictions in every layer")
-    by_layer = [[entry.by_layer[row] for entry in entries] for row in range(head.n_entries_by_layer)]
-    shape = (head.n_entries_by_layer, len(entries))
-    probs = [[[top.prob for top in cell.top_k] for cell in row] for row in by_layer]
-    ranks = [[cell.actual_rank for cell in row] for row in by_layer]
-    actual = [[cell.actual_prob for cell in row] for row in by_layer]
-    return LensNumbers(
-        top_tokens=[[[top.token for top in cell.top_k] for cell in row] for row in by_layer],
-        top_probs=np.array(probs, dtype=np.float64).reshape(*shape, head.top_k),
-        actual_rank=np.array(ranks, dtype=np.int64).reshape(shape),
-        actual_prob=np.array(actual, dtype=np.float64).reshape(shape),
-    )
+        head = self.head
+        entries = [LensEntry.of(entry, self.path, head) for entry in self._entries]
+        if [entry.token_idx for entry in entries] != list(head.positions_held.with_next):
+            raise StorageError(f"{self.path}: it does not have one entry per token that has a next token")
+        if any(len(layer.top_k) != head.top_k for entry in entries for layer in entry.by_layer):
+            raise StorageError(f"{self.path}: it does not have {head.top_k} predictions in every layer")
+        by_layer = [[entry.by_layer[row] for entry in entries] for row in range(head.n_entries_by_layer)]
+        shape = (head.n_entries_by_layer, len(entries))
+        probs = [[[top.prob for top in cell.top_k] for cell in row] for row in by_layer]
+        ranks = [[cell.actual_rank for cell in row] for row in by_layer]
+        actual = [[cell.actual_prob for cell in row] for row in by_layer]
+        return LensNumbers(
+            top_tokens=[[[top.token for top in cell.top_k] for cell in row] for row in by_layer],
+            top_probs=np.array(probs, dtype=np.float64).reshape(*shape, head.top_k),
+            actual_rank=np.array(ranks, dtype=np.int64).reshape(shape),
+            actual_prob=np.array(actual, dtype=np.float64).reshape(shape),
+        )
 
 
 class _CompactLens(SavedLens):
@@ -186,7 +183,7 @@ class _CompactLens(SavedLens):
         try:
             return [self._texts[number] for number in ids.tolist()]
         except KeyError as error:
-            raise StorageError(f"{self.path}: not a valid logit lens file: no text of the id {error}") from None
+            raise not_valid(self.path, KIND, f"no text of the id {error}") from None
 
     @cached_property
     def _texts(self) -> dict[int, str]:
@@ -194,8 +191,7 @@ class _CompactLens(SavedLens):
             texts = orjson.loads(self._file.array("texts").tobytes())
             return dict(zip(self._file.array("ids").tolist(), map(_text, texts), strict=True))
         except (orjson.JSONDecodeError, TypeError, ValueError):
-            problem = "texts: expected one for each of its ids"
-            raise StorageError(f"{self.path}: not a valid logit lens file: {problem}") from None
+            raise not_valid(self.path, KIND, "texts: expected one for each of its ids") from None
 
 
 def _text(value: Any) -> str:
@@ -206,7 +202,7 @@ def _text(value: Any) -> str:
 
 def _rounded(probs: NDArray[Any], path: Path) -> NDArray[np.float64]:
     if not ((probs >= 0) & (probs <= 1)).all():  # NaN too
-        raise StorageError(f"{path}: not a valid logit lens file: a probability is not between 0 and 1")
+        raise not_valid(path, KIND, "a probability is not between 0 and 1")
     return round_significant(probs, PROBABILITY_DIGITS)
 
 

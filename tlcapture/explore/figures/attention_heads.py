@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from operator import index
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId, capture_name
 from tlcapture.text import printable
+from tlcapture.views.json_files import AttentionHead
 
 _MOST_TOKENS = 160  # circuitsvis draws a rectangle per weight
 _BUNDLE = Path("dist", "cdn", "iife.js")
@@ -110,6 +111,34 @@ class AttentionHeads:
                 "tokens": [printable(token) for token in self.tokens],
             },
         )
+
+
+@dataclass(frozen=True, eq=False)
+class HeadsByRow:
+    """The patterns of several layers in memory, read query by query like those of a file, see `ReadByRow`."""
+
+    head: AttentionHead
+    heads: Mapping[int, AttentionHeads]
+
+    @classmethod
+    def of(cls, heads: Mapping[int, AttentionHeads], n_layers: int) -> HeadsByRow:
+        """The patterns of at least one of the layers of a model."""
+        first = next(iter(heads.values()))
+        head = AttentionHead(
+            tokens=list(first.tokens), n_prompt_tokens=first.n_prompt_tokens, n_layers=n_layers, n_heads=first.n_heads
+        )
+        return cls(head, heads)
+
+    @property
+    def present_layers(self) -> list[int]:
+        """The layers that have patterns."""
+        return list(self.heads)
+
+    def rows(self, layers: Sequence[int]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Layer, query and the query's weights `[n_heads, query + 1]`, for some of these layers."""
+        for layer in layers:
+            for query in self.heads[layer].positions:
+                yield layer, query, self.heads[layer].patterns[:, query, : query + 1]
 
 
 def _circuitsvis() -> str | None:

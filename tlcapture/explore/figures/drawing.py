@@ -21,7 +21,7 @@ from tlcapture.errors import InputError
 from tlcapture.explore.figures.attention_heads import AttentionHeads
 from tlcapture.explore.figures.logit_lens_table import LogitLensTable
 from tlcapture.explore.figures.offline_figure import OfflineFigure, plotly_text
-from tlcapture.explore.figures.set_means import SetLine, mean_of
+from tlcapture.explore.figures.set_means import SetLine, SetMean, mean_of
 from tlcapture.text import counted, printable
 from tlcapture.traits.projections.token_scores import TokenScores
 
@@ -87,26 +87,20 @@ def mean_trajectory_figure(sets: Mapping[str, Sequence[SetLine]], *, calibrated:
     is_calibrated = calibrated and all(each.calibration is not None for each in everything)
     traits = list(dict.fromkeys(each.trait for each in everything))
     figure, is_ragged = OfflineFigure(), False
-    for trait, prompt_set in product(traits, sets):
-        found = [each for each in sets[prompt_set] if each.trait == trait]
-        if not found:
+    for (trait_index, trait), (set_index, prompt_set) in product(enumerate(traits), enumerate(sets)):
+        lines = [each for each in sets[prompt_set] if each.trait == trait]
+        if not lines:
             continue
-        over = mean_of(found, lambda each: each.calibrated if is_calibrated else each.trajectory)
-        mean, spread = over.mean, over.spread
-        colour = _COLOURS[(traits.index(trait) * len(sets) + list(sets).index(prompt_set)) % len(_COLOURS)]
-        dash = _DASHES[list(sets).index(prompt_set) % len(_DASHES)]
         label = f"{trait}, {prompt_set}" if len(sets) > 1 else trait
-        name = plotly_text(f"{label} ({counted(len(found), 'response')})")
-        drawn = ~np.isnan(spread)
-        x, low, high = over.positions[drawn], (mean - spread)[drawn], (mean + spread)[drawn]
-        band = {"x": [*x, *x[::-1]], "y": [*high, *low[::-1]], "fill": "toself", "fillcolor": colour, "opacity": 0.15}
-        hidden = {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": name}
-        figure.add_trace(go.Scatter(**band, **hidden, name=f"{name}: one standard deviation"))
-        is_ragged |= bool((over.n[over.positions >= 0] < len(found)).any())
-        hover = f"token %{{x}} of the response<br>{name}: %{{y:.5g}}, mean of %{{customdata}}<extra></extra>"
-        line = {"color": colour, "width": 2, "dash": dash}
-        common = {"name": name, "legendgroup": name, "hovertemplate": hover, "customdata": over.n[drawn]}
-        figure.add_trace(go.Scatter(x=x, y=mean[drawn], line=line, **common))
+        over = mean_of(lines, lambda each: each.calibrated if is_calibrated else each.trajectory)
+        _add_mean(
+            figure,
+            over,
+            name=plotly_text(f"{label} ({counted(len(lines), 'response')})"),
+            colour=_COLOURS[(trait_index * len(sets) + set_index) % len(_COLOURS)],
+            dash=_DASHES[set_index % len(_DASHES)],
+        )
+        is_ragged |= bool((over.n[over.positions >= 0] < len(lines)).any())
     _lay_out(figure, f"{' beside '.join(sets)}: mean and one standard deviation over responses")
     if is_ragged:
         _note(figure, "a token that fewer responses have is their mean alone")
@@ -116,6 +110,37 @@ def mean_trajectory_figure(sets: Mapping[str, Sequence[SetLine]], *, calibrated:
         title_text=CALIBRATED if is_calibrated else "projection", zeroline=True, zerolinecolor="#999999"
     )
     return figure
+
+
+def _add_mean(figure: OfflineFigure, over: SetMean, *, name: str, colour: str, dash: str) -> None:
+    """Add a mean trajectory and its spread, where at least two responses have the token."""
+    drawn = ~np.isnan(over.spread)
+    x, mean, spread = over.positions[drawn], over.mean[drawn], over.spread[drawn]
+    figure.add_trace(
+        go.Scatter(
+            x=[*x, *x[::-1]],
+            y=[*(mean + spread), *(mean - spread)[::-1]],
+            fill="toself",
+            fillcolor=colour,
+            opacity=0.15,
+            line={"width": 0},
+            hoverinfo="skip",
+            showlegend=False,
+            legendgroup=name,
+            name=f"{name}: one standard deviation",
+        )
+    )
+    figure.add_trace(
+        go.Scatter(
+            x=x,
+            y=mean,
+            line={"color": colour, "width": 2, "dash": dash},
+            name=name,
+            legendgroup=name,
+            hovertemplate=f"token %{{x}} of the response<br>{name}: %{{y:.5g}}, mean of %{{customdata}}<extra></extra>",
+            customdata=over.n[drawn],
+        )
+    )
 
 
 def drawn_trajectory(projection: TokenScores, *, calibrated: bool) -> NDArray[np.float64]:

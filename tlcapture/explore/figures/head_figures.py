@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
-from numpy.typing import NDArray
 
 from tlcapture.errors import InputError
-from tlcapture.explore.figures.attention_heads import AttentionHeads
 from tlcapture.explore.figures.offline_figure import OfflineFigure, plotly_text
 from tlcapture.views.head_summary import MEASURES, HeadSummary, summarised
-from tlcapture.views.json_files import AttentionHead
-from tlcapture.views.saved_attention import read_attention
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -71,35 +66,10 @@ def heads_figure(capture: ExplorableCapture, measure: str) -> OfflineFigure:
 
 def _summary(capture: ExplorableCapture) -> HeadSummary:
     """The means over queries of the stored attention, or of the attention that a live capture has."""
-    path = capture._add_on("attention")
-    if path is not None:
-        return summarised(read_attention(path))
-    n_layers = capture._captured.n_layers
-    heads = {layer: found for layer in range(n_layers) if (found := capture._saved_heads(layer)) is not None}
-    if not heads:
+    stored = capture._stored_attention()
+    if stored is None:
         raise InputError(
             "this capture has no attention: capture with --attention, in Python with attention=True; "
             "'tlcapture capture --replay --attention' adds it to a stored one"
         )
-    return summarised(_LiveAttention(heads, n_layers))
-
-
-class _LiveAttention:
-    """The patterns of a live capture, by layer, read as those of a file."""
-
-    def __init__(self, heads: Mapping[int, AttentionHeads], n_layers: int):
-        first = next(iter(heads.values()))
-        self._heads = heads
-        self.head = AttentionHead(
-            tokens=list(first.tokens), n_prompt_tokens=first.n_prompt_tokens, n_layers=n_layers, n_heads=first.n_heads
-        )
-        self._queries = first.positions
-
-    @property
-    def present_layers(self) -> list[int]:
-        return list(self._heads)
-
-    def rows(self, layers: Sequence[int]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
-        for layer in layers:
-            for query in self._queries:
-                yield layer, query, self._heads[layer].patterns[:, query, : query + 1]
+    return summarised(stored)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tlcapture.explore.doubts import noted, tell_of_vectors
+from tlcapture.explore.figures.set_means import SetLine
 from tlcapture.storage.experiments.layout import Layout
 from tlcapture.traits.projections.saved import scores_of_set
 from tlcapture.traits.verdicts import UsedVector
@@ -47,9 +49,7 @@ class SetFigures:
 
         Raises `InputError`, naming the command to run, if a set has no projections.
         """
-        from tlcapture.explore.doubts import noted, tell_of_vectors
         from tlcapture.explore.figures.drawing import mean_trajectory_figure
-        from tlcapture.explore.figures.set_means import SetLine
 
         names = [self.prompt_set, *([beside] if isinstance(beside, str) else beside)]
         vectors: dict[UsedVector, None] = {}

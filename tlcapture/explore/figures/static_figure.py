@@ -83,6 +83,8 @@ def _draw_heatmap(axis: Axes, trace: dict[str, Any]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     values = np.ma.masked_invalid(np.asarray(trace["z"], dtype=float))
+    if not values.size:  # such as the predictions after the last token
+        return
     x = trace.get("x")
     first = 0.0 if x is None or not len(x) else float(x[0])
     image = axis.imshow(

@@ -18,12 +18,15 @@ from tlcapture.storage.validation import first_problem
 
 _FORMS = "a list of ids, several of them, or a tensor [n_tokens] or [n_prompts, n_tokens] of integers"
 
+_BYTES = (bytes, bytearray, memoryview)
+
 
 def as_prompt_set(prompts: Any) -> PromptSet:
     """The prompt set of texts and conversations, numbered from 1; raises `InputError` for anything else."""
     if isinstance(prompts, PromptSet):
         return prompts
-    if not isinstance(prompts, Iterable):
+    is_table = getattr(prompts, "ndim", 1) > 1  # a data frame, over whose columns' names a loop would go
+    if not isinstance(prompts, Iterable) or isinstance(prompts, _BYTES) or is_table:
         raise InputError(f"expected texts, lists of messages, Prompts or a PromptSet: got {type(prompts).__name__}")
     given = [prompts] if isinstance(prompts, str | Mapping | Prompt) else list(prompts)
     if given and all(isinstance(each, Mapping) for each in given):
@@ -79,7 +82,8 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0 and all(map(_is_id, value))
+    is_list = isinstance(value, Sequence) and not isinstance(value, (str, *_BYTES))
+    return is_list and len(value) > 0 and all(map(_is_id, value))
 
 
 def _as_prompt(number: int, given: Any) -> Any:

@@ -29,6 +29,7 @@ from tlcapture.errors import InputError
 from tlcapture.explore.applied_interventions import NO_INTERVENTIONS, AppliedInterventions
 from tlcapture.explore.experiment import Experiment
 from tlcapture.explore.explorable_capture import ExplorableCapture
+from tlcapture.explore.figures.attention_heads import AttentionHeads, HeadsByRow
 from tlcapture.explore.live.given_prompts import as_prompt_set, given_token_ids, prompt_of_ids
 from tlcapture.explore.live.live_interventions import (
     Hook,
@@ -67,11 +68,9 @@ from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_view
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens, kept_of
-from tlcapture.views.logit_lens import LogitLens
 
 if TYPE_CHECKING:
-    from tlcapture.explore.figures.attention_heads import AttentionHeads
-
+    from tlcapture.explore.figures.logit_lens_table import LogitLensTable
 
 _log = logging.getLogger(__name__)
 
@@ -146,19 +145,23 @@ class LiveCapture(Capture, ExplorableCapture):
             return None
         return own.experiment
 
-    def _saved_internals(self, layer: int) -> dict[str, Tensor] | None:
+    def _stored_internals(self, layer: int) -> dict[str, Tensor] | None:
         if self.more is None or layer not in self.more.wanted.internals:
             return None
         return internals_view(self.more.cache, layer, self.positions)
 
-    def _saved_heads(self, layer: int) -> AttentionHeads | None:
+    def _stored_heads(self, layer: int) -> AttentionHeads | None:
         more = self.more
         if more is None or not more.wanted.attention or hook("pattern", layer) not in more.cache:
             return None
         return self._heads_in(more.cache, layer, "the capture")
 
-    def _lens(self) -> LogitLens | None:
-        return None if self.more is None else self.more.lens
+    def _stored_attention(self) -> HeadsByRow | None:
+        heads = {layer: found for layer in range(self.n_layers) if (found := self._stored_heads(layer)) is not None}
+        return HeadsByRow.of(heads, self.n_layers) if heads else None
+
+    def _stored_lens(self) -> LogitLensTable | None:
+        return None if self.more is None or self.more.lens is None else self._lens_table(self.more.lens)
 
     @property
     def _captured(self) -> Capture:
@@ -256,12 +259,7 @@ def capture(
         OutOfMemoryError: a prompt does not fit in memory, even alone in its batch.
         NumericalError: a prompt's logits are NaN or inf.
     """
-    if max_new_tokens is not None and not (isinstance(max_new_tokens, SupportsIndex) and index(max_new_tokens) >= 0):
-        raise InputError(f"max_new_tokens is {max_new_tokens!r}: expected a whole number, at least 0")
-    if isinstance(internals, str) and internals != ALL_LAYERS:
-        raise InputError(f"internals {internals!r}: expected layers, or {ALL_LAYERS!r}")
-    if vectors is not None and not isinstance(vectors, Experiment):
-        raise InputError(f"vectors: expected an Experiment, got {type(vectors).__name__}: Experiment({vectors!r})?")
+    _check_kinds(max_new_tokens, internals, vectors)
     kept_tokens = None if tokens is None else KeptTokens.parse(tokens)
     rules = {"top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
     asked = _asked(sampling, temperature, seed, stop, rules)
@@ -269,14 +267,10 @@ def capture(
     runner = as_model(model)
     sources = given_captures(prompts)
     values = all_template_args(runner.tokenizer, thinking, template_args, chat_template=chat_template)
-    if sources is not None:
-        tokenized = [prompt_of_capture(runner, each) for each in sources]
-    elif (ids := given_token_ids(prompts)) is not None:
-        if system_prompt is not None or chat_template or values:
-            raise InputError("token ids are read as they are: leave out system_prompt, chat_template and thinking")
-        tokenized = [prompt_of_ids(runner, number, each) for number, each in enumerate(ids, start=1)]
+    if sources is None:
+        tokenized = _tokenized(runner, prompts, system_prompt, chat_template, values)
     else:
-        tokenized = _tokenized(runner, as_prompt_set(prompts), system_prompt, chat_template, values)
+        tokenized = [prompt_of_capture(runner, each) for each in sources]
     chosen = sampling_for(asked, runner)
     for note in filter(None, (unfollowed(chosen, runner), without_effect(chosen, samples))):
         _log.warning(note)
@@ -287,7 +281,7 @@ def capture(
     wanted = CaptureOptions(
         attention=attention,
         logit_lens=logit_lens,
-        internals=internals if isinstance(internals, str) else _several(internals),
+        internals=internals if isinstance(internals, str) else _as_numbers(internals),
         capture_attn=capture_attn,
         layers=kept.layers,
         points=kept.points,
@@ -332,13 +326,29 @@ def capture(
         )
 
 
+def _check_kinds(max_new_tokens: Any, internals: Any, vectors: Any) -> None:
+    """Raise `InputError` for arguments of the wrong kind."""
+    if max_new_tokens is not None and not (isinstance(max_new_tokens, SupportsIndex) and index(max_new_tokens) >= 0):
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}: expected a whole number, at least 0")
+    if isinstance(internals, str) and internals != ALL_LAYERS:
+        raise InputError(f"internals {internals!r}: expected layers, or {ALL_LAYERS!r}")
+    if vectors is not None and not isinstance(vectors, Experiment):
+        raise InputError(f"vectors: expected an Experiment, got {type(vectors).__name__}: Experiment({vectors!r})?")
+
+
 def _tokenized(
     model: Model,
-    prompt_set: PromptSet,
+    prompts: Any,
     system_prompt: str | None,
     chat_template: bool | None,
     template_args: Mapping[str, Any],
 ) -> list[TokenizedPrompt]:
+    """The prompts as the model reads them, given as token ids, texts or conversations."""
+    if (given := given_token_ids(prompts)) is not None:
+        if system_prompt is not None or chat_template or template_args:
+            raise InputError("token ids are read as they are: leave out system_prompt, chat_template and thinking")
+        return [prompt_of_ids(model, number, ids) for number, ids in enumerate(given, start=1)]
+    prompt_set = as_prompt_set(prompts)
     return [
         tokenize_prompt(
             model.tokenizer,
@@ -371,5 +381,5 @@ def _most_tokens(asked: int | None, prompts: Sequence[TokenizedPrompt], n_ctx: i
     return max(NEW_TOKENS, min(THINKING_TOKENS, n_ctx - max(len(prompt.token_ids) for prompt in prompts)))
 
 
-def _several(layers: Iterable[SupportsIndex] | SupportsIndex) -> tuple[int, ...]:
+def _as_numbers(layers: Iterable[SupportsIndex] | SupportsIndex) -> tuple[int, ...]:
     return (index(layers),) if isinstance(layers, SupportsIndex) else tuple(map(index, layers))
