@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.options.shared import Location, location_options
+from tlcapture.cli.options.grouping import options_of
+from tlcapture.cli.options.shared import Location
 from tlcapture.cli.options.types import Finite, NewPath, PromptSets
 from tlcapture.cli.output.console import Console, one_line_errors
 from tlcapture.errors import InputError, StorageError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     "tlcapture view --experiment my_exp",
     "tlcapture view --experiment my_exp --export report.html",
 )
-@location_options
+@options_of(Location, "location")
 @click.option(
     "--prompt-set",
     type=PromptSets(),

@@ -1,7 +1,7 @@
 """The frame of all commands that do work: how much they print, how they stop, and how they end.
 
     @click.command()
-    @model_options
+    @options_of(ModelOptions, "model")
     @working
     def capture(console: Console, model: ModelOptions) -> None: ...
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tlcapture.cli.options.grouping import together
+from tlcapture.cli.options.grouping import option, options_of
 from tlcapture.cli.options.types import NewPath
 from tlcapture.cli.output.console import Console
 from tlcapture.cli.stopping import Interrupted, StopSignals
@@ -34,51 +34,48 @@ from tlcapture.text import first_lines, shell_join
 if TYPE_CHECKING:
     from tlcapture.runs.record import Invocation
 
-_output_options = together(
-    click.option("-v", "--verbose", is_flag=True, help="Also report every file, batch and choice."),
-    click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors."),
-    click.option("--log-file", type=NewPath(dir_okay=False), help="Append all messages to a file, with timestamps."),
-    click.option(
+
+@dataclass(frozen=True)
+class _OutputOptions:
+    """What a command prints and where, and how safely it writes."""
+
+    verbose: bool = option("-v", "--verbose", is_flag=True, help="Also report every file, batch and choice.")
+    quiet: bool = option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
+    log_file: Path | None = option(
+        "--log-file", type=NewPath(dir_okay=False), help="Append all messages to a file, with timestamps."
+    )
+    as_json: bool = option(
         "--json", "as_json", is_flag=True, help="Print a JSON object at the end, and nothing else to standard output."
-    ),
-    click.option("--fsync", is_flag=True, help="Flush each file and its folder to disk before continuing."),
-)
+    )
+    fsync: bool = option("--fsync", is_flag=True, help="Flush each file and its folder to disk before continuing.")
 
 
 def working(command: Callable[..., None]) -> Callable[..., None]:
     """Pass a `console` to a command, and end it as described in this module's docstring."""
 
-    @_output_options
+    @options_of(_OutputOptions, "output")
     @click.pass_context
     @wraps(command)
-    def wrapped(
-        ctx: click.Context,
-        *,
-        verbose: bool,
-        quiet: bool,
-        log_file: Path | None,
-        as_json: bool,
-        fsync: bool,
-        **options: Any,
-    ) -> None:
-        if verbose and quiet:
+    def wrapped(ctx: click.Context, *, output: _OutputOptions, **options: Any) -> None:
+        if output.verbose and output.quiet:
             raise click.UsageError("give one of --verbose and --quiet")
         from tlcapture.cli.output.logs import logging_to
         from tlcapture.storage.files import FSYNC, fsyncing
 
         try:
-            _check_places(ctx, log_file)
+            _check_places(ctx, output.log_file)
         except TlcaptureError as error:
             raise click.UsageError(str(error)) from None
         is_elsewhere = ctx.params.get("ray_address") or os.environ.get("RAY_ADDRESS")
-        if fsync and ctx.params.get("executor") == "ray" and is_elsewhere:
+        if output.fsync and ctx.params.get("executor") == "ray" and is_elsewhere:
             raise click.UsageError(
                 f"--fsync does not reach a Ray cluster that runs already: set {FSYNC}=1 for 'ray start' on every node"
             )
-        with StopSignals() as stop, logging_to(log_file, verbose=verbose), fsyncing(asked=fsync):
-            console = Console(quiet=quiet, as_json=as_json, stop=stop, invocation=_invocation(ctx))
+        logs = logging_to(output.log_file, verbose=output.verbose)
+        with StopSignals() as stop, logs, fsyncing(asked=output.fsync):
+            console = Console(quiet=output.quiet, as_json=output.as_json, stop=stop, invocation=_invocation(ctx))
             ending = _run(ctx, lambda: command(console=console, **options), console)
-            _print_ending(console, ending, as_json=as_json)
+            _print_ending(console, ending)
         sys.exit(ending.exit_code)
 
     return wrapped
@@ -164,9 +161,9 @@ def _json_value(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else named(str(value))
 
 
-def _print_ending(console: Console, ending: _Ending, *, as_json: bool) -> None:
+def _print_ending(console: Console, ending: _Ending) -> None:
     report = console.recorded
-    if as_json:
+    if console.as_json:
         content = {} if report is None else {**report.to_json(), "record": named(str(report.path))}
         summary = {"status": ending.status, "exit_code": ending.exit_code, "error": ending.error, **console.facts}
         click.echo(json.dumps({**summary, **content}, ensure_ascii=True))
