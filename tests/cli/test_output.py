@@ -44,7 +44,8 @@ def test_json_holds_failures_and_errors(capture: Run, data: Path) -> None:
     wrong = capture("--json", prompts=("--prompt-set", "nix"))
     summary = json.loads(wrong.stdout)
     assert (summary["status"], summary["exit_code"], wrong.exit_code) == ("failed", 2, 2)
-    assert "no prompt set 'nix'" in summary["error"]
+    assert summary["error"].startswith("no prompt set 'nix'")
+    assert wrong.stderr.startswith("error: no prompt set 'nix'")
 
 
 def test_quiet_prints_only_warnings_and_failures(capture: Run, extract: Run, data: Path) -> None:

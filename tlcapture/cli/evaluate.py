@@ -8,8 +8,6 @@ from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from tlcapture.cli.command import command
 from tlcapture.cli.options.cluster import ClusterOptions
 from tlcapture.cli.options.grouping import option, options_of, shared
@@ -22,7 +20,7 @@ from tlcapture.cli.options.shared import (
     methods_option,
     seed_option,
 )
-from tlcapture.cli.options.types import LayerList, Traits
+from tlcapture.cli.options.types import LayerList, LocalPath, Traits
 from tlcapture.cli.output.console import Console
 from tlcapture.cli.output.tables import Column
 from tlcapture.cli.work import working
@@ -55,7 +53,7 @@ class _Settings:
     )
     examples: Path | None = option(
         "--examples",
-        type=click.Path(path_type=Path),
+        type=LocalPath(),
         metavar="DIR",
         help="Score the selected vectors, or those of --methods and --layers, on a folder with other examples of their "
         "trait.",

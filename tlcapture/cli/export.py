@@ -12,7 +12,7 @@ import click
 from tlcapture.cli.command import command
 from tlcapture.cli.options.grouping import option, options_of
 from tlcapture.cli.options.shared import Location
-from tlcapture.cli.options.types import ByteSize, LayersOrNone, NewPath, PromptSets, StreamPoints
+from tlcapture.cli.options.types import ByteSize, LayersOrNone, LocalPath, PromptSets, StreamPoints
 from tlcapture.cli.output.console import Console
 from tlcapture.cli.work import working
 from tlcapture.text import counted, format_bytes, layers_named, shell_join
@@ -30,7 +30,7 @@ class _Settings:
     )
     to: Path = option(
         "--to",
-        type=NewPath(),
+        type=LocalPath(),
         metavar="DIR",
         required=True,
         help="Folder to write; it must not exist, unless --overwrite is given.",
@@ -79,9 +79,6 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
 
     Vectors are written as safetensors and as GGUF control vectors. "tlcapture import" makes an experiment of it again.
     """
-    from tlcapture.storage.remote.roots import check_local
-
-    check_local(settings.to, "--to")
     location.layout.check_exists()
     from tlcapture.commands.export import ExportOptions, run_export
     from tlcapture.exchange.exported import Wanted

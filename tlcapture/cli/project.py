@@ -18,7 +18,7 @@ from tlcapture.cli.options.shared import (
     format_option,
     shard_option,
 )
-from tlcapture.cli.options.types import NewPath, Traits
+from tlcapture.cli.options.types import LocalPath, Traits
 from tlcapture.cli.output.console import Console
 from tlcapture.cli.output.top_traits import show_top_traits
 from tlcapture.cli.work import working
@@ -62,7 +62,7 @@ class _Settings:
     format: str | None = shared(format_option)
     plot: Path | None = option(
         "--plot",
-        type=NewPath(file_okay=False),
+        type=LocalPath(file_okay=False),
         metavar="DIR",
         help="Also draw the trajectory and layers of each prompt and trait, as PNG files in DIR.",
     )
@@ -104,9 +104,6 @@ def project(
     Writes a score for each token, layer and point to experiments/NAME/inference/TRAIT, and the dynamics of the trait:
     its velocity, and when it commits and how long it persists, each beside chance.
     """
-    from tlcapture.storage.remote.roots import check_local
-
-    check_local(settings.plot, "--plot")
     layout = location.layout
     names = _captured_prompt_sets(layout, prompt_sets, dynamics_only=settings.dynamics_only)
     _check_request(location, names, settings)

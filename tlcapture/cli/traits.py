@@ -15,7 +15,7 @@ import click
 from tlcapture.cli.command import Group
 from tlcapture.cli.options.grouping import options_of
 from tlcapture.cli.options.shared import DEFAULT_EXPERIMENT, Location, examples_as_option, root_option
-from tlcapture.cli.options.types import OneTrait, Traits
+from tlcapture.cli.options.types import LocalPath, OneTrait, Traits
 from tlcapture.cli.output.console import Console, one_line_errors
 from tlcapture.cli.output.tables import Column, echo_table
 from tlcapture.cli.work import working
@@ -224,7 +224,7 @@ def _listed(layout: Layout, component: str, datasets: Datasets) -> _Listed:
     ],
     short_help="Import vectors of another tool.",
 )
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=LocalPath())
 @options_of(Location, "location")
 @click.option("--trait", type=OneTrait(), required=True, help="Trait to import the vectors for; it may be a new one.")
 @click.option(

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlcapture.cli.options.grouping import option, options_of
-from tlcapture.cli.options.types import NewPath
+from tlcapture.cli.options.types import LocalPath
 from tlcapture.cli.output.console import Console
 from tlcapture.cli.stopping import Interrupted, StopSignals
-from tlcapture.errors import InputError, NoSpaceError, TlcaptureError, refused_path
+from tlcapture.errors import NoSpaceError, TlcaptureError, refused_path
 from tlcapture.folder_names import named
 from tlcapture.text import first_lines, shell_join
 
@@ -42,7 +42,7 @@ class _OutputOptions:
     verbose: bool = option("-v", "--verbose", is_flag=True, help="Also report every file, batch and choice.")
     quiet: bool = option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
     log_file: Path | None = option(
-        "--log-file", type=NewPath(dir_okay=False), help="Append all messages to a file, with timestamps."
+        "--log-file", type=LocalPath(dir_okay=False), help="Append all messages to a file, with timestamps."
     )
     as_json: bool = option(
         "--json", "as_json", is_flag=True, help="Print a JSON object at the end, and nothing else to standard output."
@@ -62,10 +62,7 @@ def working(command: Callable[..., None]) -> Callable[..., None]:
         from tlcapture.cli.output.logs import logging_to
         from tlcapture.storage.files import FSYNC, fsyncing
 
-        try:
-            _check_places(ctx, output.log_file)
-        except TlcaptureError as error:
-            raise click.UsageError(str(error)) from None
+        _check_executor(ctx)
         is_elsewhere = ctx.params.get("ray_address") or os.environ.get("RAY_ADDRESS")
         if output.fsync and ctx.params.get("executor") == "ray" and is_elsewhere:
             raise click.UsageError(
@@ -81,15 +78,14 @@ def working(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _check_places(ctx: click.Context, log_file: Path | None) -> None:
-    """Raise a `TlcaptureError` for what a remote root cannot do."""
-    from tlcapture.storage.remote.roots import check_local, url_of
+def _check_executor(ctx: click.Context) -> None:
+    """Raise `click.UsageError` for an executor that cannot work in a remote root."""
+    from tlcapture.storage.remote.roots import url_of
 
-    check_local(log_file, "--log-file")
     root = ctx.params.get("root")
     url = url_of(root) if ctx.params.get("executor") == "ray" and root is not None else None
     if url is not None:
-        raise InputError(
+        raise click.UsageError(
             f"--executor ray needs a root that is a folder on every node, not {url}: let each node run a shard "
             "instead, --shard 1/N to N/N"
         )
@@ -97,11 +93,16 @@ def _check_places(ctx: click.Context, log_file: Path | None) -> None:
 
 @dataclass(frozen=True)
 class _Ending:
-    """How a command ended: `done`, `failed` or `interrupted`."""
+    """How a command ended: `done`, `failed` or `interrupted`; `error` is what ended it."""
 
     status: str
     exit_code: int
     error: str | None = None
+
+    @property
+    def message(self) -> str | None:
+        """The error as it is printed."""
+        return f"error: {self.error}" if self.error and self.status == "failed" else self.error
 
 
 def _run(ctx: click.Context, command: Callable[[], None], console: Console) -> _Ending:
@@ -126,12 +127,12 @@ def _outcome(ctx: click.Context, command: Callable[[], None], console: Console) 
     except Interrupted as signal:
         return _Ending("interrupted", signal.exit_code, f"stopped by {signal}; to resume: {_resuming(ctx)}")
     except NoSpaceError as error:
-        return _Ending("failed", error.exit_code, f"error: {error}; after freeing space, resume: {_resuming(ctx)}")
+        return _Ending("failed", error.exit_code, f"{error}; after freeing space, resume: {_resuming(ctx)}")
     except TlcaptureError as error:
-        return _Ending("failed", error.exit_code, f"error: {error}")
+        return _Ending("failed", error.exit_code, str(error))
     except OSError as error:
         refused = refused_path(error)
-        return _Ending("failed", refused.exit_code, f"error: {refused}")
+        return _Ending("failed", refused.exit_code, str(refused))
     return _Ending("failed", 1) if console.recorded and console.recorded.failures else _Ending("done", 0)
 
 
@@ -175,5 +176,5 @@ def _print_ending(console: Console, ending: _Ending) -> None:
     has_nothing = report is not None and report.failures and not (report.n_files or report.n_skipped)
     if console.next and not ending.error and not has_nothing:
         console.line(f"next: {console.next}")
-    if ending.error:
-        console.error(ending.error)
+    if ending.message:
+        console.error(ending.message)

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from tlcapture.cli.options.grouping import option
-from tlcapture.cli.options.types import Text
+from tlcapture.cli.options.types import LocalPath, Text
 from tlcapture.errors import InputError, StorageError
 from tlcapture.text import decoded
 
@@ -32,7 +30,7 @@ class GivenPrompts:
     )
     prompt_file: tuple[Path, ...] = option(
         "--prompt-file",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        type=LocalPath(exists=True, dir_okay=False),
         metavar="FILE",
         multiple=True,
         help="A prompt from a text file, a conversation from a .json file of messages, or one from each line of a "
