@@ -60,6 +60,14 @@ class _Printing(click.Command):
         super().__init__(*args, **options)
         self.examples = tuple(examples)
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Parse a command line; the context prints no colours where `NO_COLOR` is set."""
+        if os.environ.get("NO_COLOR"):
+            extra["color"] = False
+        return super().make_context(info_name, args, parent, **extra)
+
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command line; exits with status 1 where its output was lost."""
         with lasting_streams():
