@@ -107,6 +107,7 @@ def page_now(page: str, folder: Path) -> str:
 @click.argument("pages", nargs=-1)
 def main(check: bool, pages: tuple[str, ...]) -> None:
     """Run the examples of pages below docs/, and write their outputs and pictures."""
+    outdated = []
     for name in pages or PAGES:
         path = DOCS / name
         page = path.read_text(encoding="utf-8")
@@ -115,8 +116,11 @@ def main(check: bool, pages: tuple[str, ...]) -> None:
             for picture in () if check else [each for each, of in PICTURES.items() if of == name]:
                 shutil.copy(Path(folder) / picture, DOCS / "pictures" / picture)
         if check and new != page:
-            raise SystemExit(f"docs/{name} shows other outputs: run 'make examples'")
-        path.write_text(new, encoding="utf-8")
+            outdated.append(f"docs/{name} shows other outputs: run 'make examples'")
+        elif not check:
+            path.write_text(new, encoding="utf-8")
+    if outdated:
+        raise SystemExit("\n".join(outdated))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 import pytest
-from click.shell_completion import ShellComplete
+from click.shell_completion import ShellComplete, get_completion_class
 from click.testing import CliRunner, Result
 
 from tests.cli.test_startup import command_of
@@ -260,6 +260,23 @@ def test_the_shell_completes_each_option_by_what_it_takes(data: Path, line: str,
     shell = ShellComplete(main, {}, "tlcapture", "_TLCAPTURE_COMPLETE")
     begin = found[0][:2]
     assert [each.value for each in shell.get_completions(line.split(), begin)] == found
+
+
+@pytest.mark.parametrize("shell", ["fish", "zsh"])
+def test_shells_complete_the_value_after_an_equals_sign_as_one_word(shell: str) -> None:
+    kind = get_completion_class(shell)
+    assert kind is not None
+    made = kind(main, {}, "tlcapture", "_TLCAPTURE_COMPLETE")
+    found = made.get_completions(["capture"], "--save-dtype=float")
+    assert {each.value for each in found} == {"--save-dtype=float16", "--save-dtype=float32"}
+    assert [each.value for each in made.get_completions(["capture", "--save-dtype"], "b")] == ["bfloat16"]
+    assert [each.value for each in made.get_completions(["capture"], "--save-d")] == ["--save-dtype"]
+
+
+def test_fish_takes_values_with_commas() -> None:
+    kind = get_completion_class("fish")
+    assert kind is not None
+    assert 'string split --max 1 "," $completion' in kind(main, {}, "tlcapture", "_TLCAPTURE_COMPLETE").source()
 
 
 def test_the_shell_completes_without_a_message_where_something_is_wrong(data: Path) -> None:

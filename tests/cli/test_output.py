@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import Result
+from click.testing import CliRunner, Result
 
 from tlcapture.captures.capture import Capture
+from tlcapture.cli.main import main
 
 Run = Callable[..., Result]
 
@@ -44,7 +45,8 @@ def test_json_holds_failures_and_errors(capture: Run, data: Path) -> None:
     wrong = capture("--json", prompts=("--prompt-set", "nix"))
     summary = json.loads(wrong.stdout)
     assert (summary["status"], summary["exit_code"], wrong.exit_code) == ("failed", 2, 2)
-    assert "no prompt set 'nix'" in summary["error"]
+    assert summary["error"].startswith("no prompt set 'nix'")
+    assert wrong.stderr.startswith("error: no prompt set 'nix'")
 
 
 def test_quiet_prints_only_warnings_and_failures(capture: Run, extract: Run, data: Path) -> None:
@@ -124,3 +126,17 @@ def test_fsync_is_refused_where_it_would_not_reach_the_workers(capture: Run) -> 
     refused = capture("--fsync", "--executor", "ray", "--ray-address", "127.0.0.1:1")
     assert refused.exit_code == 2
     assert "set TLCAPTURE_FSYNC=1 for 'ray start' on every node" in refused.stderr
+
+
+@pytest.mark.parametrize("words", [["frob"], ["capture", "--seed", "x"], ["list", "--experiment", "none"]])
+def test_no_color_leaves_errors_without_colours(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[31merror: " in CliRunner().invoke(main, words, color=True).stderr
+    monkeypatch.setenv("NO_COLOR", "1")
+    result = CliRunner().invoke(main, words, color=True)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert "\x1b" not in result.output

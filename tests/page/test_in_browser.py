@@ -610,6 +610,16 @@ def test_the_focus_stays_where_it_was_when_controls_are_drawn_anew(page: Watched
     assert page.page.evaluate("document.activeElement.getAttribute('aria-label')") == "layer"
 
 
+def test_the_focus_returns_to_a_picker_of_which_an_option_was_taken(page: Watched) -> None:
+    page.open(f"view=dynamics&{HERE}")
+    page.page.focus("#pickers [aria-label=set]")
+    page.page.keyboard.press("Enter")
+    page.page.keyboard.press("Enter")
+    page.settled()
+    assert "prompt=1&" in page.page.url  # the header was drawn anew
+    assert page.page.evaluate("document.activeElement.getAttribute('aria-label')") == "set"
+
+
 def test_a_damaged_file_is_named(page: Watched, root: Path) -> None:
     path = root / "experiments/exp/analysis/per_token/odd/4_attention.json"
     whole = path.read_text()

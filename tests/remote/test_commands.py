@@ -343,11 +343,18 @@ def test_a_capture_that_is_killed_leaves_whole_files_and_is_resumed(
     ("words", "said"),
     [
         ("capture --prompt x --executor ray", "--executor ray needs a root that is a folder on every node, not s3://"),
-        ("capture --prompt x --log-file s3://b/x.log", "--log-file s3:/b/x.log: expected a local path"),
-        ("export --to s3://b/out", "--to s3:/b/out: expected a local path: only --root can be a URL"),
-        ("view --export s3://b/x.html", "--export s3:/b/x.html: expected a local path"),
-        ("view --png s3://b/x", "--png s3:/b/x: expected a local path"),
-        ("project --plot s3://b/x", "--plot s3:/b/x: expected a local path"),
+        (
+            "capture --prompt x --log-file s3://b/x.log",
+            "invalid value for '--log-file': s3://b/x.log: expected a local path",
+        ),
+        (
+            "export --to s3://b/out",
+            "invalid value for '--to': s3://b/out: expected a local path: only --root can be a URL",
+        ),
+        ("view --export s3://b/x.html", "s3://b/x.html: expected a local path"),
+        ("view --png s3://b/x", "s3://b/x: expected a local path"),
+        ("project --plot s3://b/x", "s3://b/x: expected a local path"),
+        ("import s3://b/x", "s3://b/x: expected a local path"),
         ("view --experiment none", "no experiment 'none': expected the folder s3://"),
         ("capture --prompt-set none", "no prompt set 'none': looked for s3://"),
     ],

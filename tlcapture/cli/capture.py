@@ -4,34 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.options.cluster import ClusterOptions, cluster_options
-from tlcapture.cli.options.given_prompts import given_prompt_options, given_prompts
-from tlcapture.cli.options.grouping import collected
-from tlcapture.cli.options.interventions import InOrder, InterventionOptions, intervention_options
-from tlcapture.cli.options.model import ModelOptions, model_options
-from tlcapture.cli.options.sampling import SamplingOptions, sampling_options
+from tlcapture.cli.options.cluster import ClusterOptions
+from tlcapture.cli.options.given_prompts import GivenPrompts
+from tlcapture.cli.options.grouping import option, options_of, shared
+from tlcapture.cli.options.interventions import InOrder, InterventionOptions
+from tlcapture.cli.options.model import ModelOptions
+from tlcapture.cli.options.sampling import SamplingOptions
 from tlcapture.cli.options.shared import (
     KeptOptions,
     Location,
     PromptSetOptions,
     VectorOptions,
     batch_size_option,
-    kept_options,
-    location_options,
-    prompt_set_options,
+    layer_option,
     save_dtype_option,
     seed_option,
     shard_option,
-    vector_options,
 )
 from tlcapture.cli.options.types import Count, LayerOrWord, TemplateArg, Text
-from tlcapture.cli.options.variants import VariantOptions, check_target, variant_options, without_effect_on_replay
+from tlcapture.cli.options.variants import VariantOptions, check_target, without_effect_on_replay
 from tlcapture.cli.output.console import Console
 from tlcapture.cli.output.tables import Column
 from tlcapture.cli.output.top_traits import show_top_traits
@@ -55,33 +51,74 @@ _MOST_PATHS = 20  # that a dry run lists
 class _Settings:
     """What to capture and how: the options of `capture` alone, and the groups that it shares with other commands."""
 
-    kept: KeptOptions
-    vectors: VectorOptions
-    sampling: SamplingOptions
-    interventions: InterventionOptions
-    variants: VariantOptions
-    prompt: tuple[str, ...]
-    prompt_file: tuple[Path, ...]
-    attention: bool
-    logit_lens: bool
-    layer_internals: tuple[int | str, ...]
-    capture_attn: bool
-    no_project: bool
-    projections_only: bool
-    replay: bool
-    max_new_tokens: int | None
-    skip_existing: bool
-    overwrite: bool
-    dry_run: bool
-    limit: int | None
-    shard: PromptShare | None
-    save_dtype: str
-    chat_template: bool | None
-    system_prompt: str | None
-    thinking: str | None
-    template_arg: tuple[tuple[str, Any], ...]
-    batch_size: int | None
-    seed: int
+    prompts: GivenPrompts = shared(GivenPrompts)
+    attention: bool = option(
+        "--attention", is_flag=True, help="Also write attention patterns, of all layers and heads."
+    )
+    logit_lens: bool = option(
+        "--logit-lens", is_flag=True, help="Also write the most likely next tokens of each layer."
+    )
+    layer_internals: tuple[int | str, ...] = option(
+        "--layer-internals",
+        type=LayerOrWord("all"),
+        multiple=True,
+        help="Also write all activations within layer N; repeatable. all: of every layer, with --attention and "
+        "--logit-lens.",
+    )
+    capture_attn: bool = option(
+        "--capture-attn", is_flag=True, help="Also keep the outputs of attention, beside the residual stream."
+    )
+    kept: KeptOptions = shared(KeptOptions)
+    no_project: bool = option("--no-project", is_flag=True, help="Do not project onto trait vectors.")
+    projections_only: bool = option(
+        "--projections-only", is_flag=True, help="Keep only projections, no raw activations."
+    )
+    replay: bool = option(
+        "--replay", is_flag=True, help="Generate nothing; add attention, logit lens or internals to saved captures."
+    )
+    vectors: VectorOptions = shared(
+        options_of(VectorOptions, "vectors", layer=layer_option("auto, or 16 where nothing was evaluated"))
+    )
+    interventions: InterventionOptions = shared(InterventionOptions)
+    variants: VariantOptions = shared(VariantOptions)
+    max_new_tokens: int | None = option(
+        "--max-new-tokens",
+        type=Count(0),
+        help=f"Maximum length of a response.  [default: {NEW_TOKENS}, or {THINKING_TOKENS} where the chat template "
+        "makes models think]",
+    )
+    sampling: SamplingOptions = shared(SamplingOptions)
+    skip_existing: bool = option("--skip-existing", is_flag=True, help="Write only missing files.")
+    overwrite: bool = option(
+        "--overwrite", is_flag=True, help="Also replace files that cannot be read, and those derived from them."
+    )
+    dry_run: bool = option(
+        "--dry-run", is_flag=True, help="Only report how many prompts, files and bytes would be written."
+    )
+    limit: int | None = option("--limit", type=Count(), help="Only the first N prompts of each set.")
+    shard: PromptShare | None = shared(shard_option)
+    save_dtype: str = shared(save_dtype_option)
+    chat_template: bool | None = option(
+        "--chat-template/--no-chat-template",
+        default=None,
+        help="Whether to apply the chat template.  [default: apply it if the model has one]",
+    )
+    system_prompt: str | None = option(
+        "--system-prompt", type=Text(), metavar="TEXT", help="System prompt for all prompts, instead of their own."
+    )
+    thinking: str | None = option(
+        "--thinking",
+        type=click.Choice(["on", "off"]),
+        help="Turn thinking on or off, if the chat template has a switch for it.  [default: the template's]",
+    )
+    template_arg: tuple[tuple[str, Any], ...] = option(
+        "--template-arg",
+        type=TemplateArg(),
+        multiple=True,
+        help="A variable for the chat template, as JSON or text; repeatable.",
+    )
+    batch_size: int | None = shared(batch_size_option)
+    seed: int = shared(seed_option)
 
     def capture_options(self, responses_from: GivenResponses | None) -> CaptureOptions:
         """The options of the command, with the captures whose tokens are run, if any."""
@@ -129,73 +166,19 @@ class _Settings:
     "refusing",
     cls=InOrder,
 )
-@location_options
-@prompt_set_options
-@given_prompt_options
-@click.option("--attention", is_flag=True, help="Also write attention patterns, of all layers and heads.")
-@click.option("--logit-lens", is_flag=True, help="Also write the most likely next tokens of each layer.")
-@click.option(
-    "--layer-internals",
-    type=LayerOrWord("all"),
-    multiple=True,
-    help="Also write all activations within layer N; repeatable. all: of every layer, with --attention and "
-    "--logit-lens.",
-)
-@click.option("--capture-attn", is_flag=True, help="Also keep the outputs of attention, beside the residual stream.")
-@kept_options
-@click.option("--no-project", is_flag=True, help="Do not project onto trait vectors.")
-@click.option("--projections-only", is_flag=True, help="Keep only projections, no raw activations.")
-@click.option(
-    "--replay", is_flag=True, help="Generate nothing; add attention, logit lens or internals to saved captures."
-)
-@vector_options(default_layer="auto, or 16 where nothing was evaluated")
-@intervention_options
-@variant_options
-@click.option(
-    "--max-new-tokens",
-    type=Count(0),
-    help=f"Maximum length of a response.  [default: {NEW_TOKENS}, or {THINKING_TOKENS} where the chat template makes "
-    "models think]",
-)
-@sampling_options
-@click.option("--skip-existing", is_flag=True, help="Write only missing files.")
-@click.option("--overwrite", is_flag=True, help="Also replace files that cannot be read, and those derived from them.")
-@click.option("--dry-run", is_flag=True, help="Only report how many prompts, files and bytes would be written.")
-@click.option("--limit", type=Count(), help="Only the first N prompts of each set.")
-@shard_option
-@save_dtype_option
-@click.option(
-    "--chat-template/--no-chat-template",
-    default=None,
-    help="Whether to apply the chat template.  [default: apply it if the model has one]",
-)
-@click.option(
-    "--system-prompt", type=Text(), metavar="TEXT", help="System prompt for all prompts, instead of their own."
-)
-@click.option(
-    "--thinking",
-    type=click.Choice(["on", "off"]),
-    help="Turn thinking on or off, if the chat template has a switch for it.  [default: the template's]",
-)
-@click.option(
-    "--template-arg",
-    type=TemplateArg(),
-    multiple=True,
-    help="A variable for the chat template, as JSON or text; repeatable.",
-)
-@model_options
-@cluster_options
-@batch_size_option
-@seed_option
-@collected(_Settings, "settings")
+@options_of(Location, "location")
+@options_of(PromptSetOptions, "prompt_sets")
+@options_of(ModelOptions, "model")
+@options_of(ClusterOptions, "cluster")
+@options_of(_Settings, "settings")
 @working
 def capture(
     console: Console,
     location: Location,
     prompt_sets: PromptSetOptions,
-    settings: _Settings,
     model: ModelOptions,
     cluster: ClusterOptions,
+    settings: _Settings,
 ) -> None:
     """Generate from prompts and capture what the model computes, token by token.
 
@@ -250,12 +233,11 @@ def _next_step(location: Location, options: CaptureOptions, model: str) -> str:
 
 def _given(chosen: PromptSetOptions, settings: _Settings) -> PromptSet | None:
     """The prompts that are given as text or files; `None` where prompt sets are named."""
-    is_given = bool(settings.prompt or settings.prompt_file)
-    if sum([chosen.prompt_set is not None, is_given, chosen.all_prompt_sets]) != 1:
+    if sum([chosen.prompt_set is not None, settings.prompts.are_given, chosen.all_prompt_sets]) != 1:
         raise click.UsageError(
             "give one of --prompt-set NAME, --prompt TEXT (or --prompt-file FILE) and --all-prompt-sets"
         )
-    return given_prompts(settings.prompt, settings.prompt_file) if is_given else None
+    return settings.prompts.read() if settings.prompts.are_given else None
 
 
 def _named_variant(chosen: PromptSetOptions, settings: _Settings) -> tuple[PromptSetOptions, _Settings]:

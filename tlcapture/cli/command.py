@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from tlcapture.cli.output.streams import lasting_streams
-from tlcapture.cli.settings_file import named_root, root_named, settings_of
+from tlcapture.cli.settings_file import root_argument, root_path, settings_of
 from tlcapture.text import did_you_mean
 
 _OTHER = "Options"
@@ -60,6 +60,14 @@ class _Printing(click.Command):
         super().__init__(*args, **options)
         self.examples = tuple(examples)
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Parse a command line; the context prints no colours where `NO_COLOR` is set."""
+        if os.environ.get("NO_COLOR"):
+            extra["color"] = False
+        return super().make_context(info_name, args, parent, **extra)
+
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command line; exits with status 1 where its output was lost."""
         with lasting_streams():
@@ -93,10 +101,10 @@ class Command(_Printing):
             os.getcwd()
         except OSError:
             raise click.UsageError("the current folder does not exist any more: change to another one") from None
-        named = named_root(args)
-        if is_url(named) and set(args) & set(ctx.help_option_names):  # help needs no remote root
+        root = root_argument(args)
+        if is_url(root) and set(args) & set(ctx.help_option_names):  # help needs no remote root
             return {}
-        return settings_of(root_named(named), self, ctx, ALL_OPTIONS)
+        return settings_of(root_path(root), self, ctx, ALL_OPTIONS)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in their groups, with `--help` at the end of the last one."""

@@ -11,9 +11,9 @@ import click
 
 from tlcapture.cli.command import command
 from tlcapture.cli.options import completion
-from tlcapture.cli.options.cluster import ClusterOptions, cluster_options
-from tlcapture.cli.options.grouping import collected
-from tlcapture.cli.options.shared import Location, VectorOptions, root_option, vector_options
+from tlcapture.cli.options.cluster import ClusterOptions
+from tlcapture.cli.options.grouping import option, options_of, shared
+from tlcapture.cli.options.shared import Location, VectorOptions, root_option
 from tlcapture.cli.options.types import PromptSets, Traits
 from tlcapture.cli.output.console import Console
 from tlcapture.cli.output.tables import Column
@@ -29,47 +29,42 @@ if TYPE_CHECKING:
 class _Settings:
     """The options of `compare`."""
 
-    a: str
-    b: str
-    root: Path
-    prompt_set: tuple[str, ...] | None
-    traits: tuple[Trait, ...]
-    vectors_of: str | None
-    no_kl: bool
-    device: str
-    skip_existing: bool
-    overwrite: bool
+    a: str = shared(click.argument("a", metavar="A", shell_complete=completion.experiments))
+    b: str = shared(click.argument("b", metavar="B", shell_complete=completion.experiments))
+    root: Path = shared(root_option)
+    prompt_set: tuple[str, ...] | None = option(
+        "--prompt-set", type=PromptSets(), help="Only these prompt sets of A, comma-separated."
+    )
+    traits: tuple[Trait, ...] = option(
+        "--traits", type=Traits(), default="all", show_default=True, help="Traits to compare projections onto."
+    )
+    vectors_of: str | None = option(
+        "--vectors",
+        "vectors_of",
+        type=click.Choice(["a", "b", "own"]),
+        help="Whose vectors to project both onto; own: each onto its own.  "
+        "[default: A's, or B's, or the packaged ones]",
+    )
+    vectors: VectorOptions = shared(VectorOptions)
+    no_kl: bool = option("--no-kl", is_flag=True, help="Leave out the next-token distributions; no model is loaded.")
+    device: str = option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="Device for those distributions: cuda, mps or cpu; auto: the first available.",
+    )
+    skip_existing: bool = option("--skip-existing", is_flag=True, help="Write only missing and outdated files.")
+    overwrite: bool = option("--overwrite", is_flag=True, help="Also replace files that cannot be read.")
 
 
 @command(
     "tlcapture compare my_exp/single_trait my_exp/single_trait@refusing",
     "tlcapture compare my_exp/single_trait my_exp/single_trait@refusing --traits style/formality --no-kl",
 )
-@click.argument("a", metavar="A", shell_complete=completion.experiments)
-@click.argument("b", metavar="B", shell_complete=completion.experiments)
-@root_option
-@click.option("--prompt-set", type=PromptSets(), help="Only these prompt sets of A, comma-separated.")
-@click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to compare projections onto.")
-@click.option(
-    "--vectors",
-    "vectors_of",
-    type=click.Choice(["a", "b", "own"]),
-    help="Whose vectors to project both onto; own: each onto its own.  [default: A's, or B's, or the packaged ones]",
-)
-@vector_options(default_layer="auto")
-@click.option("--no-kl", is_flag=True, help="Leave out the next-token distributions; no model is loaded.")
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="Device for those distributions: cuda, mps or cpu; auto: the first available.",
-)
-@click.option("--skip-existing", is_flag=True, help="Write only missing and outdated files.")
-@click.option("--overwrite", is_flag=True, help="Also replace files that cannot be read.")
-@cluster_options
-@collected(_Settings, "settings")
+@options_of(_Settings, "settings")
+@options_of(ClusterOptions, "cluster")
 @working
-def compare(console: Console, settings: _Settings, vectors: VectorOptions, cluster: ClusterOptions) -> None:
+def compare(console: Console, settings: _Settings, cluster: ClusterOptions) -> None:
     """Compare captures B with captures A of the same prompts, token by token.
 
     Prompts are matched by id, and refused if their texts differ.
@@ -85,7 +80,7 @@ def compare(console: Console, settings: _Settings, vectors: VectorOptions, clust
     from tlcapture.commands.compare import CompareOptions, run_compare
 
     options = CompareOptions(
-        vectors.choice("auto", settings.traits),
+        settings.vectors.choice("auto", settings.traits),
         vectors=settings.vectors_of,
         kl=not settings.no_kl,
         device=settings.device,

@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.options.model import MODEL_NAMES, EngineOptions, engine_options
+from tlcapture.cli.options.grouping import options_of
+from tlcapture.cli.options.model import MODEL_NAMES, EngineOptions
 from tlcapture.cli.output.console import Console, one_line_errors
 from tlcapture.cli.output.tables import Coloured, Column, echo_table
 
@@ -23,7 +24,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
     "tlcapture doctor --engine bridge --dtype bfloat16",
 )
 @click.option("--model", default="smollm2", show_default=True, metavar="NAME", help=MODEL_NAMES)
-@engine_options
+@options_of(EngineOptions, "engine")
 @one_line_errors
 def doctor(model: str, engine: EngineOptions) -> None:
     """Check a model's activations against Hugging Face.

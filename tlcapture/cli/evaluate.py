@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from tlcapture.cli.command import command
-from tlcapture.cli.options.cluster import ClusterOptions, cluster_options
-from tlcapture.cli.options.model import ModelOptions, model_options
+from tlcapture.cli.options.cluster import ClusterOptions
+from tlcapture.cli.options.grouping import option, options_of, shared
+from tlcapture.cli.options.model import ModelOptions
 from tlcapture.cli.options.shared import (
-    GridOptions,
     Location,
     batch_size_option,
+    components_option,
     examples_as_option,
-    grid_options,
-    location_options,
+    methods_option,
     seed_option,
 )
+from tlcapture.cli.options.types import LayerList, LocalPath, Traits
 from tlcapture.cli.output.console import Console
 from tlcapture.cli.output.tables import Column
 from tlcapture.cli.work import working
@@ -34,41 +34,46 @@ if TYPE_CHECKING:
     from tlcapture.traits.evaluation_files import CarryOverRow, Evaluation, TraitEvaluation
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """The options of `evaluate` alone; no traits or layers: all."""
+
+    traits: tuple[Trait, ...] = option(
+        "--traits", type=Traits(), default="all", show_default=True, help="Traits to evaluate."
+    )
+    methods: tuple[str, ...] = shared(methods_option("probe,mean_diff,gradient,imported"))
+    layers: tuple[int, ...] = option(
+        "--layers", type=LayerList(), default="all", show_default=True, help="Layers to evaluate at."
+    )
+    component: tuple[str, ...] = shared(components_option)
+    against_steering: bool = option(
+        "--against-steering",
+        is_flag=True,
+        help="Evaluate nothing; correlate the vectors' effect sizes with their gains in steering.",
+    )
+    examples: Path | None = option(
+        "--examples",
+        type=LocalPath(),
+        metavar="DIR",
+        help="Score the selected vectors, or those of --methods and --layers, on a folder with other examples of their "
+        "trait.",
+    )
+    examples_as: str = shared(examples_as_option)
+    batch_size: int | None = shared(batch_size_option)
+    seed: int = shared(seed_option)
+
+
 @command(
     "tlcapture evaluate --experiment my_exp",
     "tlcapture evaluate --experiment my_exp --against-steering",
 )
-@location_options
-@grid_options("evaluate", "probe,mean_diff,gradient,imported")
-@click.option(
-    "--against-steering",
-    is_flag=True,
-    help="Evaluate nothing; correlate the vectors' effect sizes with their gains in steering.",
-)
-@click.option(
-    "--examples",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Score the selected vectors, or those of --methods and --layers, on a folder with other examples of their "
-    "trait.",
-)
-@examples_as_option
-@model_options
-@cluster_options
-@batch_size_option
-@seed_option
+@options_of(Location, "location")
+@options_of(ModelOptions, "model")
+@options_of(ClusterOptions, "cluster")
+@options_of(_Settings, "settings")
 @working
 def evaluate(
-    console: Console,
-    location: Location,
-    grid: GridOptions,
-    against_steering: bool,
-    examples: Path | None,
-    examples_as: str,
-    batch_size: int | None,
-    seed: int,
-    model: ModelOptions,
-    cluster: ClusterOptions,
+    console: Console, location: Location, model: ModelOptions, cluster: ClusterOptions, settings: _Settings
 ) -> None:
     """Measure how well trait vectors separate held-out examples.
 
@@ -79,11 +84,11 @@ def evaluate(
 
     layout = location.layout
     layout.check_exists()
-    if against_steering:
-        _print_against_steering(console, layout, grid.traits or ())
+    if settings.against_steering:
+        _print_against_steering(console, layout, settings.traits)
         console.next = location.command("view")
         return
-    traits_with_vectors(layout, grid.traits or ())
+    traits_with_vectors(layout, settings.traits)
     is_captured = bool(layout.captured_prompt_sets())
     console.next = (
         location.command("project", "--all-prompt-sets")
@@ -96,10 +101,17 @@ def evaluate(
     from tlcapture.traits.evaluation_files import Evaluation
 
     executor = cluster.make_executor(can_collect=False)
-    traits = grid.traits or ()
-    options = EvaluateOptions(traits, grid.methods, grid.layers, grid.component, batch_size, seed, examples_as)
-    if examples is not None:
-        _carry_over(console, layout, options, examples, load, executor)
+    options = EvaluateOptions(
+        settings.traits,
+        settings.methods,
+        settings.layers,
+        settings.component,
+        settings.batch_size,
+        settings.seed,
+        settings.examples_as,
+    )
+    if settings.examples is not None:
+        _carry_over(console, layout, options, settings.examples, load, executor)
         return
     report = run_evaluate(layout, options, load, console, executor)
     if lexists(layout.evaluation):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.options.grouping import collected
-from tlcapture.cli.options.shared import Location, location_options
-from tlcapture.cli.options.types import ByteSize, LayersOrNone, NewPath, PromptSets, StreamPoints
+from tlcapture.cli.options.grouping import option, options_of
+from tlcapture.cli.options.shared import Location
+from tlcapture.cli.options.types import ByteSize, LayersOrNone, LocalPath, PromptSets, StreamPoints
 from tlcapture.cli.output.console import Console
 from tlcapture.cli.work import working
 from tlcapture.text import counted, format_bytes, layers_named, shell_join
@@ -25,64 +25,60 @@ if TYPE_CHECKING:
 class _Settings:
     """The options of `export` alone."""
 
-    prompt_set: tuple[str, ...] | None
-    to: Path
-    format: Format
-    activations: tuple[int, ...] | None
-    points: tuple[str, ...]
-    shard_size: int
-    overwrite: bool
+    prompt_set: tuple[str, ...] | None = option(
+        "--prompt-set", type=PromptSets(), help="Prompt sets, comma-separated.  [default: all with captures]"
+    )
+    to: Path = option(
+        "--to",
+        type=LocalPath(),
+        metavar="DIR",
+        required=True,
+        help="Folder to write; it must not exist, unless --overwrite is given.",
+    )
+    format: Format = option(
+        "--format",
+        type=click.Choice(["datasets", "parquet", "safetensors", "json"]),
+        default="datasets",
+        show_default=True,
+        help="datasets: Parquet with a card, for datasets.load_dataset; parquet: without one; safetensors, json: a "
+        "file for each capture.",
+    )
+    activations: tuple[int, ...] | None = option(
+        "--activations",
+        type=LayersOrNone(),
+        default="none",
+        show_default=True,
+        help="Layers to export activations of.",
+    )
+    points: tuple[str, ...] = option(
+        "--points",
+        type=StreamPoints(),
+        default="residual_out",
+        show_default=True,
+        help="Points to export activations at: residual_in, after_attn, residual_out, attn_out.",
+    )
+    shard_size: int = option(
+        "--shard-size",
+        type=ByteSize(),
+        default="500MiB",
+        show_default=True,
+        help="Size at which a new Parquet file begins.",
+    )
+    overwrite: bool = option("--overwrite", is_flag=True, help="Replace an earlier export in the same folder.")
 
 
 @command(
     "tlcapture export --experiment my_exp --to shared/my_exp",
     "tlcapture export --experiment my_exp --to shared/with_layers --activations 12,16",
 )
-@location_options
-@click.option("--prompt-set", type=PromptSets(), help="Prompt sets, comma-separated.  [default: all with captures]")
-@click.option(
-    "--to",
-    type=NewPath(),
-    metavar="DIR",
-    required=True,
-    help="Folder to write; it must not exist, unless --overwrite is given.",
-)
-@click.option(
-    "--format",
-    type=click.Choice(["datasets", "parquet", "safetensors", "json"]),
-    default="datasets",
-    show_default=True,
-    help="datasets: Parquet with a card, for datasets.load_dataset; parquet: without one; safetensors, json: a file "
-    "for each capture.",
-)
-@click.option(
-    "--activations", type=LayersOrNone(), default="none", show_default=True, help="Layers to export activations of."
-)
-@click.option(
-    "--points",
-    type=StreamPoints(),
-    default="residual_out",
-    show_default=True,
-    help="Points to export activations at: residual_in, after_attn, residual_out, attn_out.",
-)
-@click.option(
-    "--shard-size",
-    type=ByteSize(),
-    default="500MiB",
-    show_default=True,
-    help="Size at which a new Parquet file begins.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace an earlier export in the same folder.")
-@collected(_Settings, "settings")
+@options_of(Location, "location")
+@options_of(_Settings, "settings")
 @working
 def export(console: Console, location: Location, settings: _Settings) -> None:
     """Write an experiment in a form that other tools open: tokens, spans, scores and vectors, activations on request.
 
     Vectors are written as safetensors and as GGUF control vectors. "tlcapture import" makes an experiment of it again.
     """
-    from tlcapture.storage.remote.roots import check_local
-
-    check_local(settings.to, "--to")
     location.layout.check_exists()
     from tlcapture.commands.export import ExportOptions, run_export
     from tlcapture.exchange.exported import ChosenActivations

@@ -7,15 +7,17 @@ from pathlib import Path
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.options.shared import Location, location_options
+from tlcapture.cli.options.grouping import options_of
+from tlcapture.cli.options.shared import Location
+from tlcapture.cli.options.types import LocalPath
 from tlcapture.cli.output.console import Console
 from tlcapture.cli.work import working
 from tlcapture.text import counted
 
 
 @command("tlcapture import shared/my_exp --experiment copy", name="import")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@location_options
+@click.argument("folder", type=LocalPath(exists=True, file_okay=False))
+@options_of(Location, "location")
 @working
 def import_experiment(console: Console, folder: Path, location: Location) -> None:
     """Recreate an experiment from FOLDER, which "tlcapture export" wrote.

@@ -38,21 +38,25 @@ class _OneLineError(click.ClickException):
 
     exit_code = 2
 
+    def __init__(self, error: click.ClickException):
+        super().__init__(_in_one_line(error))
+        self._color = error.show_color
+
     def show(self, file: IO[Any] | None = None) -> None:
-        click.secho(printable(f"error: {self.message}"), fg="red", err=file is None, file=file)
+        click.secho(printable(f"error: {self.message}"), fg="red", err=file is None, file=file, color=self._color)
 
 
 _SIGNS = {">=": "at least", ">": "more than", "<=": "at most", "<": "less than"}
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _click_errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
         raise
     except click.ClickException as error:
-        raise _OneLineError(_in_one_line(error)) from None
+        raise _OneLineError(error) from None
 
 
 def _in_one_line(error: click.ClickException) -> str:
@@ -89,11 +93,11 @@ class _Commands(Group):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        with _one_line_errors():
+        with _click_errors_in_one_line():
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _one_line_errors():
+        with _click_errors_in_one_line():
             return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.options.grouping import collected
-from tlcapture.cli.options.shared import KeptOptions, kept_options, save_dtype_option
+from tlcapture.cli.options.grouping import option, options_of, shared
+from tlcapture.cli.options.shared import KeptOptions, save_dtype_option
 from tlcapture.cli.options.types import BatchSize, ByteSize, Count, Finite, Views
 from tlcapture.cli.output.console import Console, one_line_errors
 from tlcapture.cli.output.plan import Estimate
@@ -32,15 +32,41 @@ _MOST_TRAITS = 1_000_000
 class _WorkloadOptions:
     """The prompts, and what to capture from them."""
 
-    kept: KeptOptions
-    prompts: int
-    prompt_tokens: int
-    new_tokens: int
-    samples: int | None
-    views: tuple[str, ...]
-    traits: int
-    save_dtype: str
-    batch_size: int | None
+    prompts: int = option("--prompts", type=Count(), required=True, help="Number of prompts.")
+    prompt_tokens: int = option(
+        "--prompt-tokens",
+        type=click.IntRange(1, _LONGEST),
+        required=True,
+        help="Mean number of tokens of a prompt, with its chat template.",
+    )
+    new_tokens: int = option(
+        "--new-tokens", type=click.IntRange(1, _LONGEST), required=True, help="Mean number of tokens of a response."
+    )
+    samples: int | None = option("--samples", type=Count(), help="Responses to each prompt.  [default: one]")
+    views: tuple[str, ...] = option(
+        "--views",
+        type=Views(),
+        default="residual",
+        show_default=True,
+        help=f"Views to keep: {', '.join(Views.NAMES)}; internals:L for one layer. Projections without residual are "
+        "what --projections-only keeps.",
+    )
+    traits: int = option(
+        "--traits",
+        type=click.IntRange(1, _MOST_TRAITS),
+        default=10,
+        show_default=True,
+        help="Number of traits to project onto.",
+    )
+    kept: KeptOptions = shared(KeptOptions)
+    save_dtype: str = shared(save_dtype_option)
+    batch_size: int | None = option(
+        "--batch-size",
+        type=BatchSize(),
+        default="auto",
+        show_default=True,
+        help=f"Prompts that run together; auto: {_DEFAULT_BATCH} with --gpu, as many as fit with --measure.",
+    )
 
     def workload(self) -> Workload:
         """The workload to plan for."""
@@ -75,10 +101,22 @@ class _WorkloadOptions:
 class _PaceOptions:
     """Where the speed of a worker comes from, if it is wanted."""
 
-    tokens_per_second: float | None
-    measure: bool
-    gpu: str | None
-    efficiency: float
+    tokens_per_second: float | None = option(
+        "--tokens-per-second", type=Finite(_LOWEST), help="New tokens per second of one worker."
+    )
+    measure: bool = option("--measure", is_flag=True, help="Load the model and time a few batches on this machine.")
+    gpu: str | None = option(
+        "--gpu",
+        type=click.Choice(list(ACCELERATORS)),
+        help="Take the speed from a GPU's data sheet: its bound, times --efficiency.",
+    )
+    efficiency: float = option(
+        "--efficiency",
+        type=Finite(_LOWEST, 1),
+        default=0.2,
+        show_default=True,
+        help="Share of --gpu's bound that is reached. This is an assumption; --measure is more accurate.",
+    )
 
     def check(self) -> None:
         """Raise a usage error if more than one source is given."""
@@ -107,58 +145,9 @@ class _PaceOptions:
     metavar="NAME",
     help="smollm2 (embedded), a folder with a Hugging Face config, a GGUF file, or a hub name (also name@revision).",
 )
-@click.option("--prompts", type=Count(), required=True, help="Number of prompts.")
-@click.option(
-    "--prompt-tokens",
-    type=click.IntRange(1, _LONGEST),
-    required=True,
-    help="Mean number of tokens of a prompt, with its chat template.",
-)
-@click.option(
-    "--new-tokens", type=click.IntRange(1, _LONGEST), required=True, help="Mean number of tokens of a response."
-)
-@click.option("--samples", type=Count(), help="Responses to each prompt.  [default: one]")
-@click.option(
-    "--views",
-    type=Views(),
-    default="residual",
-    show_default=True,
-    help=f"Views to keep: {', '.join(Views.NAMES)}; internals:L for one layer. Projections "
-    "without residual are what --projections-only keeps.",
-)
-@click.option(
-    "--traits",
-    type=click.IntRange(1, _MOST_TRAITS),
-    default=10,
-    show_default=True,
-    help="Number of traits to project onto.",
-)
-@kept_options
-@save_dtype_option
-@click.option(
-    "--batch-size",
-    type=BatchSize(),
-    default="auto",
-    show_default=True,
-    help=f"Prompts that run together; auto: {_DEFAULT_BATCH} with --gpu, as many as fit with --measure.",
-)
+@options_of(_WorkloadOptions, "wanted")
 @click.option("--workers", type=Count(), default=1, show_default=True, help="Number of runs in parallel.")
-@click.option("--tokens-per-second", type=Finite(_LOWEST), help="New tokens per second of one worker.")
-@click.option("--measure", is_flag=True, help="Load the model and time a few batches on this machine.")
-@click.option(
-    "--gpu",
-    type=click.Choice(list(ACCELERATORS)),
-    help="Take the speed from a GPU's data sheet: its bound, times --efficiency.",
-)
-@click.option(
-    "--efficiency",
-    type=Finite(_LOWEST, 1),
-    default=0.2,
-    show_default=True,
-    help="Share of --gpu's bound that is reached. This is an assumption; --measure is more accurate.",
-)
-@collected(_WorkloadOptions, "wanted")
-@collected(_PaceOptions, "speed")
+@options_of(_PaceOptions, "speed")
 @click.option("--budget", type=ByteSize(), help="Suggest what to leave out to fit a size, for example 500GiB.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
 @one_line_errors

@@ -9,19 +9,16 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.options.cluster import ClusterOptions, cluster_options
-from tlcapture.cli.options.grouping import collected
+from tlcapture.cli.options.cluster import ClusterOptions
+from tlcapture.cli.options.grouping import option, options_of, shared
 from tlcapture.cli.options.shared import (
     Location,
     PromptSetOptions,
     VectorOptions,
     format_option,
-    location_options,
-    prompt_set_options,
     shard_option,
-    vector_options,
 )
-from tlcapture.cli.options.types import NewPath, Traits
+from tlcapture.cli.options.types import LocalPath, Traits
 from tlcapture.cli.output.console import Console
 from tlcapture.cli.output.top_traits import show_top_traits
 from tlcapture.cli.work import working
@@ -40,16 +37,35 @@ if TYPE_CHECKING:
 class _Settings:
     """What to project and how, with the choice of vectors."""
 
-    vectors: VectorOptions
-    traits: tuple[Trait, ...]
-    component: str
-    dynamics_only: bool
-    centered: bool
-    skip_existing: bool
-    overwrite: bool
-    shard: PromptShare | None
-    format: str | None
-    plot: Path | None
+    traits: tuple[Trait, ...] = option(
+        "--traits", type=Traits(), default="all", show_default=True, help="Traits to project onto."
+    )
+    vectors: VectorOptions = shared(VectorOptions)
+    component: str = option(
+        "--component",
+        type=click.Choice(COMPONENTS),
+        default="residual",
+        show_default=True,
+        help="Which activations are projected: the residual stream, or outputs of attention.",
+    )
+    dynamics_only: bool = option(
+        "--dynamics-only",
+        is_flag=True,
+        help="Only recompute the dynamics (velocity, commitment, persistence) of existing projections.",
+    )
+    centered: bool = option(
+        "--centered", is_flag=True, help="Subtract the mean activation of the training examples first."
+    )
+    skip_existing: bool = option("--skip-existing", is_flag=True, help="Write only missing files.")
+    overwrite: bool = option("--overwrite", is_flag=True, help="Also replace projections that cannot be read.")
+    shard: PromptShare | None = shared(shard_option)
+    format: str | None = shared(format_option)
+    plot: Path | None = option(
+        "--plot",
+        type=LocalPath(file_okay=False),
+        metavar="DIR",
+        help="Also draw the trajectory and layers of each prompt and trait, as PNG files in DIR.",
+    )
 
     def project_options(self) -> ProjectOptions:
         """What to project, and onto which vectors."""
@@ -71,35 +87,10 @@ class _Settings:
     "tlcapture project --experiment my_exp --prompt-set single_trait",
     "tlcapture project --experiment my_exp --all-prompt-sets --traits style/formality --layer 12",
 )
-@location_options
-@prompt_set_options
-@click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to project onto.")
-@vector_options(default_layer="auto")
-@click.option(
-    "--component",
-    type=click.Choice(COMPONENTS),
-    default="residual",
-    show_default=True,
-    help="Which activations are projected: the residual stream, or outputs of attention.",
-)
-@click.option(
-    "--dynamics-only",
-    is_flag=True,
-    help="Only recompute the dynamics (velocity, commitment, persistence) of existing projections.",
-)
-@click.option("--centered", is_flag=True, help="Subtract the mean activation of the training examples first.")
-@click.option("--skip-existing", is_flag=True, help="Write only missing files.")
-@click.option("--overwrite", is_flag=True, help="Also replace projections that cannot be read.")
-@shard_option
-@format_option
-@click.option(
-    "--plot",
-    type=NewPath(file_okay=False),
-    metavar="DIR",
-    help="Also draw the trajectory and layers of each prompt and trait, as PNG files in DIR.",
-)
-@cluster_options
-@collected(_Settings, "settings")
+@options_of(Location, "location")
+@options_of(PromptSetOptions, "prompt_sets")
+@options_of(_Settings, "settings")
+@options_of(ClusterOptions, "cluster")
 @working
 def project(
     console: Console,
@@ -113,9 +104,6 @@ def project(
     Writes a score for each token, layer and point to experiments/NAME/inference/TRAIT, and the dynamics of the trait:
     its velocity, and when it commits and how long it persists, each beside chance.
     """
-    from tlcapture.storage.remote.roots import check_local
-
-    check_local(settings.plot, "--plot")
     layout = location.layout
     names = _captured_prompt_sets(layout, prompt_sets, dynamics_only=settings.dynamics_only)
     _check_request(location, names, settings)

@@ -113,7 +113,7 @@ def _as_given(value: Any, option: click.Option) -> Any:
     return [str(value)] if option.multiple else str(value)
 
 
-def named_root(args: Sequence[str]) -> str:
+def root_argument(args: Sequence[str]) -> str:
     """The root named on a command line that is not parsed yet: the settings file is read from there."""
     named = os.environ.get("TLCAPTURE_ROOT") or "."
     for index, word in enumerate(args):
@@ -124,7 +124,7 @@ def named_root(args: Sequence[str]) -> str:
     return named
 
 
-def root_named(named: str) -> Path:
+def root_path(named: str) -> Path:
     """The folder of a root; raises `click.UsageError` if it cannot be reached."""
     from tlcapture.storage.remote.roots import root_folder
 

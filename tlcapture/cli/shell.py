@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.options.shared import Location, location_options
+from tlcapture.cli.options.grouping import options_of
+from tlcapture.cli.options.shared import Location
 from tlcapture.cli.output.console import one_line_errors
 from tlcapture.errors import TlcaptureError
 from tlcapture.text import printable
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     "tlcapture shell",
     "tlcapture shell --experiment my_exp",
 )
-@location_options
+@options_of(Location, "location")
 @one_line_errors
 def shell(location: Location) -> None:
     """Explore an experiment in IPython.

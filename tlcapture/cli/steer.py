@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.options.cluster import ClusterOptions, cluster_options
-from tlcapture.cli.options.grouping import collected
-from tlcapture.cli.options.model import ModelOptions, model_options
-from tlcapture.cli.options.shared import Location, location_options
+from tlcapture.cli.options.cluster import ClusterOptions
+from tlcapture.cli.options.grouping import option, options_of
+from tlcapture.cli.options.model import ModelOptions
+from tlcapture.cli.options.shared import Location
 from tlcapture.cli.options.types import LayerList, Names, NumberList, Traits
 from tlcapture.cli.output.console import Console
 from tlcapture.cli.output.tables import Column
@@ -29,13 +29,37 @@ if TYPE_CHECKING:
 class _Settings:
     """The options of `steer` alone."""
 
-    traits: tuple[Trait, ...]
-    methods: tuple[str, ...] | None
-    layers: tuple[int, ...]
-    coefficients: tuple[float, ...]
-    search: bool
-    judge: str | None
-    judge_model: str
+    traits: tuple[Trait, ...] = option(
+        "--traits", type=Traits(), default="all", show_default=True, help="Traits to steer with."
+    )
+    methods: tuple[str, ...] | None = option(
+        "--methods", type=Names(), help="Methods whose vectors to use.  [default: the one selected per trait]"
+    )
+    layers: tuple[int, ...] = option(
+        "--layers", type=LayerList(), default="all", show_default=True, help="Layers to steer at."
+    )
+    coefficients: tuple[float, ...] = option(
+        "--coefficients",
+        type=NumberList(),
+        default="0.1,0.2,0.3",
+        show_default=True,
+        help="How far to steer, in multiples of the typical norm of the residual stream.",
+    )
+    search: bool = option(
+        "--search",
+        is_flag=True,
+        help="Search for the largest coefficient of each layer at which responses are coherent, instead of "
+        "--coefficients.",
+    )
+    judge: str | None = option(
+        "--judge",
+        metavar="URL",
+        help="Have a model score the responses, at the URL of a server with OpenAI's chat completions.  "
+        "[default: score by the likelihood of given completions]",
+    )
+    judge_model: str = option(
+        "--judge-model", default="default", show_default=True, metavar="NAME", help="Name of the model of --judge."
+    )
 
     def steer_options(self) -> SteerOptions:
         """What to steer with, at which layers, and who scores the responses."""
@@ -50,35 +74,11 @@ class _Settings:
     "tlcapture steer --experiment my_exp --layers 8,12,16",
     "tlcapture steer --experiment my_exp --traits style/formality --coefficients 0.1,0.2,0.3",
 )
-@location_options
-@click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to steer with.")
-@click.option("--methods", type=Names(), help="Methods whose vectors to use.  [default: the one selected per trait]")
-@click.option("--layers", type=LayerList(), default="all", show_default=True, help="Layers to steer at.")
-@click.option(
-    "--coefficients",
-    type=NumberList(),
-    default="0.1,0.2,0.3",
-    show_default=True,
-    help="How far to steer, in multiples of the typical norm of the residual stream.",
-)
-@click.option(
-    "--search",
-    is_flag=True,
-    help="Search for the largest coefficient of each layer at which responses are coherent, instead of --coefficients.",
-)
-@click.option(
-    "--judge",
-    metavar="URL",
-    help="Have a model score the responses, at the URL of a server with OpenAI's chat completions.  "
-    "[default: score by the likelihood of given completions]",
-)
-@click.option(
-    "--judge-model", default="default", show_default=True, metavar="NAME", help="Name of the model of --judge."
-)
-@model_options
-@cluster_options
+@options_of(Location, "location")
+@options_of(_Settings, "settings")
+@options_of(ModelOptions, "model")
+@options_of(ClusterOptions, "cluster")
 @click.option("--seed", type=int, hidden=True, expose_value=False)  # as other commands have; decoding is greedy
-@collected(_Settings, "settings")
 @working
 def steer(
     console: Console, location: Location, settings: _Settings, model: ModelOptions, cluster: ClusterOptions

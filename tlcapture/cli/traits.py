@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.command import Group
-from tlcapture.cli.options.shared import DEFAULT_EXPERIMENT, Location, examples_as_option, location_options, root_option
-from tlcapture.cli.options.types import OneTrait, Traits
+from tlcapture.cli.options.grouping import options_of
+from tlcapture.cli.options.shared import DEFAULT_EXPERIMENT, Location, examples_as_option, root_option
+from tlcapture.cli.options.types import LocalPath, OneTrait, Traits
 from tlcapture.cli.output.console import Console, one_line_errors
 from tlcapture.cli.output.tables import Column, echo_table
 from tlcapture.cli.work import working
@@ -125,7 +126,7 @@ def _cell(cue: Cue | None) -> str:
     examples=["tlcapture traits list --experiment my_exp"],
     short_help="List the vector of each trait, and why.",
 )
-@location_options
+@options_of(Location, "location")
 @click.option(
     "--component",
     type=click.Choice(COMPONENTS),
@@ -223,8 +224,8 @@ def _listed(layout: Layout, component: str, datasets: Datasets) -> _Listed:
     ],
     short_help="Import vectors of another tool.",
 )
-@click.argument("file", type=click.Path(path_type=Path))
-@location_options
+@click.argument("file", type=LocalPath())
+@options_of(Location, "location")
 @click.option("--trait", type=OneTrait(), required=True, help="Trait to import the vectors for; it may be a new one.")
 @click.option(
     "--convention",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from tlcapture.cli.command import command
-from tlcapture.cli.options.shared import Location, location_options
-from tlcapture.cli.options.types import Finite, NewPath, PromptSets
+from tlcapture.cli.options.grouping import option, options_of
+from tlcapture.cli.options.shared import Location
+from tlcapture.cli.options.types import Finite, LocalPath, PromptSets
 from tlcapture.cli.output.console import Console, one_line_errors
 from tlcapture.errors import InputError, StorageError
 from tlcapture.text import counted, first_lines, format_bytes, printable
@@ -18,68 +20,74 @@ if TYPE_CHECKING:
     from tlcapture.storage.experiments.layout import Layout
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """The options of `view` alone."""
+
+    prompt_set: tuple[str, ...] | None = option(
+        "--prompt-set",
+        type=PromptSets(),
+        help="Prompt sets to export or draw; the page opens on the first one.  [default: all]",
+    )
+    port: int | None = option(
+        "--port", type=click.IntRange(1, 65535), help="Port on 127.0.0.1.  [default: 8765, or any free port]"
+    )
+    no_browser: bool = option("--no-browser", is_flag=True, help="Serve the page without opening it.")
+    read_only: bool = option("--read-only", is_flag=True, help="Disable notes, so that the page writes nothing.")
+    export: Path | None = option(
+        "--export", type=LocalPath(dir_okay=False), help="Write a single HTML file that needs no server."
+    )
+    max_size: float = option(
+        "--max-size",
+        type=Finite(1),
+        default=50.0,
+        show_default=True,
+        metavar="MIB",
+        help="Maximum size of the exported file's data.",
+    )
+    png: Path | None = option(
+        "--png", type=LocalPath(file_okay=False), metavar="DIR", help="Write pictures of each prompt to a folder."
+    )
+
+    @property
+    def serves(self) -> bool:
+        """Whether the page is served: nothing is to be written instead."""
+        return self.export is None and self.png is None
+
+
 @command(
     "tlcapture view --experiment my_exp",
     "tlcapture view --experiment my_exp --export report.html",
 )
-@location_options
-@click.option(
-    "--prompt-set",
-    type=PromptSets(),
-    help="Prompt sets to export or draw; the page opens on the first one.  [default: all]",
-)
-@click.option("--port", type=click.IntRange(1, 65535), help="Port on 127.0.0.1.  [default: 8765, or any free port]")
-@click.option("--no-browser", is_flag=True, help="Serve the page without opening it.")
-@click.option("--read-only", is_flag=True, help="Disable notes, so that the page writes nothing.")
-@click.option("--export", type=NewPath(dir_okay=False), help="Write a single HTML file that needs no server.")
-@click.option(
-    "--max-size",
-    type=Finite(1),
-    default=50.0,
-    show_default=True,
-    metavar="MIB",
-    help="Maximum size of the exported file's data.",
-)
-@click.option("--png", type=NewPath(file_okay=False), metavar="DIR", help="Write pictures of each prompt to a folder.")
+@options_of(Location, "location")
+@options_of(_Settings, "settings")
 @one_line_errors
-def view(
-    location: Location,
-    prompt_set: tuple[str, ...] | None,
-    port: int | None,
-    no_browser: bool,
-    read_only: bool,
-    export: Path | None,
-    max_size: float,
-    png: Path | None,
-) -> None:
+def view(location: Location, settings: _Settings) -> None:
     """View captures in the browser: trajectories, layers, logit lens, attention, vectors.
 
     Serves the page to this machine only, until Ctrl-C.
     """
     from tlcapture.storage.experiments.missing_captures import no_captures
-    from tlcapture.storage.remote.roots import check_local
 
-    if (export or png) and port is not None:
+    if not settings.serves and settings.port is not None:
         raise click.UsageError("--port applies to serving, not to --export or --png")
-    check_local(export, "--export")
-    check_local(png, "--png")
     layout = location.layout
     layout.check_exists()
     captured = layout.prompt_sets()
-    chosen = prompt_set or tuple(captured)
+    chosen = settings.prompt_set or tuple(captured)
     for name in chosen:
         if name not in captured:
             raise no_captures(layout, name, captured)
-    if (export or png) and not captured and (png or not layout.traits()):
+    if not settings.serves and not captured and (settings.png or not layout.traits()):
         raise InputError(
             f"experiment {location.experiment!r} has no captures to show: make some with "
             f"{location.command('capture', '--prompt-set', 'NAME')}"
         )
-    is_whole = export is None or _export(location, chosen, export, max_size)
-    if png is not None:
-        _draw(layout, chosen, png, all_required=prompt_set is not None)
-    if export is None and png is None:
-        _serve(location, prompt_set, port, open_browser=not no_browser, read_only=read_only)
+    is_whole = settings.export is None or _export(location, chosen, settings.export, settings.max_size)
+    if settings.png is not None:
+        _draw(layout, chosen, settings.png, all_required=settings.prompt_set is not None)
+    if settings.serves:
+        _serve(location, settings)
     if not is_whole:
         raise SystemExit(1)
 
@@ -124,18 +132,16 @@ def _draw(layout: Layout, prompt_sets: tuple[str, ...], folder: Path, *, all_req
         raise StorageError("; ".join(damaged))
 
 
-def _serve(
-    location: Location, prompt_set: tuple[str, ...] | None, port: int | None, *, open_browser: bool, read_only: bool
-) -> None:
+def _serve(location: Location, settings: _Settings) -> None:
     import webbrowser
     from urllib.parse import urlencode
 
     from tlcapture.page.server import HOST, listen, serve
 
-    listening = listen(port)
-    state = {"experiment": location.experiment, **({"set": prompt_set[0]} if prompt_set else {})}
+    listening = listen(settings.port)
+    state = {"experiment": location.experiment, **({"set": settings.prompt_set[0]} if settings.prompt_set else {})}
     address = f"http://{HOST}:{listening.getsockname()[1]}/#{urlencode(state)}"
     click.echo(printable(f"{location.experiment} at {address}  (Ctrl-C to stop)"))
-    if open_browser and not webbrowser.open(address):
+    if not settings.no_browser and not webbrowser.open(address):
         click.echo("cannot open a browser: open the address yourself", err=True)
-    serve(location.root, listening, read_only=read_only)
+    serve(location.root, listening, read_only=settings.read_only)

@@ -1,7 +1,7 @@
 """The frame of all commands that do work: how much they print, how they stop, and how they end.
 
     @click.command()
-    @model_options
+    @options_of(ModelOptions, "model")
     @working
     def capture(console: Console, model: ModelOptions) -> None: ...
 
@@ -23,76 +23,69 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tlcapture.cli.options.grouping import together
-from tlcapture.cli.options.types import NewPath
+from tlcapture.cli.options.grouping import option, options_of
+from tlcapture.cli.options.types import LocalPath
 from tlcapture.cli.output.console import Console
 from tlcapture.cli.stopping import Interrupted, StopSignals
-from tlcapture.errors import InputError, NoSpaceError, TlcaptureError, refused_path
+from tlcapture.errors import NoSpaceError, TlcaptureError, refused_path
 from tlcapture.folder_names import named
 from tlcapture.text import first_lines, shell_join
 
 if TYPE_CHECKING:
     from tlcapture.runs.record import Invocation
 
-_output_options = together(
-    click.option("-v", "--verbose", is_flag=True, help="Also report every file, batch and choice."),
-    click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors."),
-    click.option("--log-file", type=NewPath(dir_okay=False), help="Append all messages to a file, with timestamps."),
-    click.option(
+
+@dataclass(frozen=True)
+class _OutputOptions:
+    """What a command prints and where, and how safely it writes."""
+
+    verbose: bool = option("-v", "--verbose", is_flag=True, help="Also report every file, batch and choice.")
+    quiet: bool = option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
+    log_file: Path | None = option(
+        "--log-file", type=LocalPath(dir_okay=False), help="Append all messages to a file, with timestamps."
+    )
+    as_json: bool = option(
         "--json", "as_json", is_flag=True, help="Print a JSON object at the end, and nothing else to standard output."
-    ),
-    click.option("--fsync", is_flag=True, help="Flush each file and its folder to disk before continuing."),
-)
+    )
+    fsync: bool = option("--fsync", is_flag=True, help="Flush each file and its folder to disk before continuing.")
 
 
 def working(command: Callable[..., None]) -> Callable[..., None]:
     """Pass a `console` to a command, and end it as described in this module's docstring."""
 
-    @_output_options
+    @options_of(_OutputOptions, "output")
     @click.pass_context
     @wraps(command)
-    def wrapped(
-        ctx: click.Context,
-        *,
-        verbose: bool,
-        quiet: bool,
-        log_file: Path | None,
-        as_json: bool,
-        fsync: bool,
-        **options: Any,
-    ) -> None:
-        if verbose and quiet:
+    def wrapped(ctx: click.Context, *, output: _OutputOptions, **options: Any) -> None:
+        if output.verbose and output.quiet:
             raise click.UsageError("give one of --verbose and --quiet")
         from tlcapture.cli.output.logs import logging_to
         from tlcapture.storage.files import FSYNC, fsyncing
 
-        try:
-            _check_places(ctx, log_file)
-        except TlcaptureError as error:
-            raise click.UsageError(str(error)) from None
+        _check_executor(ctx)
         is_elsewhere = ctx.params.get("ray_address") or os.environ.get("RAY_ADDRESS")
-        if fsync and ctx.params.get("executor") == "ray" and is_elsewhere:
+        if output.fsync and ctx.params.get("executor") == "ray" and is_elsewhere:
             raise click.UsageError(
                 f"--fsync does not reach a Ray cluster that runs already: set {FSYNC}=1 for 'ray start' on every node"
             )
-        with StopSignals() as stop, logging_to(log_file, verbose=verbose), fsyncing(asked=fsync):
-            console = Console(quiet=quiet, as_json=as_json, stop=stop, invocation=_invocation(ctx))
+        logs = logging_to(output.log_file, verbose=output.verbose)
+        with StopSignals() as stop, logs, fsyncing(asked=output.fsync):
+            console = Console(quiet=output.quiet, as_json=output.as_json, stop=stop, invocation=_invocation(ctx))
             ending = _run(ctx, lambda: command(console=console, **options), console)
-            _print_ending(console, ending, as_json=as_json)
+            _print_ending(console, ending)
         sys.exit(ending.exit_code)
 
     return wrapped
 
 
-def _check_places(ctx: click.Context, log_file: Path | None) -> None:
-    """Raise a `TlcaptureError` for what a remote root cannot do."""
-    from tlcapture.storage.remote.roots import check_local, url_of
+def _check_executor(ctx: click.Context) -> None:
+    """Raise `click.UsageError` for an executor that cannot work in a remote root."""
+    from tlcapture.storage.remote.roots import url_of
 
-    check_local(log_file, "--log-file")
     root = ctx.params.get("root")
     url = url_of(root) if ctx.params.get("executor") == "ray" and root is not None else None
     if url is not None:
-        raise InputError(
+        raise click.UsageError(
             f"--executor ray needs a root that is a folder on every node, not {url}: let each node run a shard "
             "instead, --shard 1/N to N/N"
         )
@@ -100,11 +93,16 @@ def _check_places(ctx: click.Context, log_file: Path | None) -> None:
 
 @dataclass(frozen=True)
 class _Ending:
-    """How a command ended: `done`, `failed` or `interrupted`."""
+    """How a command ended: `done`, `failed` or `interrupted`; `error` is what ended it."""
 
     status: str
     exit_code: int
     error: str | None = None
+
+    @property
+    def message(self) -> str | None:
+        """The error as it is printed."""
+        return f"error: {self.error}" if self.error and self.status == "failed" else self.error
 
 
 def _run(ctx: click.Context, command: Callable[[], None], console: Console) -> _Ending:
@@ -129,12 +127,12 @@ def _outcome(ctx: click.Context, command: Callable[[], None], console: Console) 
     except Interrupted as signal:
         return _Ending("interrupted", signal.exit_code, f"stopped by {signal}; to resume: {_resuming(ctx)}")
     except NoSpaceError as error:
-        return _Ending("failed", error.exit_code, f"error: {error}; after freeing space, resume: {_resuming(ctx)}")
+        return _Ending("failed", error.exit_code, f"{error}; after freeing space, resume: {_resuming(ctx)}")
     except TlcaptureError as error:
-        return _Ending("failed", error.exit_code, f"error: {error}")
+        return _Ending("failed", error.exit_code, str(error))
     except OSError as error:
         refused = refused_path(error)
-        return _Ending("failed", refused.exit_code, f"error: {refused}")
+        return _Ending("failed", refused.exit_code, str(refused))
     return _Ending("failed", 1) if console.recorded and console.recorded.failures else _Ending("done", 0)
 
 
@@ -164,9 +162,9 @@ def _json_value(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else named(str(value))
 
 
-def _print_ending(console: Console, ending: _Ending, *, as_json: bool) -> None:
+def _print_ending(console: Console, ending: _Ending) -> None:
     report = console.recorded
-    if as_json:
+    if console.as_json:
         content = {} if report is None else {**report.to_json(), "record": named(str(report.path))}
         summary = {"status": ending.status, "exit_code": ending.exit_code, "error": ending.error, **console.facts}
         click.echo(json.dumps({**summary, **content}, ensure_ascii=True))
@@ -178,5 +176,5 @@ def _print_ending(console: Console, ending: _Ending, *, as_json: bool) -> None:
     has_nothing = report is not None and report.failures and not (report.n_files or report.n_skipped)
     if console.next and not ending.error and not has_nothing:
         console.line(f"next: {console.next}")
-    if ending.error:
-        console.error(ending.error)
+    if ending.message:
+        console.error(ending.message)

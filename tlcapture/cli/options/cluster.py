@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli.options.grouping import collected, together
+from tlcapture.cli.options.grouping import option
 from tlcapture.cli.options.types import Count, Finite
 
 if TYPE_CHECKING:
@@ -23,12 +23,32 @@ _CPUS = 1.0  # per worker, where nothing else is asked for
 class ClusterOptions:
     """Which executor does the work, and how a Ray cluster is used."""
 
-    executor: str
-    ray_address: str | None
-    workers: int | None
-    gpus_per_worker: float | None
-    cpus_per_worker: float
-    collect: bool
+    executor: str = option(
+        "--executor",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Where the work is done: in this process, or by workers of a Ray cluster.",
+    )
+    ray_address: str | None = option(
+        "--ray-address", metavar="ADDRESS", help="Address of a running Ray cluster.  [default: start one here]"
+    )
+    workers: int | None = option("--workers", type=Count(), help="Number of Ray workers.  [default: as many as fit]")
+    gpus_per_worker: float | None = option(
+        "--gpus-per-worker",
+        type=Finite(min=0),
+        help="GPUs per Ray worker; 0 runs the model on CPUs.  [default: 1, or --n-devices, where the cluster has GPUs]",
+    )
+    cpus_per_worker: float = option(
+        "--cpus-per-worker",
+        type=Finite(min=0, min_open=True),
+        default=_CPUS,
+        show_default=True,
+        help="CPUs, and threads, per Ray worker.",
+    )
+    collect: bool = option(
+        "--collect", is_flag=True, help="Have Ray workers send their files back; needed if they cannot see --root."
+    )
 
     def make_executor(self, batch_size: int | None = None, *, can_collect: bool = True) -> Executor:
         """The executor that was asked for; `can_collect` says whether the command's files can be sent back.
@@ -58,43 +78,13 @@ class ClusterOptions:
         )
 
     def _check_local(self) -> None:
-        for option, is_given in {
+        given = {
             "--ray-address": self.ray_address is not None,
             "--workers": self.workers is not None,
             "--gpus-per-worker": self.gpus_per_worker is not None,
             "--cpus-per-worker": self.cpus_per_worker != _CPUS,
             "--collect": self.collect,
-        }.items():
+        }
+        for name, is_given in given.items():
             if is_given:
-                raise click.UsageError(f"{option} needs --executor ray")
-
-
-cluster_options = together(
-    click.option(
-        "--executor",
-        type=click.Choice(["local", "ray"]),
-        default="local",
-        show_default=True,
-        help="Where the work is done: in this process, or by workers of a Ray cluster.",
-    ),
-    click.option(
-        "--ray-address", metavar="ADDRESS", help="Address of a running Ray cluster.  [default: start one here]"
-    ),
-    click.option("--workers", type=Count(), help="Number of Ray workers.  [default: as many as fit]"),
-    click.option(
-        "--gpus-per-worker",
-        type=Finite(min=0),
-        help="GPUs per Ray worker; 0 runs the model on CPUs.  [default: 1, or --n-devices, where the cluster has GPUs]",
-    ),
-    click.option(
-        "--cpus-per-worker",
-        type=Finite(min=0, min_open=True),
-        default=_CPUS,
-        show_default=True,
-        help="CPUs, and threads, per Ray worker.",
-    ),
-    click.option(
-        "--collect", is_flag=True, help="Have Ray workers send their files back; needed if they cannot see --root."
-    ),
-    collected(ClusterOptions, "cluster"),
-)
+                raise click.UsageError(f"{name} needs --executor ray")

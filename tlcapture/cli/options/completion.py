@@ -8,10 +8,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import CompletionItem
+from click.shell_completion import CompletionItem, FishComplete, ShellComplete, ZshComplete, add_completion_class
 
 if TYPE_CHECKING:
     from tlcapture.storage.experiments.layout import Layout
+
+
+class _WholeWords(ShellComplete):
+    """For shells whose words do not end at `=`: `--option=value` is completed as one word."""
+
+    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem]:
+        """The completions, those of values with the option in front."""
+        option, equals, _ = incomplete.partition("=")
+        found = super().get_completions(args, incomplete)
+        if not (option.startswith("-") and equals):
+            return found
+        return [
+            CompletionItem(f"{option}={each.value}", help=each.help) if each.type == "plain" else each for each in found
+        ]
+
+
+@add_completion_class
+class _Zsh(_WholeWords, ZshComplete):
+    pass
+
+
+@add_completion_class
+class _Fish(_WholeWords, FishComplete):
+    # Click's script would cut values and descriptions at their first comma.
+    source_template = FishComplete.source_template.replace('string split "," ', 'string split --max 1 "," ')
 
 
 def experiments(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -3,50 +3,56 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from tlcapture.cli.options.grouping import together
-from tlcapture.cli.options.types import Text
+from tlcapture.cli.options.grouping import option
+from tlcapture.cli.options.types import LocalPath, Text
 from tlcapture.errors import InputError, StorageError
 from tlcapture.text import decoded
 
 if TYPE_CHECKING:
     from tlcapture.prompts.prompt_sets import PromptSet
 
-given_prompt_options = together(
-    click.option(
+
+@dataclass(frozen=True)
+class GivenPrompts:
+    """Prompts as texts and in files."""
+
+    prompt: tuple[str, ...] = option(
         "--prompt",
         type=Text(),
         metavar="TEXT",
         multiple=True,
         help="A prompt, added to the prompt set adhoc; repeatable. -: read it from standard input.",
-    ),
-    click.option(
+    )
+    prompt_file: tuple[Path, ...] = option(
         "--prompt-file",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        type=LocalPath(exists=True, dir_okay=False),
         metavar="FILE",
         multiple=True,
         help="A prompt from a text file, a conversation from a .json file of messages, or one from each line of a "
         ".jsonl file; repeatable.",
-    ),
-)
+    )
 
+    @property
+    def are_given(self) -> bool:
+        """Whether there are any."""
+        return bool(self.prompt or self.prompt_file)
 
-def given_prompts(texts: Sequence[str], files: Sequence[Path]) -> PromptSet:
-    """The prompts of `--prompt` and then those of `--prompt-file`, numbered from 1 as prompts of the set `adhoc`.
+    def read(self) -> PromptSet:
+        """The prompts of `--prompt` and then those of `--prompt-file`, numbered from 1 as prompts of the set `adhoc`.
 
-    Raises `InputError` for text that is not UTF-8 or not valid as a prompt.
-    """
-    from tlcapture.prompts.prompt_sets import adhoc
+        Raises `InputError` for text that is not UTF-8 or not valid as a prompt.
+        """
+        from tlcapture.prompts.prompt_sets import adhoc
 
-    if texts.count("-") > 1:
-        raise InputError("--prompt -: standard input can be read once")
-    read: list[Any] = [("--prompt -", _standard_input()) if text == "-" else ("--prompt", text) for text in texts]
-    return adhoc([*read, *(each for path in files for each in _read(path))])
+        if self.prompt.count("-") > 1:
+            raise InputError("--prompt -: standard input can be read once")
+        texts = [("--prompt -", _standard_input()) if text == "-" else ("--prompt", text) for text in self.prompt]
+        return adhoc([*texts, *(each for path in self.prompt_file for each in _read(path))])
 
 
 def _standard_input() -> str:

@@ -8,7 +8,7 @@ from itertools import chain
 import click
 
 from tlcapture.cli.command import Command
-from tlcapture.cli.options.grouping import collected, together
+from tlcapture.cli.options.grouping import option
 from tlcapture.cli.options.types import Intervention
 from tlcapture.traits.interventions.requested import Ablate, Cap, Steer, TraitIntervention
 
@@ -29,10 +29,33 @@ class InOrder(Command):
 class InterventionOptions:
     """The interventions while the model generates, and the name of the variant."""
 
-    steer: tuple[Steer, ...]
-    ablate: tuple[Ablate, ...]
-    cap: tuple[Cap, ...]
-    variant: str | None
+    steer: tuple[Steer, ...] = option(
+        "--steer",
+        type=Intervention(Steer),
+        multiple=True,
+        help="Add a trait's vector, COEFFICIENT times as long as the residual stream typically is, from the last "
+        "prompt token on. LAYERS: such as 16 or 0,2,5-8; all; auto, the selected one. WHERE: only the prompt, "
+        "response, thinking, or first=N tokens of the response. Repeatable.",
+    )
+    ablate: tuple[Ablate, ...] = option(
+        "--ablate",
+        type=Intervention(Ablate),
+        multiple=True,
+        help="Remove what lies along a trait's vector, at all tokens, or at those of WHERE. Repeatable.",
+    )
+    cap: tuple[Cap, ...] = option(
+        "--cap",
+        type=Intervention(Cap),
+        multiple=True,
+        help="Keep the projection onto a trait's vector at or below VALUE, at all tokens, or at those of WHERE. "
+        "Repeatable.",
+    )
+    variant: str | None = option(
+        "--variant",
+        metavar="NAME",
+        help="Keep these captures as a variant of their prompt set, SET@NAME.  [default: a name made from the "
+        "interventions, if there are any]",
+    )
 
     @property
     def are_given(self) -> bool:
@@ -45,35 +68,3 @@ class InterventionOptions:
         order: list[str] = click.get_current_context().meta[_ORDER]
         given = [next(kinds[name]) for name in order if name in kinds]
         return (*given, *chain.from_iterable(kinds.values()))
-
-
-intervention_options = together(
-    click.option(
-        "--steer",
-        type=Intervention(Steer),
-        multiple=True,
-        help="Add a trait's vector, COEFFICIENT times as long as the residual stream typically is, from the last "
-        "prompt token on. LAYERS: such as 16 or 0,2,5-8; all; auto, the selected one. WHERE: only the prompt, "
-        "response, thinking, or first=N tokens of the response. Repeatable.",
-    ),
-    click.option(
-        "--ablate",
-        type=Intervention(Ablate),
-        multiple=True,
-        help="Remove what lies along a trait's vector, at all tokens, or at those of WHERE. Repeatable.",
-    ),
-    click.option(
-        "--cap",
-        type=Intervention(Cap),
-        multiple=True,
-        help="Keep the projection onto a trait's vector at or below VALUE, at all tokens, or at those of WHERE. "
-        "Repeatable.",
-    ),
-    click.option(
-        "--variant",
-        metavar="NAME",
-        help="Keep these captures as a variant of their prompt set, SET@NAME.  [default: a name made from the "
-        "interventions, if there are any]",
-    ),
-    collected(InterventionOptions, "interventions"),
-)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli.options.grouping import collected, together
+from tlcapture.cli.options.grouping import option, shared
 from tlcapture.cli.options.types import Count
 
 if TYPE_CHECKING:
@@ -22,10 +22,30 @@ MODEL_NAMES = "smollm2 (embedded), a folder of Hugging Face weights, a GGUF file
 class EngineOptions:
     """How to run a model: engine, device, number of devices and compute dtype."""
 
-    engine: str
-    device: str
-    n_devices: int
-    dtype: str
+    engine: str = option(
+        "--engine",
+        type=click.Choice(["auto", "hooked", "bridge"]),
+        default="auto",
+        show_default=True,
+        help="hooked: HookedTransformer; bridge: TransformerBridge; auto: hooked where it supports the model.",
+    )
+    device: str = option(
+        "--device", default="auto", show_default=True, help="cuda, mps or cpu; auto: the first available."
+    )
+    n_devices: int = option(
+        "--n-devices",
+        type=Count(),
+        default=1,
+        show_default=True,
+        help="CUDA devices to spread the model over, where it is too large for one.",
+    )
+    dtype: str = option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="Compute dtype; auto: the checkpoint's own, float32 on a CPU.",
+    )
 
     def loader(self, name: str, display: Display) -> ModelLoader:
         """The loader of the model with this name."""
@@ -35,16 +55,24 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class ModelOptions(EngineOptions):
-    """Which model an experiment uses, and how to run it; `None` means the experiment's own model.
+class ModelOptions:
+    """Which model an experiment uses, and how to run it; without `model`, the experiment's own."""
 
-    `no_check` skips the comparison with Hugging Face on loading.
-    """
-
-    model: str | None
-    revision: str | None
-    allow_model_change: bool
-    no_check: bool
+    model: str | None = option(
+        "--model", metavar="NAME", help=f"{MODEL_NAMES}  [default: the experiment's, or smollm2]"
+    )
+    revision: str | None = option(
+        "--revision", metavar="REV", help="Branch, tag or commit of a model on the hub.  [default: main]"
+    )
+    allow_model_change: bool = option(
+        "--allow-model-change", is_flag=True, help="Continue even if the experiment has used another model so far."
+    )
+    engine_options: EngineOptions = shared(EngineOptions)
+    no_check: bool = option(
+        "--no-check",
+        is_flag=True,
+        help="Skip the comparison of a short prompt with Hugging Face, made once per checkpoint and set of versions.",
+    )
 
     def loader_for(self, layout: Layout, role: str, display: Display) -> ModelLoader:
         """The loader of the experiment's model in a role.
@@ -56,7 +84,7 @@ class ModelOptions(EngineOptions):
         from tlcapture.storage.experiments.config import settle_model
 
         name = settle_model(layout, role, self._named(), EMBEDDED, allow_change=self.allow_model_change)
-        return replace(self.loader(name, display), check=not self.no_check)
+        return replace(self.engine_options.loader(name, display), check=not self.no_check)
 
     def _named(self) -> str | None:
         """The model with its revision, such as `org/model@main`."""
@@ -65,50 +93,3 @@ class ModelOptions(EngineOptions):
         if self.model is None or "@" in self.model:
             raise click.UsageError("--revision needs --model with a name on the hub, without '@'")
         return f"{self.model}@{self.revision}"
-
-
-_engine_options = together(
-    click.option(
-        "--engine",
-        type=click.Choice(["auto", "hooked", "bridge"]),
-        default="auto",
-        show_default=True,
-        help="hooked: HookedTransformer; bridge: TransformerBridge; auto: hooked where it supports the model.",
-    ),
-    click.option("--device", default="auto", show_default=True, help="cuda, mps or cpu; auto: the first available."),
-    click.option(
-        "--n-devices",
-        type=Count(),
-        default=1,
-        show_default=True,
-        help="CUDA devices to spread the model over, where it is too large for one.",
-    ),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
-        default="auto",
-        show_default=True,
-        help="Compute dtype; auto: the checkpoint's own, float32 on a CPU.",
-    ),
-)
-
-engine_options = together(_engine_options, collected(EngineOptions, "engine"))
-
-model_options = together(
-    click.option(
-        "--model",
-        metavar="NAME",
-        help=f"{MODEL_NAMES}  [default: the experiment's, or smollm2]",
-    ),
-    click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the hub.  [default: main]"),
-    click.option(
-        "--allow-model-change", is_flag=True, help="Continue even if the experiment has used another model so far."
-    ),
-    _engine_options,
-    click.option(
-        "--no-check",
-        is_flag=True,
-        help="Skip the comparison of a short prompt with Hugging Face, made once per checkpoint and set of versions.",
-    ),
-    collected(ModelOptions, "model"),
-)

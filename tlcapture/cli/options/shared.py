@@ -1,4 +1,4 @@
-"""Options that several commands share. Those that belong together reach a command as one dataclass."""
+"""Options that several commands share: single ones, and dataclasses of those that belong together (`grouping`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.options import completion
-from tlcapture.cli.options.grouping import Decorator, collected, together
+from tlcapture.cli.options.grouping import Decorator, option, shared
 from tlcapture.cli.options.types import (
     BatchSize,
     Components,
@@ -22,7 +22,6 @@ from tlcapture.cli.options.types import (
     Root,
     ShardOf,
     Tokens,
-    Traits,
 )
 from tlcapture.names import Trait
 from tlcapture.views.hooks import POINTS
@@ -39,13 +38,31 @@ if TYPE_CHECKING:
 
 DEFAULT_EXPERIMENT = "default"
 
+root_option = click.option(
+    "--root",
+    type=Root(),
+    metavar="DIR",
+    default=Path("."),
+    envvar="TLCAPTURE_ROOT",
+    show_default="current folder",
+    help="Existing folder that holds datasets/ and experiments/, or s3://BUCKET/PREFIX.  [env: TLCAPTURE_ROOT]",
+)
+
 
 @dataclass(frozen=True)
 class Location:
     """An experiment's name and the folder that holds `datasets/` and `experiments/`."""
 
-    experiment: str
-    root: Path
+    experiment: str = option(
+        "--experiment",
+        metavar="NAME",
+        default=DEFAULT_EXPERIMENT,
+        envvar="TLCAPTURE_EXPERIMENT",
+        show_default=True,
+        shell_complete=completion.experiments,
+        help="Experiment to work in.  [env: TLCAPTURE_EXPERIMENT]",
+    )
+    root: Path = shared(root_option)
 
     @property
     def layout(self) -> Layout:
@@ -68,30 +85,6 @@ class Location:
         return Datasets(self.root)
 
 
-root_option = click.option(
-    "--root",
-    type=Root(),
-    metavar="DIR",
-    default=Path("."),
-    envvar="TLCAPTURE_ROOT",
-    show_default="current folder",
-    help="Existing folder that holds datasets/ and experiments/, or s3://BUCKET/PREFIX.  [env: TLCAPTURE_ROOT]",
-)
-
-location_options = together(
-    click.option(
-        "--experiment",
-        metavar="NAME",
-        default=DEFAULT_EXPERIMENT,
-        envvar="TLCAPTURE_EXPERIMENT",
-        show_default=True,
-        shell_complete=completion.experiments,
-        help="Experiment to work in.  [env: TLCAPTURE_EXPERIMENT]",
-    ),
-    root_option,
-    collected(Location, "location"),
-)
-
 # -- prompts --------------------------------------------------------------------------------------
 
 
@@ -99,19 +92,13 @@ location_options = together(
 class PromptSetOptions:
     """Which prompt sets to work on; `prompt_set` is `None` if none is named."""
 
-    prompt_set: tuple[str, ...] | None
-    all_prompt_sets: bool
-
-
-prompt_set_options = together(
-    click.option(
+    prompt_set: tuple[str, ...] | None = option(
         "--prompt-set",
         type=PromptSets(),
         help="Prompt sets by name, comma-separated: the files of datasets/inference, or those of the package.",
-    ),
-    click.option("--all-prompt-sets", is_flag=True, help="All prompt sets."),
-    collected(PromptSetOptions, "prompt_sets"),
-)
+    )
+    all_prompt_sets: bool = option("--all-prompt-sets", is_flag=True, help="All prompt sets.")
+
 
 shard_option = click.option(
     "--shard",
@@ -122,53 +109,34 @@ shard_option = click.option(
 # -- trait vectors --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class GridOptions:
-    """Vectors of which traits, by which methods, at which layers, for which components; no traits or layers: all.
-
-    `traits` is `None` where none is named and the command has a default of its own.
-    """
-
-    traits: tuple[Trait, ...] | None
-    methods: tuple[str, ...]
-    layers: tuple[int, ...]
-    component: tuple[str, ...]
-
-
-def grid_options(
-    verb: str, methods: str = "probe,mean_diff,gradient", *, default_traits: str | None = None
-) -> Decorator:
-    """Options that choose a grid of vectors, with a verb that says what is done with them, such as `extract`.
-
-    `methods` are those that are taken by default; `default_traits` describes the traits that the command takes where
-    none is named, all of them where it is `None`.
-    """
-    traits = click.option(
-        "--traits",
-        type=Traits(),
-        default=None if default_traits else "all",
-        show_default=default_traits or True,
-        help=f"Traits to {verb}.",
+def methods_option(default: str) -> Decorator:
+    """The methods of a grid of vectors, with those that are taken by default."""
+    return click.option(
+        "--methods",
+        type=Names(),
+        default=default,
+        show_default=True,
+        help="How vectors are made: probe (weights of a logistic regression), mean_diff (difference of means), "
+        "gradient (a direction trained to separate); imported: by another tool.",
     )
-    return together(
-        traits,
-        click.option(
-            "--methods",
-            type=Names(),
-            default=methods,
-            show_default=True,
-            help="How vectors are made: probe (weights of a logistic regression), mean_diff (difference of means), "
-            "gradient (a direction trained to separate); imported: by another tool.",
-        ),
-        click.option("--layers", type=LayerList(), default="all", show_default=True, help=f"Layers to {verb} at."),
-        click.option(
-            "--component",
-            type=Components(),
-            default="all",
-            show_default=True,
-            help="Which activations the vectors are for: the residual stream, or outputs of attention.",
-        ),
-        collected(GridOptions, "grid"),
+
+
+components_option = click.option(
+    "--component",
+    type=Components(),
+    default="all",
+    show_default=True,
+    help="Which activations the vectors are for: the residual stream, or outputs of attention.",
+)
+
+
+def layer_option(default: str) -> Decorator:
+    """The layer of the vectors to project onto, with the default that the help shows."""
+    return click.option(
+        "--layer",
+        type=LayerOrWord("auto"),
+        help="Layer of the vectors to project onto; auto: for each trait the layer that steering, or else the effect "
+        f"size on held-out examples, favours.  [default: {default}]",
     )
 
 
@@ -176,9 +144,18 @@ def grid_options(
 class VectorOptions:
     """Which vector of each trait to project onto; `None` as the layer means the command's default."""
 
-    layer: int | str | None
-    method: str | None
-    vector_experiment: str | None
+    layer: int | str | None = shared(layer_option("auto"))
+    method: str | None = option(
+        "--method",
+        metavar="METHOD",
+        help="How the vectors were made: probe, mean_diff, gradient or imported.  [default: selected as the layer is]",
+    )
+    vector_experiment: str | None = option(
+        "--vector-experiment",
+        metavar="NAME",
+        shell_complete=completion.experiments,
+        help="Use vectors of experiment NAME, even from another model; packaged: those that come with the package.",
+    )
 
     def choice(self, default: str, traits: tuple[Trait, ...] = ()) -> VectorChoice:
         """The choice of vectors, with the rule for layers that applies where no layer is given."""
@@ -186,31 +163,6 @@ class VectorOptions:
 
         layer = default if self.layer is None else self.layer
         return VectorChoice(layer, self.method, self.vector_experiment, traits)
-
-
-def vector_options(default_layer: str) -> Decorator:
-    """Options that choose a vector per trait, with the default layer that the help shows."""
-    return together(
-        click.option(
-            "--layer",
-            type=LayerOrWord("auto"),
-            help="Layer of the vectors to project onto; auto: for each trait the layer that steering, or else the "
-            f"effect size on held-out examples, favours.  [default: {default_layer}]",
-        ),
-        click.option(
-            "--method",
-            metavar="METHOD",
-            help="How the vectors were made: probe, mean_diff, gradient or imported.  "
-            "[default: selected as the layer is]",
-        ),
-        click.option(
-            "--vector-experiment",
-            metavar="NAME",
-            shell_complete=completion.experiments,
-            help="Use vectors of experiment NAME, even from another model; packaged: those that come with the package.",
-        ),
-        collected(VectorOptions, "vectors"),
-    )
 
 
 examples_as_option = click.option(
@@ -223,30 +175,6 @@ examples_as_option = click.option(
 
 # -- stored activations ---------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class KeptOptions:
-    """Layers and points of the residual stream to keep; empty: all. Tokens to keep in every file; `None`: all.
-
-    And what to keep of attention and logit lens, and the form of their files: see `ViewParts`.
-    """
-
-    layers: tuple[int, ...]
-    points: tuple[str, ...]
-    tokens: KeptTokens | None
-    attention_layers: tuple[int, ...]
-    lens_layers: tuple[int, ...]
-    lens_top: int
-    format: str | None
-
-    @property
-    def parts(self) -> ViewParts:
-        """What is kept of attention and logit lens."""
-        from tlcapture.commands.prompt_files.view_parts import ViewParts
-
-        return ViewParts(self.attention_layers, self.lens_layers, self.lens_top, self.format)
-
-
 format_option = click.option(
     "--format",
     type=click.Choice(["json", "compact"]),
@@ -255,40 +183,52 @@ format_option = click.option(
 )
 
 
-kept_options = together(
-    click.option(
+@dataclass(frozen=True)
+class KeptOptions:
+    """Layers and points of the residual stream to keep; empty: all. Tokens to keep in every file; `None`: all.
+
+    And what to keep of attention and logit lens, and the form of their files: see `ViewParts`.
+    """
+
+    layers: tuple[int, ...] = option(
         "--layers", type=LayerList(), default="all", show_default=True, help="Layers of the residual stream to keep."
-    ),
-    click.option(
+    )
+    points: tuple[str, ...] = option(
         "--points",
         type=Points(),
         default="all",
         show_default=True,
         help=f"Points of the residual stream to keep in each layer: {', '.join(POINTS)}.",
-    ),
-    click.option(
+    )
+    tokens: KeptTokens | None = option(
         "--tokens",
         type=Tokens(),
         help="Keep only these tokens of the response, in every file; A:B is a slice as in Python. Projections and "
         "dynamics are computed over all tokens first.  [default: prompt and response]",
-    ),
-    click.option(
+    )
+    attention_layers: tuple[int, ...] = option(
         "--attention-layers", type=LayerList(), default="all", show_default=True, help="Layers of --attention to keep."
-    ),
-    click.option(
+    )
+    lens_layers: tuple[int, ...] = option(
         "--lens-layers", type=LayerList(), default="all", show_default=True, help="Layers of --logit-lens to keep."
-    ),
-    click.option(
+    )
+    lens_top: int = option(
         "--lens-top",
         type=Count(),
         metavar="K",
         default=50,
         show_default=True,
         help="How many predictions of each layer --logit-lens keeps.",
-    ),
-    format_option,
-    collected(KeptOptions, "kept"),
-)
+    )
+    format: str | None = shared(format_option)
+
+    @property
+    def parts(self) -> ViewParts:
+        """What is kept of attention and logit lens."""
+        from tlcapture.commands.prompt_files.view_parts import ViewParts
+
+        return ViewParts(self.attention_layers, self.lens_layers, self.lens_top, self.format)
+
 
 save_dtype_option = click.option(
     "--save-dtype",

@@ -82,16 +82,20 @@ class Count(click.IntRange):
         return super().convert(number, param, ctx)
 
 
-class NewPath(click.Path):
-    """A path to write to, which may not exist yet."""
+class LocalPath(click.Path):
+    """A path on this machine."""
 
     def __init__(self, **kinds: bool):
         super().__init__(path_type=Path, **kinds)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path; fails for an empty one, which would be the current folder."""
+        """The path; fails for a URL, and for an empty path, which would be the current folder."""
+        from tlcapture.storage.remote.object_stores import is_url
+
         if not str(value):
             self.fail(f"{value!r} is not a path", param, ctx)
+        if is_url(value):
+            self.fail(f"{value}: expected a local path: only --root can be a URL", param, ctx)
         return super().convert(value, param, ctx)
 
 

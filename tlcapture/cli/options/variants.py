@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from tlcapture.cli.options import completion
-from tlcapture.cli.options.grouping import collected, together
+from tlcapture.cli.options.grouping import option
 from tlcapture.errors import InputError
 from tlcapture.names import of_variant
 
@@ -21,37 +21,29 @@ if TYPE_CHECKING:
     from tlcapture.runs.model_loader import ModelLoader
     from tlcapture.storage.experiments.layout import Layout
 
-_OF_GENERATION = {
-    "max_new_tokens": "--max-new-tokens",
-    "temperature": "--temperature",
-    "sampling": "--sampling",
-    "top_p": "--top-p",
-    "top_k": "--top-k",
-    "min_p": "--min-p",
-    "repetition_penalty": "--repetition-penalty",
-    "stop": "--stop",
-    "seed": "--seed",
-    "chat_template": "--chat-template",
-    "system_prompt": "--system-prompt",
-    "thinking": "--thinking",
-    "template_arg": "--template-arg",
-}
-_OF_THE_TOKENS = {
-    "prompt": "--prompt",
-    "prompt_file": "--prompt-file",
-    "all_prompt_sets": "--all-prompt-sets",
-    "replay": "--replay",
-    "samples": "--samples",
-    **_OF_GENERATION,
-}
+# Parameters of `capture`: those that say how tokens are chosen, and all that say which tokens there are.
+_OF_GENERATION = (
+    "max_new_tokens", "temperature", "sampling", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "seed",
+    "chat_template", "system_prompt", "thinking", "template_arg",
+)  # fmt: skip
+_OF_TOKENS = ("prompt", "prompt_file", "all_prompt_sets", "replay", "samples", *_OF_GENERATION)
 
 
 @dataclass(frozen=True)
 class VariantOptions:
     """An adapter that is merged into the model, and captures whose tokens are run in place of generated ones."""
 
-    adapter: str | None
-    responses_from: str | None
+    adapter: str | None = option(
+        "--adapter",
+        metavar="FOLDER",
+        help="Merge a LoRA or another PEFT adapter into the model. Captures are kept as the variant SET@FOLDER.",
+    )
+    responses_from: str | None = option(
+        "--responses-from",
+        metavar="EXPERIMENT[/SET[@VARIANT]]",
+        shell_complete=completion.experiments,
+        help="Generate nothing: run the stored tokens of these captures through this model.",
+    )
 
     def adapted(self, load: ModelLoader) -> ModelLoader:
         """The loader of the model with the adapter."""
@@ -71,8 +63,8 @@ class VariantOptions:
         """
         if self.responses_from is None:
             return None
-        for option in _given_of(_OF_THE_TOKENS):
-            raise click.UsageError(f"--responses-from runs tokens that are stored: leave out {option}")
+        if given := _given_among(_OF_TOKENS):
+            raise click.UsageError(f"--responses-from runs tokens that are stored: leave out {given[0]}")
         from tlcapture.commands.capturing.given_responses import GivenResponses
         from tlcapture.commands.comparing.compared_sets import CaptureSet
 
@@ -81,22 +73,21 @@ class VariantOptions:
 
 def without_effect_on_replay() -> str | None:
     """The warning about options that a replay does not read; `None` if none was given."""
-    found = _given_of(_OF_GENERATION)
-    if not found:
+    given = _given_among(_OF_GENERATION)
+    if not given:
         return None
-    return f"--replay reads stored tokens: {', '.join(found)} {'has' if len(found) == 1 else 'have'} no effect"
+    return f"--replay reads stored tokens: {', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect"
 
 
-def _given_of(options: Mapping[str, str]) -> list[str]:
-    """The options, among some, that are given on the command line or in the environment."""
+def _given_among(parameters: Sequence[str]) -> list[str]:
+    """The options of those parameters that are given on the command line or in the environment."""
     source_of = click.get_current_context().get_parameter_source
     given = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
-    return [option for name, option in options.items() if source_of(name) in given]
+    return [f"--{name.replace('_', '-')}" for name in parameters if source_of(name) in given]
 
 
 def check_target(given: GivenResponses, layout: Layout, sets: Sequence[PromptSet], variant: str | None) -> None:
     """Raise `InputError` if captures would replace those whose tokens they run, or others of the same prompts."""
-
     if given.source.layout != layout:
         return
     for each in sets:
@@ -105,19 +96,3 @@ def check_target(given: GivenResponses, layout: Layout, sets: Sequence[PromptSet
                 f"--responses-from {given}: would replace captures of {layout.experiment}: name a variant with "
                 "--variant, or another experiment"
             )
-
-
-variant_options = together(
-    click.option(
-        "--adapter",
-        metavar="FOLDER",
-        help="Merge a LoRA or another PEFT adapter into the model. Captures are kept as the variant SET@FOLDER.",
-    ),
-    click.option(
-        "--responses-from",
-        metavar="EXPERIMENT[/SET[@VARIANT]]",
-        shell_complete=completion.experiments,
-        help="Generate nothing: run the stored tokens of these captures through this model.",
-    ),
-    collected(VariantOptions, "variants"),
-)

@@ -127,7 +127,7 @@
 
   async function show(changed) {
     const round = ++latest, focused = document.activeElement;
-    if (focused?.matches("button, select, input")) held = nameOf(focused);
+    if (focused?.matches("button, select, input")) held = { name: nameOf(focused), at: namesakes(nameOf(focused)).indexOf(focused) };
     pending = changed = new Set([...pending, ...changed]); // including changes of superseded rounds
     const isLatest = () => round === latest;
     document.documentElement.dataset.theme = state.now.theme;
@@ -186,11 +186,14 @@
     }
   }
 
-  const nameOf = (each) => `${each.tagName} ${each.getAttribute("aria-label") ?? ""} ${each.type === "button" || each.type === "submit" ? each.textContent : ""}`;
+  const nameOf = (each) => `${each.tagName} ${each.getAttribute("aria-label") ?? each.textContent}`;
+
+  /** All controls of a name, which more than one may have. */
+  const namesakes = (name) => [...document.querySelectorAll("header button, header select, main button, main select, main input")].filter((each) => nameOf(each) === name);
 
   /** Give the focus back to what was drawn anew, by its name. */
   function refocus() {
-    if (document.activeElement === document.body && held) [...document.querySelectorAll("header button, header select, main button, main select, main input")].find((each) => nameOf(each) === held)?.focus({ preventScroll: true });
+    if (document.activeElement === document.body && held) namesakes(held.name)[held.at]?.focus({ preventScroll: true });
     held = null;
   }
 

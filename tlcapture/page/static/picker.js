@@ -62,6 +62,7 @@ tl.picker = (label, { options, value, choose }) => {
   function take(index) {
     if (!found[index]) return;
     close();
+    button.focus();
     choose(found[index].value);
   }
   function onKey(event) {
