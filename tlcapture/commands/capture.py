@@ -30,7 +30,7 @@ from tlcapture.commands.prompt_files.records import CaptureRecord
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.models.loading import Model, ModelOutline
 from tlcapture.models.sizes import Measures
-from tlcapture.names import PromptId, file_name
+from tlcapture.names import file_name
 from tlcapture.prompts.prompt_sets import PromptSet, mistyped_keys
 from tlcapture.prompts.tokenization import check_unicode
 from tlcapture.runs.display import Display
@@ -173,11 +173,8 @@ def _warn_of_request(run: Run, prompt_sets: Sequence[PromptSet], options: Captur
 
 
 def _tell_of_plan(run: Run, tasks: Sequence[CaptureTask], options: CaptureOptions) -> None:
-    for task in tasks:
-        if ids := task.other_sampling:
-            run.warn(_kept(task, ids, "made with another temperature, seed, sampling or --max-new-tokens"))
-        if ids := task.other_computation:
-            run.warn(_kept(task, ids, "computed in another dtype or on another engine"))
+    for note in (note for task in tasks for note in task.notes):
+        run.warn(note)
     if options.projects and options.vectors.is_fallback:
         run.line(f"{run.layout.experiment}: {PROJECTED_ONTO_PACKAGED}")
     elif options.projects and not options.vectors.layout(run.layout).traits():
@@ -205,11 +202,6 @@ def _work(
         inputs=lambda task: [layout.residual(task.capture_set, prompt_id) for prompt_id in task.saved],
         overwrite=options.overwrite,
     )
-
-
-def _kept(task: CaptureTask, ids: Sequence[PromptId], how: str) -> str:
-    kept = f"{len(ids)} captures" if len(ids) > 1 else f"the capture of prompt {ids[0]}"
-    return f"{task.capture_set}: kept {kept} {how}: leave out --skip-existing to capture again"
 
 
 def estimate_capture(

@@ -44,9 +44,8 @@ class AffectedFiles:
         found, chooser = cls(), VectorChooser(layout, options.vectors)
         for task in tasks:
             name = task.capture_set
-            for prompt in task.batched:
-                if prompt.name in task.fresh:
-                    found._add_fresh(layout, options, name, prompt.name, options.outputs(n_layers))
+            for prompt in task.fresh_prompts:
+                found._add_fresh(layout, options, name, prompt.name, options.outputs(n_layers))
             files = KnownFiles(layout, name, len(task.saved))
             for prompt_id, wanted in task.saved.items():
                 found._add_saved(options, files, prompt_id, wanted, chooser)

@@ -151,8 +151,8 @@ def _sizes(
     wanted = options.outputs(n_layers) if task.fresh else None
     fresh = [
         PromptSize(f"{task.capture_set}/{each.name}", wanted, len(each.token_ids), _n_at_most(each, task), False)
-        for each in task.batched
-        if wanted is not None and each.name in task.fresh
+        for each in task.fresh_prompts
+        if wanted is not None
     ]
     saved = [
         PromptSize(f"{task.capture_set}/{prompt_id}", lacking, length, length, True)

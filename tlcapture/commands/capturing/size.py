@@ -83,15 +83,14 @@ class CaptureSize:
         n_vectors = n_projections(layout, options) if n_vectors is None else n_vectors
         for task in tasks:
             name = task.capture_set
-            total.failures += [Failed(*each) for each in task.failing]
-            for prompt in task.batched:
-                if prompt.name in task.fresh:
-                    n_prompt = len(prompt.token_ids)
-                    kept = kept_of(options.tokens, n_prompt, n_prompt + task.max_new_tokens)
-                    wanted = options.outputs(measures().n_layers)
-                    total.n_prompts += 1
-                    total.replaces.append(layout.residual(name, prompt.name))
-                    total._add(sizes(measures(), kept, wanted, options, n_vectors, _labels(prompt)))
+            total.failures += task.failing
+            for prompt in task.fresh_prompts:
+                n_prompt = len(prompt.token_ids)
+                kept = kept_of(options.tokens, n_prompt, n_prompt + task.max_new_tokens)
+                wanted = options.outputs(measures().n_layers)
+                total.n_prompts += 1
+                total.replaces.append(layout.residual(name, prompt.name))
+                total._add(sizes(measures(), kept, wanted, options, n_vectors, _labels(prompt)))
             for saved, wanted in task.saved.items():
                 if wanted:
                     total.n_completed += 1
