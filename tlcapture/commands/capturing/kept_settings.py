@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from tlcapture.captures.capture import Capture
 from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.commands.capturing.options import CaptureOptions
 from tlcapture.generation.sampling.checkpoint_sampling import is_recorded
@@ -11,10 +13,12 @@ from tlcapture.models.loading import Model, ModelOutline
 from tlcapture.names import PromptId
 from tlcapture.prompts.response_lengths import THINKING_TOKENS
 from tlcapture.runs.model_loader import ModelLoader
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import counted, dtype_name
 
 
 def notes_of_kept(
+    layout: Layout,
     capture_set: str,
     kept: Mapping[PromptId, KnownCapture],
     options: CaptureOptions,
@@ -33,6 +37,9 @@ def notes_of_kept(
         asked = {"engine": model.engine, "dtype": dtype_name(model.dtype)} if isinstance(model, Model) else load.named
         names = [name for name, capture in kept.items() if _is_computed_otherwise(capture, asked)]
         notes += _note(capture_set, names, "computed in another dtype or on another engine")
+    if options.save_dtype != "auto":
+        names = [name for name in kept if _is_stored_otherwise(layout.residual(capture_set, name), options.save_dtype)]
+        notes += _note(capture_set, names, f"stored in another dtype than --save-dtype {options.save_dtype}")
     return notes
 
 
@@ -59,6 +66,11 @@ def other_weights(kept: Mapping[PromptId, KnownCapture], model: Model | ModelOut
 
 def _is_computed_otherwise(saved: KnownCapture, asked: Mapping[str, str]) -> bool:
     return any(saved.metadata.get(name) not in (None, value) for name, value in asked.items())
+
+
+def _is_stored_otherwise(raw: Path, dtype: str) -> bool:
+    """Whether a raw file holds activations in another dtype; not if there is none, as with `--projections-only`."""
+    return raw.is_file() and dtype_name(Capture.open(raw).prompt.residual.points.dtype) != dtype
 
 
 def _is_sampled_otherwise(saved: KnownCapture, options: CaptureOptions) -> bool:

@@ -177,7 +177,7 @@ class TaskPlanner:
             frozenset(fresh),
             saved,
             failing=[*failing, *decided.unreadable],
-            notes=notes_of_kept(capture_set, kept, options, self._load, self._model() if fresh else None),
+            notes=notes_of_kept(self._layout, capture_set, kept, options, self._load, self._model() if fresh else None),
             max_new_tokens=self._most_tokens(batched),
             longest=max((len(prompt.token_ids) for prompt in batched), default=0),
             variant=options.variant,
