@@ -125,7 +125,12 @@ class CaptureWorker:
         check_sizes(self._sizes, self.model)
 
     def do(self, task: CaptureTask) -> None:
-        """Capture the fresh prompts of a task and complete its saved ones."""
+        """Complete the saved prompts of a task and capture its fresh ones.
+
+        In this order: where a run is stopped, the next one finds as many saved prompts to read again, and puts them
+        into the same batches.
+        """
+        self._complete(task)
         if task.fresh:
             try:
                 self._generate(task)
@@ -138,7 +143,6 @@ class CaptureWorker:
                         no_answer_warning(sorted(self._unanswered, key=named.__getitem__), has_switch=can_be_off)
                     )
                 self._removed, self._unanswered = [], []
-        self._complete(task)
 
     # -- fresh prompts ----------------------------------------------------------------------------
 
