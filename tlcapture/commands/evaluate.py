@@ -13,6 +13,7 @@ from tlcapture.commands.evaluating.entries import add_entry, entries_put_in, pre
 from tlcapture.commands.evaluating.reference import has_reference, keep_reference
 from tlcapture.commands.evaluating.rows import EvaluatedComponent, doubts, rows_of
 from tlcapture.commands.extract import kept_activations
+from tlcapture.commands.projecting.projections import warn_together
 from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.calibrating import calibrations
 from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
@@ -88,8 +89,22 @@ def run_evaluate(
         traits.remove(trait)
     with entries_put_in(run):
         executor.run(Work(partial(_Worker, options), load, traits, lambda trait: 1, "trait"), run)
+    _warn_of_doubts(run, traits, options)
     _write_cross_traits(run)
     return run.report
+
+
+def _warn_of_doubts(run: Run, traits: Sequence[Trait], options: EvaluateOptions) -> None:
+    """Warn of vectors that are no better than chance, once for all traits with the same doubt."""
+    evaluated = Evaluation.read(run.layout.evaluation).rows_of
+    failed = {each.what for each in run.report.failures}
+    found: list[tuple[Trait, str]] = []
+    for trait in (each for each in traits if str(each) not in failed):
+        for component in options.components:
+            rows = [row for row in evaluated.get(str(trait), ()) if row.component == component]
+            if any(row.method in options.methods and row.layer in (options.layers or [row.layer]) for row in rows):
+                found += [(trait, note) for note in doubts(rows)]
+    warn_together(found, run)
 
 
 def _without_examples(layout: Layout, traits: Sequence[Trait]) -> list[Trait]:
@@ -188,8 +203,6 @@ def _evaluate(
             check_fits(vector, *kept.activations.shape[::2])
         made = rows_of(layout, reading.examples, kept, vectors, options.seed)
         _keep_calibrations(run, files, component, reading.examples, kept, vectors)
-        for note in doubts(made.rows):
-            run.warn(f"{trait}: {note}")
         found[component] = made
     return found
 

@@ -103,7 +103,7 @@ def report_choice(run: Run, chosen: ChosenVectors) -> None:
         run.failed(str(trait), error)
     if chosen.warning:
         run.warn(chosen.warning)
-    _warn_together([(each.vector.trait, each.selection.warning) for each in chosen.vectors], run)
+    warn_together([(each.vector.trait, each.selection.warning) for each in chosen.vectors], run)
 
 
 @dataclass
@@ -198,7 +198,7 @@ def project_capture(
     projections = project(prompt, response, pairs, random=random, centre=centre, held=held, scores=scores)
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, texts in zip(chosen, notes, strict=True) for note in texts]
-    _warn_together(doubts, run)
+    warn_together(doubts, run)
     in_spans = span_dynamics(projections, capture)
     shared, folder = _OfCapture.of(layout, capture, with_metadata=with_metadata), layout.folder.as_posix()
     in_json = projections_to_json(projections, kept or held)
@@ -278,7 +278,7 @@ def massive_line(centred: Sequence[tuple[Trait, Centred]]) -> str:
     return f"massive dimensions ({named or 'none'}) carry of the variance: {', '.join(shares)}"
 
 
-def _warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None:
+def warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None:
     """Warn once for all traits that the same doubt applies to."""
     by_text: dict[str, list[str]] = {}
     for trait, text in doubts:
