@@ -22,7 +22,7 @@ from tlcapture.commands.capturing.interventions import with_vectors
 from tlcapture.commands.capturing.memory_need import PromptSize, Sized, check_memory, most_memory, prompt_sizes
 from tlcapture.commands.capturing.options import NO_CHOICE, CaptureOptions
 from tlcapture.commands.capturing.projections import NOTHING_KEPT
-from tlcapture.commands.capturing.size import CaptureSize, n_projections
+from tlcapture.commands.capturing.size import CaptureSize, projected_onto
 from tlcapture.commands.capturing.tasks import CaptureTask, TaskPlanner
 from tlcapture.commands.capturing.worker import CaptureWorker
 from tlcapture.commands.prompt_files.projection_writing import merge_projections
@@ -298,7 +298,7 @@ def _check_projections_only(layout: Layout, options: CaptureOptions) -> None:
         raise InputError("--projections-only keeps only projections: leave out --replay and --no-project")
     if options.internals:
         raise InputError("--projections-only keeps no raw activations: leave out --layer-internals")
-    if not n_projections(layout, options):
+    if not projected_onto(layout, options):
         raise InputError(f"--projections-only: {no_vectors(options.vectors.layout(layout))}")
 
 

@@ -17,7 +17,7 @@ from tlcapture.commands.capturing.options import CaptureOptions
 from tlcapture.commands.capturing.tasks import CaptureTask
 from tlcapture.commands.prompt_files.outputs import Outputs
 from tlcapture.commands.prompt_files.replay import one_layer_at_a_time
-from tlcapture.commands.prompt_files.view_files import weights_in_memory
+from tlcapture.commands.prompt_files.view_files import n_attention_weights, weights_in_memory
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import DTYPES, Model, pick_device
 from tlcapture.models.memory import BatchBytes, batch_bytes, free_memory
@@ -93,8 +93,7 @@ def _in_main_memory(measures: Measures, each: Sequence[BatchBytes], wanted: Outp
     recorded = sum(found.recorded + found.patterns for found in each)
     if not wanted.attention:
         return recorded
-    n_layers = len(wanted.parts.attention_layers) or measures.n_attention_layers or measures.n_layers
-    json = n_layers * measures.n_heads * sum(token + 1 for token in tokens.kept) * PER_WEIGHT
+    json = n_attention_weights(measures, wanted.parts, tokens) * PER_WEIGHT
     return recorded + (0 if is_written_compact(wanted.parts.form, json) else int(_JSON_COPIES * json))
 
 
