@@ -98,7 +98,7 @@ def _in_main_memory(measures: Measures, each: Sequence[BatchBytes], wanted: Outp
 
 
 @dataclass(frozen=True)
-class PromptSize:
+class PromptLength:
     """The tokens of a prompt, or of a capture to be read again, and the outputs wanted of it."""
 
     name: str
@@ -114,10 +114,10 @@ class PromptSize:
 
 def check_memory(tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, model: Model | Sized) -> None:
     """Raise `InputError` if the largest prompt does not fit in the memory that is free, even alone."""
-    check_sizes(prompt_sizes(tasks, layout, options, model.n_layers), model)
+    check_they_fit(prompt_lengths(tasks, layout, options, model.n_layers), model)
 
 
-def check_sizes(sizes: Sequence[PromptSize], model: Model | Sized) -> None:
+def check_they_fit(sizes: Sequence[PromptLength], model: Model | Sized) -> None:
     """Raise `InputError` if a prompt does not fit in the memory that is free in this process's machine, even alone."""
     for size in _that_fit_the_context(sizes, model):
         need = size.need(model)
@@ -133,28 +133,28 @@ def check_sizes(sizes: Sequence[PromptSize], model: Model | Sized) -> None:
 
 def most_memory(tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, model: Model | Sized) -> int:
     """The bytes that the largest prompt takes while it runs alone, without the weights."""
-    sizes = _that_fit_the_context(prompt_sizes(tasks, layout, options, model.n_layers), model)
+    sizes = _that_fit_the_context(prompt_lengths(tasks, layout, options, model.n_layers), model)
     return max((size.need(model).n_bytes for size in sizes), default=0)
 
 
-def prompt_sizes(
+def prompt_lengths(
     tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, n_layers: int
-) -> list[PromptSize]:
+) -> list[PromptLength]:
     """The prompts to be run and the captures to be read again, one of each length, the longest first."""
     return [size for task in tasks for found in _sizes(task, layout, options, n_layers) for size in _by_length(found)]
 
 
 def _sizes(
     task: CaptureTask, layout: Layout, options: CaptureOptions, n_layers: int
-) -> tuple[list[PromptSize], list[PromptSize]]:
+) -> tuple[list[PromptLength], list[PromptLength]]:
     wanted = options.outputs(n_layers) if task.fresh else None
     fresh = [
-        PromptSize(f"{task.capture_set}/{each.name}", wanted, len(each.token_ids), _n_at_most(each, task), False)
+        PromptLength(f"{task.capture_set}/{each.name}", wanted, len(each.token_ids), _n_at_most(each, task), False)
         for each in task.fresh_prompts
         if wanted is not None
     ]
     saved = [
-        PromptSize(f"{task.capture_set}/{prompt_id}", lacking, length, length, True)
+        PromptLength(f"{task.capture_set}/{prompt_id}", lacking, length, length, True)
         for prompt_id, lacking in task.saved.items()
         if lacking.needs_pass
         for length in [_n_tokens(layout, task.capture_set, prompt_id)]
@@ -162,17 +162,17 @@ def _sizes(
     return fresh, saved
 
 
-def _by_length(sizes: Sequence[PromptSize]) -> list[PromptSize]:
-    found: dict[int, PromptSize] = {}
+def _by_length(sizes: Sequence[PromptLength]) -> list[PromptLength]:
+    found: dict[int, PromptLength] = {}
     for size in sizes:
         found.setdefault(size.n_tokens, size)
     return [found[n_tokens] for n_tokens in sorted(found, reverse=True)]
 
 
-def _that_fit_the_context(sizes: Sequence[PromptSize], model: Model | Sized) -> list[PromptSize]:
+def _that_fit_the_context(sizes: Sequence[PromptLength], model: Model | Sized) -> list[PromptLength]:
     """The longest prompt of each set to run, and to read again; prompts too long for the context fail anyway."""
     most = getattr(model, "n_ctx", None) or 2**62
-    found: dict[tuple[str, bool], PromptSize] = {}
+    found: dict[tuple[str, bool], PromptLength] = {}
     for size in sizes:
         if size.replay or size.n_tokens <= most:
             found.setdefault((size.name.rpartition("/")[0], size.replay), size)

@@ -101,12 +101,12 @@ class CaptureSize:
                 wanted = options.outputs(measures().n_layers)
                 total.n_prompts += 1
                 total.replaces.append(layout.residual(name, prompt.name))
-                total._add(sizes(measures(), kept, wanted, options, n_vectors, _labels(prompt)))
+                total._add(file_sizes(measures(), kept, wanted, options, n_vectors, _labels(prompt)))
             for saved, wanted in task.saved.items():
                 if wanted:
                     total.n_completed += 1
                     kept = _kept_of_saved(layout.residual(name, saved), options.tokens)
-                    total._add(sizes(measures(), kept, wanted, options, 0))
+                    total._add(file_sizes(measures(), kept, wanted, options, 0))
         return total
 
     def add_projections(
@@ -117,7 +117,7 @@ class CaptureSize:
             self.n_completed += not each.lacks_more
             capture = each.capture
             wanted = Outputs(capture.kept, residual=False, attn_out=capture.has_attn_out, parts=options.parts)
-            self._add(sizes(measures, capture.positions, wanted, options, each.n_projections))
+            self._add(file_sizes(measures, capture.positions, wanted, options, each.n_projections))
 
     @property
     def n_files(self) -> int:
@@ -152,7 +152,7 @@ class CaptureSize:
             self.by_kind[kind] = (count + 1, before + round(size))
 
 
-def sizes(
+def file_sizes(
     measures: Measures,
     tokens: Positions,
     wanted: Outputs,
