@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 
@@ -215,17 +216,23 @@ def _check_held_out(examples: Examples) -> None:
         )
 
 
+class _MadeFrom(NamedTuple):
+    """The digest of the examples that vectors were extracted from, and the fingerprint of the model."""
+
+    examples: str | None
+    fingerprint: str | None
+
+
 @dataclass(frozen=True)
 class _Reading:
     """How to read the examples: as the vectors' extraction read them, or as the options say.
 
-    `made_from` are the digests of the examples and of the model that extracted vectors record; `None` where all vectors
-    were imported.
+    `made_from` is what extracted vectors record; `None` where all vectors were imported.
     """
 
     examples: Examples
     position: str
-    made_from: tuple[str | None, str | None] | None
+    made_from: _MadeFrom | None
 
     @classmethod
     def of(cls, files: VectorFiles, component: str, methods: Sequence[str], options: EvaluateOptions) -> _Reading:
@@ -239,7 +246,7 @@ class _Reading:
         examples = read_examples(datasets, trait, seed=seed, examples_as=examples_as)
         if metadata["split"].get("held_out_pairs") not in (None, examples.split_record(seed)["held_out_pairs"]):
             raise VectorError(_CHANGED)
-        return cls(examples, position, (metadata.get("examples"), metadata.get("model_fingerprint")))
+        return cls(examples, position, _MadeFrom(metadata.get("examples"), metadata.get("model_fingerprint")))
 
 
 def _split_and_position(files: VectorFiles, component: str) -> tuple[int, str]:
@@ -273,7 +280,7 @@ def _activations(
     if kept is not None and kept.source == source and (kept.examples, kept.fingerprint) == reading.made_from:
         return kept
     prepared = prepare_examples(layout, model(), reading.examples, reading.position)
-    if reading.made_from not in (None, (prepared.digest, model().fingerprint)):
+    if reading.made_from not in (None, _MadeFrom(prepared.digest, model().fingerprint)):
         raise VectorError(_CHANGED)
     if reading.examples.is_guess and reading.made_from is None:
         run.warn(GUESS)
