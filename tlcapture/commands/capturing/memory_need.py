@@ -117,65 +117,70 @@ def check_memory(tasks: Sequence[CaptureTask], layout: Layout, options: CaptureO
     check_they_fit(prompt_lengths(tasks, layout, options, model.n_layers), model)
 
 
-def check_they_fit(sizes: Sequence[PromptLength], model: Model | Sized) -> None:
+def check_they_fit(lengths: Sequence[PromptLength], model: Model | Sized) -> None:
     """Raise `InputError` if a prompt does not fit in the memory that is free in this process's machine, even alone."""
-    for size in _that_fit_the_context(sizes, model):
-        need = size.need(model)
+    for prompt in _that_fit_the_context(lengths, model):
+        need = prompt.need(model)
         device, main = free_memory(model.device), free_memory(torch.device("cpu"))
         is_main = model.device.type != "cuda"
         if (need.n_bytes > main) if is_main else (need.device > device or need.main > main):
             free = main if is_main or need.main > main else device
             raise InputError(
-                f"{size.name}: {size.n_tokens} tokens would take about {format_bytes(need.n_bytes)} of memory, "
-                f"{format_bytes(free)} are free: {_advice(size.wanted, size.replay)}"
+                f"{prompt.name}: {prompt.n_tokens} tokens would take about {format_bytes(need.n_bytes)} of memory, "
+                f"{format_bytes(free)} are free: {_advice(prompt.wanted, prompt.replay)}"
             )
 
 
 def most_memory(tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, model: Model | Sized) -> int:
     """The bytes that the largest prompt takes while it runs alone, without the weights."""
-    sizes = _that_fit_the_context(prompt_lengths(tasks, layout, options, model.n_layers), model)
-    return max((size.need(model).n_bytes for size in sizes), default=0)
+    lengths = _that_fit_the_context(prompt_lengths(tasks, layout, options, model.n_layers), model)
+    return max((prompt.need(model).n_bytes for prompt in lengths), default=0)
 
 
 def prompt_lengths(
     tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, n_layers: int
 ) -> list[PromptLength]:
     """The prompts to be run and the captures to be read again, one of each length, the longest first."""
-    return [size for task in tasks for found in _sizes(task, layout, options, n_layers) for size in _by_length(found)]
+    found: list[PromptLength] = []
+    for task in tasks:
+        found += _by_length(_of_fresh(task, options, n_layers))
+        found += _by_length(_of_saved(task, layout))
+    return found
 
 
-def _sizes(
-    task: CaptureTask, layout: Layout, options: CaptureOptions, n_layers: int
-) -> tuple[list[PromptLength], list[PromptLength]]:
-    wanted = options.outputs(n_layers) if task.fresh else None
-    fresh = [
+def _of_fresh(task: CaptureTask, options: CaptureOptions, n_layers: int) -> list[PromptLength]:
+    if not task.fresh:
+        return []
+    wanted = options.outputs(n_layers)
+    return [
         PromptLength(f"{task.capture_set}/{each.name}", wanted, len(each.token_ids), _n_at_most(each, task), False)
         for each in task.fresh_prompts
-        if wanted is not None
     ]
-    saved = [
-        PromptLength(f"{task.capture_set}/{prompt_id}", lacking, length, length, True)
-        for prompt_id, lacking in task.saved.items()
-        if lacking.needs_pass
-        for length in [_n_tokens(layout, task.capture_set, prompt_id)]
-    ]
-    return fresh, saved
 
 
-def _by_length(sizes: Sequence[PromptLength]) -> list[PromptLength]:
+def _of_saved(task: CaptureTask, layout: Layout) -> list[PromptLength]:
+    found = []
+    for name, lacking in task.saved.items():
+        if lacking.needs_pass:
+            length = _n_tokens(layout, task.capture_set, name)
+            found.append(PromptLength(f"{task.capture_set}/{name}", lacking, length, length, True))
+    return found
+
+
+def _by_length(lengths: Sequence[PromptLength]) -> list[PromptLength]:
     found: dict[int, PromptLength] = {}
-    for size in sizes:
-        found.setdefault(size.n_tokens, size)
+    for prompt in lengths:
+        found.setdefault(prompt.n_tokens, prompt)
     return [found[n_tokens] for n_tokens in sorted(found, reverse=True)]
 
 
-def _that_fit_the_context(sizes: Sequence[PromptLength], model: Model | Sized) -> list[PromptLength]:
+def _that_fit_the_context(lengths: Sequence[PromptLength], model: Model | Sized) -> list[PromptLength]:
     """The longest prompt of each set to run, and to read again; prompts too long for the context fail anyway."""
     most = getattr(model, "n_ctx", None) or 2**62
     found: dict[tuple[str, bool], PromptLength] = {}
-    for size in sizes:
-        if size.replay or size.n_tokens <= most:
-            found.setdefault((size.name.rpartition("/")[0], size.replay), size)
+    for prompt in lengths:
+        if prompt.replay or prompt.n_tokens <= most:
+            found.setdefault((prompt.name.rpartition("/")[0], prompt.replay), prompt)
     return list(found.values())
 
 
