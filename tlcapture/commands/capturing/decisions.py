@@ -51,6 +51,9 @@ class Decision:
         return self.lacking is None
 
 
+_ANEW = Decision(lacking=None)
+
+
 class CaptureDecider:
     """Decides about one prompt after another; `model` is called only if the number of layers is not known otherwise."""
 
@@ -98,20 +101,20 @@ class CaptureDecider:
         if saved is None:
             raise NotCapturedError
         wanted = self._options.outputs(saved.n_layers)
-        return Decision(self._missing(wanted, files, saved) if self._options.skip_existing else wanted)
+        missing = self._missing(wanted, files, saved) if self._options.skip_existing else None
+        return Decision(wanted if missing is None else missing)
 
     def _captured(self, place: Place, files: PromptFiles, saved: KnownCapture | None) -> Decision:
         if saved is None or not self._options.skip_existing:
             self._options.outputs(self._n_layers())  # raises for layers that the model does not have
-            return Decision(None)
+            return _ANEW
         wanted = self._options.outputs(saved.n_layers)
         if not self._is_whole_and_of(saved, place, files):
-            return Decision(None)
-        lacking = self._missing(wanted, files, saved)
-        lacks_lens = lacking.logit_lens and not saved.kept.has_outputs(lacking.parts.lens_layers)
-        if lacking.residual or lacks_lens:  # or it lacks layers that a logit lens would be computed from
-            return Decision(None)
-        return Decision(lacking, kept=saved)
+            return _ANEW
+        missing = self._missing(wanted, files, saved)
+        if missing is None or (missing.logit_lens and not saved.kept.has_outputs(missing.parts.lens_layers)):
+            return _ANEW
+        return Decision(missing, kept=saved)
 
     def _only_projected(self, place: Place, files: PromptFiles, saved: KnownCapture | None) -> Decision:
         """With `--projections-only`: saved captures are only completed, since a new run would not replace them."""
@@ -119,7 +122,8 @@ class CaptureDecider:
         if saved is not None:
             if options.skip_existing and self._is_whole_and_of(saved, place, files):
                 wanted = options.outputs(saved.n_layers)
-                return Decision(replace(self._missing(wanted, files, saved), residual=False))
+                missing = self._missing(wanted, files, saved)
+                return Decision(replace(wanted, residual=False) if missing is None else missing)
             project = command_line(self._layout, "project", "--prompt-set", place.capture_set)
             raise PromptError(
                 "--projections-only would leave projections of one run next to the raw capture of another, "
@@ -129,21 +133,25 @@ class CaptureDecider:
         projected = files.made_from() if options.skip_existing and is_free else None
         wanted = options.outputs(self._n_layers() if projected is None else projected.n_layers)
         if projected is None or not self._is_whole_and_of(projected, place, files):
-            return Decision(None)
-        lacking = wanted.lacking(files, self._d_vocab, overwrite=options.overwrite)
+            return _ANEW
+        missing = wanted.missing_add_ons(files, self._d_vocab, overwrite=options.overwrite)
         is_done = (
             projected.kept.includes(wanted.kept)
             and projected.holds(wanted.tokens)
-            and not lacking
+            and not missing
             and not any(
                 without_projection(files, self._chooser.vectors(projected, component), options.existing)
                 for component in options.components
             )
         )
-        return Decision(lacking, kept=projected) if is_done else Decision(None)
+        return Decision(missing, kept=projected) if is_done else _ANEW
 
-    def _missing(self, wanted: Outputs, files: PromptFiles, saved: KnownCapture) -> Outputs:
-        return wanted.missing(files, saved, self._d_vocab, overwrite=self._options.overwrite)
+    def _missing(self, wanted: Outputs, files: PromptFiles, saved: KnownCapture) -> Outputs | None:
+        """The add-ons that a saved capture lacks; `None` if it does not hold all layers, points and tokens."""
+        if not wanted.is_held_by(saved):
+            return None
+        since, overwrite = files.captured_ns, self._options.overwrite
+        return wanted.missing_add_ons(files, self._d_vocab, since=since, overwrite=overwrite, captured=saved.positions)
 
     def _is_whole_and_of(self, saved: KnownCapture, place: Place, files: PromptFiles) -> bool:
         """Whether a capture is complete and of this prompt and model, with the same wording and interventions."""
