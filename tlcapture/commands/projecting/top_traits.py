@@ -31,10 +31,8 @@ _OnProblem = Callable[[StorageError], object]
 
 
 class _Prompt(NamedTuple):
-    """The id of a prompt, and whether its captures are samples."""
-
     id: str
-    has_samples: bool
+    has_samples: bool  # whether its captures are samples of it
 
 
 _ByPrompt = dict[_Prompt, list[Summarised]]
@@ -88,7 +86,6 @@ class TopTrait:
     response: str
     samples: OverSamples | None = None
     pieces: Sequence[tuple[str, float | None]] = ()
-
     rises: Mapping[str, float] = field(default_factory=dict)
     own_id: PromptId | None = None
     unmeasured: Mapping[str, float] = field(default_factory=dict)
@@ -194,8 +191,7 @@ def summary_of(
             written = known.get(saved.place.as_posix().removeprefix(folder))
             if content := _read(saved, written, on_problem):
                 found = Summarised.of(content, str(saved.trait), component, found)
-                has_samples = found.sample is not None
-                prompt = _Prompt(str(found.prompt_id) if has_samples else name, has_samples)
+                prompt = _Prompt(name if found.sample is None else str(found.prompt_id), found.sample is not None)
                 prompts[prompt] = None
                 by_trait.setdefault(str(saved.trait), {}).setdefault(prompt, []).append(found)
     rises = {trait: _rises(contents) for trait, contents in by_trait.items()}
@@ -209,8 +205,7 @@ def summary_of(
             tops.append(_top(prompt, top, measured, others, by_trait[top][prompt]))
     projections = [each for contents in by_trait.values() for found in contents.values() for each in found]
     vectors = {each.vector: None for each in projections}
-    is_against_set = len(prompts) >= FEWEST_TO_COMPARE
-    return Summary(tops, _findings(projections), is_against_set, [each for each in vectors if each])
+    return Summary(tops, _findings(projections), len(prompts) >= FEWEST_TO_COMPARE, list(filter(None, vectors)))
 
 
 @dataclass(frozen=True, eq=False)
