@@ -99,7 +99,7 @@ def test_batches_do_not_copy_what_is_left() -> None:
     assert taken == prompts
     assert copied <= 4 * MANY
     task = CaptureTask(
-        PromptSet.model_construct(name="s", prompts=[]), prompts, frozenset(each.name for each in prompts), {}, ()
+        PromptSet.model_construct(name="s", prompts=[]), prompts, frozenset(each.name for each in prompts)
     )
     assert [each.name for part in task.split(3) for each in part.batched] == [each.name for each in prompts]
 

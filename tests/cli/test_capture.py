@@ -211,6 +211,41 @@ def test_kept_captures_with_other_sampling_settings_are_reported(capture: Run, t
     assert "short: kept the capture of prompt 3 made with another temperature" in one.stderr
 
 
+def test_a_stopped_run_that_captures_and_completes_goes_on_in_the_same_batches(
+    capture: Run, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tlcapture.commands.capturing import worker as capture_worker
+
+    def stopping(*words: Any, **options: Any) -> Iterator[Any]:
+        yield next(generate(*words, **options))
+        raise NoSpaceError("the disk is full")
+
+    def noting(model: Any, sequences: Any, *rest: Any) -> Iterator[Any]:
+        read.append([prompt.name for prompts in sequences.values() for prompt in prompts])
+        return replayed(model, sequences, *rest)
+
+    read: list[list[Any]] = []
+    generate, replayed = capture_worker.generate_or_force, capture_worker.replayed
+    assert capture("--limit", 1).exit_code == 0
+    more = ("--skip-existing", "--attention")
+    monkeypatch.setattr(capture_worker, "replayed", noting)
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_worker, "generate_or_force", stopping)
+        assert capture(*more).exit_code == 1
+    assert capture(*more).exit_code == 0
+    assert read == [["1"]]  # as without the stop; beside the captures of the first run it would round differently
+    assert len([*data.glob("experiments/exp/analysis/per_token/short/*_attention.json")]) == 3
+
+
+def test_kept_captures_that_are_stored_in_another_dtype_are_reported(capture: Run, raw: Path) -> None:
+    assert capture("--temperature", 0, "--limit", 2, "--save-dtype", "float32").exit_code == 0
+    message = "short: kept 2 captures stored in another dtype than --save-dtype float16: leave out --skip-existing"
+    same = ("--temperature", 0, "--limit", 2, "--skip-existing")
+    assert message in capture(*same, "--save-dtype", "float16").stderr
+    assert "stored in" not in capture(*same, "--save-dtype", "float32").stderr
+    assert "stored in" not in capture(*same).stderr
+
+
 def test_captures_that_are_kept_beside_those_of_another_dtype_are_reported(capture: Run, raw: Path) -> None:
     message = "kept 2 captures computed in another dtype or on another engine: leave out"
     assert capture("--limit", 2).exit_code == 0

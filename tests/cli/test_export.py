@@ -159,6 +159,18 @@ def test_without_activations_projections_come_back_and_it_is_said(
     assert again == {name: value for name, value in files_of(made).items() if "raw" not in name}
 
 
+def test_a_capture_without_activations_and_projections_is_not_said_to_be_imported(
+    made: Path, export: Run, tlcapture: Run, data: Path
+) -> None:
+    for file in made.glob("inference/tone/*/*_stream/short/1.json"):
+        file.unlink()
+    assert export().exit_code == 0
+    done = tlcapture("import", data / "out", "--experiment", "again")
+    assert "experiments/again: 3 captures, " in done.output
+    assert "3 captures came without activations: only their projections were imported" in done.output
+    assert "1 capture came with neither activations nor projections: nothing was imported of them" in done.output
+
+
 def test_some_layers_come_back_as_a_capture_of_those_layers(
     made: Path, export: Run, tlcapture: Run, data: Path
 ) -> None:

@@ -77,6 +77,11 @@ def test_where_shuffled_labels_separate_all_it_says_once_that_more_pairs_are_nee
     assert verdict in result.output
 
 
+def test_a_doubt_that_several_traits_share_is_told_once(evaluated: Result) -> None:
+    assert evaluated.stderr.count("too few examples to tell whether residual vectors are better than chance") == 1
+    assert "tone/loud, tone/warm: too few examples to tell" in evaluated.stderr
+
+
 def test_where_more_pairs_are_needed_wide_intervals_are_not_listed_by_layer(evaluate: Run, root: Path) -> None:
     words = ["LOUD", "soft"]
     sides = [

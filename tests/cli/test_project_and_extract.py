@@ -211,6 +211,15 @@ def test_traits_layer_and_method(project: Run, projected: Path) -> None:
     assert "available traits: tone/loud, tone/warm" in result.stderr
 
 
+def test_captures_without_attn_out_fail_together(capture: Run, extract: Run, tlcapture: Run) -> None:
+    extract()
+    capture("--no-project")
+    done = tlcapture("project", "--experiment", "exp", "--prompt-set", "short", "--component", "attn_out")
+    assert done.exit_code == 1
+    reason = "3 of 3 captures hold no attn_out (1, 2, 3): capture again with --capture-attn"
+    assert [line for line in done.stderr.splitlines() if "attn_out" in line] == [f"failed: short: {reason}"]
+
+
 def test_attn_out_is_written_to_its_own_folder_with_one_score_per_layer(project: Run, projected: Path) -> None:
     assert project("--component", "attn_out").exit_code == 0
     assert not projected.exists()

@@ -347,6 +347,21 @@ def test_the_summary_says_where_random_directions_have_no_reference(
     assert said not in result.output
 
 
+def test_where_the_reference_came_later_projecting_again_is_enough(
+    evaluated: Layout, capture: Run, tlcapture: Run
+) -> None:
+    reference = read_reference(evaluated, "residual")
+    assert reference is not None
+    evaluated.reference("residual").unlink()
+    without = capture("--limit", 1).output
+    assert "is unknown: run 'tlcapture evaluate" in without
+    reference.write(evaluated, "residual")
+    later = capture("--limit", 1, "--skip-existing").output
+    assert "is unknown: run 'tlcapture project" in later
+    assert tlcapture("project", "--experiment", "exp", "--all-prompt-sets").exit_code == 0
+    assert "unknown" not in capture("--limit", 1, "--skip-existing").output
+
+
 def test_a_reference_of_other_weights_is_a_warning(evaluated: Layout, capture: Run, tlcapture: Run) -> None:
     assert "other weights" not in capture().stderr
     reference = read_reference(evaluated, "residual")

@@ -38,4 +38,7 @@ def import_experiment(console: Console, folder: Path, location: Location) -> Non
             f"{counted(done.n_without_activations, 'capture')} came without activations: "
             "only their projections were imported"
         )
+    if done.n_empty:
+        which = f"{counted(done.n_empty, 'capture')} came with neither activations nor projections"
+        console.line(f"{which}: nothing was imported of them")
     console.next = location.command("view")

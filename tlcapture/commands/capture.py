@@ -19,10 +19,10 @@ from pathlib import Path
 
 from tlcapture.commands.capturing.affected_files import AffectedFiles
 from tlcapture.commands.capturing.interventions import with_vectors
-from tlcapture.commands.capturing.memory_need import PromptSize, Sized, check_memory, most_memory, prompt_sizes
+from tlcapture.commands.capturing.memory_need import PromptLength, Sized, check_memory, most_memory, prompt_lengths
 from tlcapture.commands.capturing.options import NO_CHOICE, CaptureOptions
 from tlcapture.commands.capturing.projections import NOTHING_KEPT
-from tlcapture.commands.capturing.size import CaptureSize, n_projections
+from tlcapture.commands.capturing.size import CaptureSize, projected_onto
 from tlcapture.commands.capturing.tasks import CaptureTask, TaskPlanner
 from tlcapture.commands.capturing.worker import CaptureWorker
 from tlcapture.commands.prompt_files.projection_writing import merge_projections
@@ -30,7 +30,7 @@ from tlcapture.commands.prompt_files.records import CaptureRecord
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.models.loading import Model, ModelOutline
 from tlcapture.models.sizes import Measures
-from tlcapture.names import PromptId, file_name
+from tlcapture.names import file_name
 from tlcapture.prompts.prompt_sets import PromptSet, mistyped_keys
 from tlcapture.prompts.tokenization import check_unicode
 from tlcapture.runs.display import Display
@@ -105,8 +105,7 @@ def _captured(
     known_model = partial(executor.known_model, load)
     planner = TaskPlanner(layout, options, load, known_model, run.report.learn)
     tasks = planner.tasks(prompt_sets)
-    longest = max((task.max_new_tokens for task in tasks if task.fresh), default=0)
-    _check_space(CaptureSize.of(tasks, layout, options, lambda: known_model().measures), layout, longest)
+    _check_space(tasks, layout, options, lambda: known_model().measures)
     known = known_model() if any(task.has_work for task in tasks) else None
     if isinstance(known, Model):
         check_memory(tasks, layout, options, known)
@@ -124,14 +123,14 @@ def _captured(
             prompt_sets = [renumber(layout, each) for each in prompt_sets]
         if any(waited) or renumber is not None:
             tasks = planner.tasks(prompt_sets)
-        for what, reason in (each for task in tasks for each in task.failing):
-            run.failed(what, reason)
+        for failed in (each for task in tasks for each in task.failing):
+            run.failed(*failed)
         # Where other processes load the model, each of them compares these with the memory of its machine.
-        sizes = prompt_sizes(tasks, layout, options, known.n_layers) if isinstance(known, ModelOutline) else ()
+        lengths = prompt_lengths(tasks, layout, options, known.n_layers) if isinstance(known, ModelOutline) else ()
         planned = {task.capture_set: {"new": len(task.fresh), "kept": len(task.saved)} for task in tasks}
         run.display.uses(planned=planned)
         with _marked(run, tasks, options):
-            executor.run(_work(layout, options, load, tasks, busy, sizes), run)
+            executor.run(_work(layout, options, load, tasks, busy, lengths), run)
         if options.projects:
             merge_projections(run, sorted(busy), options.shard)
     return run.report
@@ -173,11 +172,8 @@ def _warn_of_request(run: Run, prompt_sets: Sequence[PromptSet], options: Captur
 
 
 def _tell_of_plan(run: Run, tasks: Sequence[CaptureTask], options: CaptureOptions) -> None:
-    for task in tasks:
-        if ids := task.other_sampling:
-            run.warn(_kept(task, ids, "made with another temperature, seed, sampling or --max-new-tokens"))
-        if ids := task.other_computation:
-            run.warn(_kept(task, ids, "computed in another dtype or on another engine"))
+    for note in (note for task in tasks for note in task.notes):
+        run.warn(note)
     if options.projects and options.vectors.is_fallback:
         run.line(f"{run.layout.experiment}: {PROJECTED_ONTO_PACKAGED}")
     elif options.projects and not options.vectors.layout(run.layout).traits():
@@ -190,12 +186,12 @@ def _work(
     load: ModelLoader,
     tasks: Sequence[CaptureTask],
     busy: Collection[str],
-    sizes: Sequence[PromptSize],
+    lengths: Sequence[PromptLength],
 ) -> Work:
     """The work on the tasks of the sets in `busy`."""
     norm_prompts = {task.prompt_set.name: task.norm_prompts for task in tasks}
     return Work(
-        partial(CaptureWorker, options, norm_prompts=norm_prompts, sizes=sizes),
+        partial(CaptureWorker, options, norm_prompts=norm_prompts, lengths=lengths),
         load,
         [task for task in tasks if task.capture_set in busy],
         size=lambda task: len(task.fresh) * task.max_new_tokens,
@@ -205,11 +201,6 @@ def _work(
         inputs=lambda task: [layout.residual(task.capture_set, prompt_id) for prompt_id in task.saved],
         overwrite=options.overwrite,
     )
-
-
-def _kept(task: CaptureTask, ids: Sequence[PromptId], how: str) -> str:
-    kept = f"{len(ids)} captures" if len(ids) > 1 else f"the capture of prompt {ids[0]}"
-    return f"{task.capture_set}: kept {kept} {how}: leave out --skip-existing to capture again"
 
 
 def estimate_capture(
@@ -306,16 +297,16 @@ def _check_projections_only(layout: Layout, options: CaptureOptions) -> None:
         raise InputError("--projections-only keeps only projections: leave out --replay and --no-project")
     if options.internals:
         raise InputError("--projections-only keeps no raw activations: leave out --layer-internals")
-    if not n_projections(layout, options):
+    if not projected_onto(layout, options):
         raise InputError(f"--projections-only: {no_vectors(options.vectors.layout(layout))}")
 
 
-def _check_space(size: CaptureSize, layout: Layout, longest: int) -> None:
-    """Raise `NoSpaceError` if the files need more space than is free, counting that of replaced files as free.
-
-    `longest` is the number of tokens that responses may have.
-    """
-    free = free_bytes(layout.folder)
+def _check_space(
+    tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, measures: Callable[[], Measures]
+) -> None:
+    """Raise `NoSpaceError` if the files need more space than is free, counting that of replaced files as free."""
+    size, free = CaptureSize.of(tasks, layout, options, measures), free_bytes(layout.folder)
+    longest = max((task.max_new_tokens for task in tasks if task.fresh), default=0)
     _log.info("about %s will be written, %s free", format_bytes(size.n_bytes), format_bytes(free))
     if size.n_bytes > free and size.n_bytes - size.replaced() > free:
         raise NoSpaceError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,7 @@ from tlcapture.commands.evaluating.entries import add_entry, entries_put_in, pre
 from tlcapture.commands.evaluating.reference import has_reference, keep_reference
 from tlcapture.commands.evaluating.rows import EvaluatedComponent, doubts, rows_of
 from tlcapture.commands.extract import kept_activations
+from tlcapture.commands.projecting.projections import warn_together
 from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.calibrating import calibrations
 from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
@@ -88,8 +90,22 @@ def run_evaluate(
         traits.remove(trait)
     with entries_put_in(run):
         executor.run(Work(partial(_Worker, options), load, traits, lambda trait: 1, "trait"), run)
+    _warn_of_doubts(run, traits, options)
     _write_cross_traits(run)
     return run.report
+
+
+def _warn_of_doubts(run: Run, traits: Sequence[Trait], options: EvaluateOptions) -> None:
+    """Warn of vectors that are no better than chance, once for all traits with the same doubt."""
+    evaluated = Evaluation.read(run.layout.evaluation).rows_of
+    failed = {each.what for each in run.report.failures}
+    found: list[tuple[Trait, str]] = []
+    for trait in (each for each in traits if str(each) not in failed):
+        for component in options.components:
+            rows = [row for row in evaluated.get(str(trait), ()) if row.component == component]
+            if any(row.method in options.methods and row.layer in (options.layers or [row.layer]) for row in rows):
+                found += [(trait, note) for note in doubts(rows)]
+    warn_together(found, run)
 
 
 def _without_examples(layout: Layout, traits: Sequence[Trait]) -> list[Trait]:
@@ -188,8 +204,6 @@ def _evaluate(
             check_fits(vector, *kept.activations.shape[::2])
         made = rows_of(layout, reading.examples, kept, vectors, options.seed)
         _keep_calibrations(run, files, component, reading.examples, kept, vectors)
-        for note in doubts(made.rows):
-            run.warn(f"{trait}: {note}")
         found[component] = made
     return found
 
@@ -202,17 +216,23 @@ def _check_held_out(examples: Examples) -> None:
         )
 
 
+class _MadeFrom(NamedTuple):
+    """The digest of the examples that vectors were extracted from, and the fingerprint of the model."""
+
+    examples: str | None
+    fingerprint: str | None
+
+
 @dataclass(frozen=True)
 class _Reading:
     """How to read the examples: as the vectors' extraction read them, or as the options say.
 
-    `made_from` are the digests of the examples and of the model that extracted vectors record; `None` where all vectors
-    were imported.
+    `made_from` is what extracted vectors record; `None` where all vectors were imported.
     """
 
     examples: Examples
     position: str
-    made_from: tuple[str | None, str | None] | None
+    made_from: _MadeFrom | None
 
     @classmethod
     def of(cls, files: VectorFiles, component: str, methods: Sequence[str], options: EvaluateOptions) -> _Reading:
@@ -226,7 +246,7 @@ class _Reading:
         examples = read_examples(datasets, trait, seed=seed, examples_as=examples_as)
         if metadata["split"].get("held_out_pairs") not in (None, examples.split_record(seed)["held_out_pairs"]):
             raise VectorError(_CHANGED)
-        return cls(examples, position, (metadata.get("examples"), metadata.get("model_fingerprint")))
+        return cls(examples, position, _MadeFrom(metadata.get("examples"), metadata.get("model_fingerprint")))
 
 
 def _split_and_position(files: VectorFiles, component: str) -> tuple[int, str]:
@@ -260,7 +280,7 @@ def _activations(
     if kept is not None and kept.source == source and (kept.examples, kept.fingerprint) == reading.made_from:
         return kept
     prepared = prepare_examples(layout, model(), reading.examples, reading.position)
-    if reading.made_from not in (None, (prepared.digest, model().fingerprint)):
+    if reading.made_from not in (None, _MadeFrom(prepared.digest, model().fingerprint)):
         raise VectorError(_CHANGED)
     if reading.examples.is_guess and reading.made_from is None:
         run.warn(GUESS)

@@ -18,14 +18,22 @@ from tlcapture.storage.whole_folders import write_folder
 from tlcapture.traits.vector_sources.exported import restore_vectors
 
 
-@dataclass(frozen=True)
+@dataclass
 class Imported:
-    """The counts of what was made: captures with activations, captures with projections only, and vector files."""
+    """The counts of what was made.
+
+    Attributes:
+        n_captures: captures of which anything was exported,
+        n_without_activations: and of these, those with projections only.
+        n_empty: captures that were exported with neither.
+        n_files: files of captures and vectors.
+    """
 
     manifest: Manifest
-    n_captures: int
-    n_without_activations: int
-    n_files: int
+    n_captures: int = 0
+    n_without_activations: int = 0
+    n_empty: int = 0
+    n_files: int = 0
 
 
 def run_import_experiment(layout: Layout, folder: Path, display: Display) -> Imported:
@@ -59,19 +67,20 @@ def run_import_experiment(layout: Layout, folder: Path, display: Display) -> Imp
 
 def _restore_all(layout: Layout, folder: Path, manifest: Manifest, display: Display) -> Imported:
     layout.folder.mkdir(parents=True)
-    files = restore_vectors(layout, folder)
-    n_captures = n_without = n_files = 0
+    found = Imported(manifest, n_files=len(restore_vectors(layout, folder)))
     with display.progress(manifest.n_captures, "import", "capture") as progress:
         for exported in _captures(folder, manifest):
             written = restore(layout, exported, folder)
-            n_captures, n_files = n_captures + 1, n_files + len(written)
             raw = layout.residual(exported.record["prompt_set"], exported.record["file"])
-            n_without += not raw.is_file()
+            found.n_captures += bool(written)
+            found.n_without_activations += bool(written) and not raw.is_file()
+            found.n_empty += not written
+            found.n_files += len(written)
             progress.advance(1)
-    if n_captures != manifest.n_captures:
-        raise StorageError(f"{folder}: {n_captures} captures, but it states {manifest.n_captures}: it is incomplete")
+    if (n_all := found.n_captures + found.n_empty) != manifest.n_captures:
+        raise StorageError(f"{folder}: {n_all} captures, but it states {manifest.n_captures}: it is incomplete")
     check_digests(folder, manifest)  # last, since what cannot be read has been said more precisely
-    return Imported(manifest, n_captures, n_without, n_files + len(files))
+    return found
 
 
 def _captures(folder: Path, manifest: Manifest) -> Iterator[ExportedCapture]:

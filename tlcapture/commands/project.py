@@ -24,7 +24,7 @@ from tlcapture.commands.projecting.saved_prompts import saved_prompts
 from tlcapture.commands.prompt_files.known_files import KnownFiles, PromptFiles
 from tlcapture.commands.prompt_files.projection_writing import merge_projections
 from tlcapture.errors import NumericalError
-from tlcapture.names import Trait
+from tlcapture.names import PromptId, Trait
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.prompt_shares import PromptShare
@@ -35,6 +35,7 @@ from tlcapture.storage.experiments.command_lines import command_line
 from tlcapture.storage.experiments.config import read_config
 from tlcapture.storage.experiments.file_index import remember
 from tlcapture.storage.experiments.layout import Layout
+from tlcapture.text import counted, listed
 from tlcapture.traits.centring import Centred
 from tlcapture.traits.choice import ChosenVector, VectorChoice
 from tlcapture.traits.mean_activations import check_means
@@ -153,6 +154,7 @@ class ProjectionWorker:
         self._chooser = vector_chooser(run, options.vectors)
         self._levels = ChanceLevels(run)
         self._centred: list[tuple[Trait, Centred]] = []
+        self._without_component: list[PromptId] = []  # captures of the task, which fail together
 
     def prepare(self) -> None:
         """Load nothing: vectors are chosen when the first capture has been read."""
@@ -167,22 +169,29 @@ class ProjectionWorker:
                 progress.advance(1)
         if any(each.variance_share is not None for _, each in self._centred):
             self._run.line(f"{task.prompt_set}: {massive_line(self._centred)}")
-        self._centred = []
+        if self._without_component:
+            which, n_all = listed(map(str, self._without_component)), counted(len(task.ids), "capture")
+            reason = f"{len(self._without_component)} of {n_all} hold no attn_out ({which}): capture again with"
+            self._run.failed(task.prompt_set, f"{reason} --capture-attn")
+        self._centred, self._without_component = [], []
 
     def _project(self, files: PromptFiles) -> None:
         options = self._options
-        raw, existing = files.raw, ExistingProjections(overwrite=options.overwrite, centred=options.centered)
+        existing = ExistingProjections(overwrite=options.overwrite, centred=options.centered)
         vectors: Sequence[ChosenVector] | None = None
         chosen: Sequence[ChosenVector] = ()
-        if self._options.skip_existing and (known := files.capture(advice="")) is not None:
-            chosen = self._chooser.vectors(known, self._options.component)
+        if options.skip_existing and (known := files.capture(advice="")) is not None:
+            chosen = self._chooser.vectors(known, options.component)
             vectors = without_projection(files, chosen, existing)
             if not vectors:
                 self._run.report.n_skipped += 1
                 return
-        capture = Capture.open(raw)
-        vectors = self._chooser.vectors(capture, self._options.component) if vectors is None else vectors
+        capture = Capture.open(files.raw)
+        vectors = self._chooser.vectors(capture, options.component) if vectors is None else vectors
         if not vectors:
+            return
+        if options.component not in capture.prompt.residual.components:
+            self._without_component.append(files.name)
             return
         try:
             projections = project_capture(
@@ -190,13 +199,13 @@ class ProjectionWorker:
                 capture,
                 vectors,
                 self._levels,
-                centred=self._options.centered,
-                overwrite=self._options.overwrite,
+                centred=options.centered,
+                overwrite=options.overwrite,
                 scores=scores_among(capture, chosen, vectors) if len(vectors) < len(chosen) else None,
-                form=self._options.form,
+                form=options.form,
             )
         except NumericalError as error:
-            raise NumericalError(f"{raw}: {error}") from None
+            raise NumericalError(f"{files.raw}: {error}") from None
         self._run.report.n_prompts += 1
         self._centred += [(each.vector.trait, each.centred) for each in projections if each.centred is not None]
 

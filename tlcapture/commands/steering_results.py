@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from os.path import lexists
-from typing import Any
+from typing import Any, NamedTuple
 
 from tlcapture.captures.provenance import now
 from tlcapture.extraction.judge import Judge
@@ -23,6 +23,42 @@ from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import TraitVector
 
 _DIGITS = 5
+
+
+class _Vector(NamedTuple):
+    """The vector that responses were steered with."""
+
+    component: str
+    method: str
+    layer: int
+
+    @classmethod
+    def of(cls, vector: TraitVector) -> _Vector:
+        return cls(vector.component, vector.method, vector.layer)
+
+    @classmethod
+    def of_run(cls, run: Mapping[str, Any]) -> _Vector:
+        config = run["config"]
+        return cls(config.get("component", "residual"), config["methods"][0], config["layers"][0])
+
+    @classmethod
+    def of_monitoring(cls, monitoring: Mapping[str, Any]) -> _Vector:
+        return cls(monitoring.get("component", "residual"), monitoring["method"], monitoring["layer"])
+
+
+class _Cell(NamedTuple):
+    """A vector and a coefficient, with which there is at most one run."""
+
+    vector: _Vector
+    coefficient: float
+
+    @classmethod
+    def of_run(cls, run: Mapping[str, Any]) -> _Cell | None:
+        """The cell of a recorded run; `None` for a run with several layers."""
+        config = run["config"]
+        if len(config["layers"]) > 1:
+            return None
+        return cls(_Vector.of_run(run), (config.get("coefficients") or [0.0])[0])
 
 
 class Results:
@@ -73,8 +109,8 @@ class Results:
 
     def coefficients(self, vector: TraitVector) -> list[float]:
         """The coefficients with which a vector was recorded, in ascending order."""
-        cells = filter(None, map(_cell, self._content["runs"]))
-        used = {coefficient for *key, coefficient in cells if tuple(key) == _key_of(vector)}
+        cells = filter(None, map(_Cell.of_run, self._content["runs"]))
+        used = {cell.coefficient for cell in cells if cell.vector == _Vector.of(vector)}
         return sorted(each for each in used if self._record(vector, each) is not None)
 
     def add(self, vector: TraitVector, coefficient: float, score: SteeringScore) -> SteeringRun:
@@ -96,10 +132,11 @@ class Results:
                 "n": int((~score.trait.isnan()).sum()),
             },
             "vector_timestamp": vector.metadata.get("timestamp"),
-            "vector_digest": self._files.digest(vector.component, vector.method, vector.layer),
+            "vector_digest": self._files.digest(*_Vector.of(vector)),
             "responses": score.responses,
         }
-        self._content["runs"] = [*(each for each in self._content["runs"] if _cell(each) != _cell(run)), run]
+        others = (each for each in self._content["runs"] if _Cell.of_run(each) != _Cell.of_run(run))
+        self._content["runs"] = [*others, run]
         self._write()
         return self._parsed(run)
 
@@ -111,8 +148,9 @@ class Results:
 
     def set_null(self, run: SteeringRun, gains: Sequence[float], covariance: str) -> None:
         """Record the gains of random vectors of a covariance in place of a run's vector."""
+        cell = _Cell(_Vector(run.component, run.method, run.layer), run.coefficient)
         for record in self._content["runs"]:
-            if _cell(record) == (run.component, run.method, run.layer, run.coefficient):
+            if _Cell.of_run(record) == cell:
                 record["result"]["null"] = [rounded_or_none(gain, _DIGITS) for gain in gains]
                 record["result"]["null_covariance"] = covariance
         self._write()
@@ -122,38 +160,34 @@ class Results:
 
         That of the reference is better than none, `isotropic`.
         """
-        digest = self._files.digest(vector.component, vector.method, vector.layer)
+        digest = self._files.digest(*_Vector.of(vector))
         return any(
             each.get("vector_digest") == digest
             and each["coefficients"] == list(coefficients)
             and each.get("null_covariance") in (covariance, "reference")
             for each in self._content.get("monitoring", ())
-            if _key(each) == _key_of(vector)
+            if _Vector.of_monitoring(each) == _Vector.of(vector)
         )
 
     def set_monitoring(self, vector: TraitVector, found: Monitoring, covariance: str) -> None:
         """Record how projections of a vector's steered responses follow the coefficient, beside random vectors."""
-        key, values = _key_of(vector), {name: _rounded(value) for name, value in asdict(found).items()}
+        key, values = _Vector.of(vector), {name: _rounded(value) for name, value in asdict(found).items()}
         made = {"layer": vector.layer, "method": vector.method, "component": vector.component, **values}
         made["null_covariance"] = covariance
-        others = [each for each in self._content.get("monitoring", ()) if _key(each) != key]
+        others = [each for each in self._content.get("monitoring", ()) if _Vector.of_monitoring(each) != key]
         self._content["monitoring"] = [*others, {**made, "vector_digest": self._files.digest(*key)}]
         self._write()
 
     def _record(self, vector: TraitVector, coefficient: float) -> dict[str, Any] | None:
-        cell, made = (*_key_of(vector), coefficient), vector.metadata.get("timestamp")
+        cell, made = _Cell(_Vector.of(vector), coefficient), vector.metadata.get("timestamp")
         for run in self._content["runs"]:
-            if _cell(run) == cell and run.get("vector_timestamp") == made and self._is_current(run):
+            if _Cell.of_run(run) == cell and run.get("vector_timestamp") == made and self._is_current(run):
                 return dict(run)
         return None
 
     def _is_current(self, run: dict[str, Any]) -> bool:
-        config, digest = run["config"], run.get("vector_digest")
-        component, method, layer = config.get("component", "residual"), config["methods"][0], config["layers"][0]
-        if digest is None:
-            return True
-        has_file = self._files.file(component, method, layer).is_file()
-        return has_file and digest == self._files.digest(component, method, layer)
+        vector, digest = _Vector.of_run(run), run.get("vector_digest")
+        return digest is None or (self._files.file(*vector).is_file() and digest == self._files.digest(*vector))
 
     def _parsed(self, run: dict[str, Any]) -> SteeringRun:
         return SteeringResults.parse({**self._content, "runs": [run]}, self._path).single_layer_runs[0]
@@ -172,23 +206,6 @@ def scored_by(judge: Judge | None, eval_prompt: str | None) -> str:
 
 def _digest(text: str, size: int = 8) -> str:
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).hexdigest()
-
-
-def _key_of(vector: TraitVector) -> tuple[str, str, int]:
-    return (vector.component, vector.method, vector.layer)
-
-
-def _key(monitored: dict[str, Any]) -> tuple[str, str, int]:
-    return (monitored.get("component", "residual"), monitored["method"], monitored["layer"])
-
-
-def _cell(run: dict[str, Any]) -> tuple[str, str, int, float] | None:
-    """Component, method, layer and coefficient of a recorded run; `None` for one of several layers."""
-    config = run["config"]
-    if len(config["layers"]) > 1:
-        return None
-    component, coefficients = config.get("component", "residual"), config.get("coefficients") or [0.0]
-    return (component, config["methods"][0], config["layers"][0], coefficients[0])
 
 
 def _means(score: SteeringScore) -> dict[str, float]:

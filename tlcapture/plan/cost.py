@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tlcapture.commands.capturing.options import CaptureOptions
-from tlcapture.commands.capturing.size import sizes
+from tlcapture.commands.capturing.size import file_sizes
 from tlcapture.models.sizes import Measures
 from tlcapture.plan.accelerators import Accelerator
 from tlcapture.views.kept_tokens import kept_of
@@ -107,7 +107,7 @@ def cost_of(workload: Workload, measures: Measures) -> Cost:
     wanted = options.outputs(measures.n_layers)
     kept = kept_of(options.tokens, workload.prompt_tokens, workload.prompt_tokens + options.max_new_tokens)
     found: dict[str, ViewCost] = {}
-    for kind, size in sizes(measures, kept, wanted, options, workload.n_projections):
+    for kind, size in file_sizes(measures, kept, wanted, options, workload.n_projections):
         before, count = found.get(kind, ViewCost(0, 0.0)), options.samples or 1
         found[kind] = ViewCost(before.files + count, before.each + count * size)
     return Cost(workload.n_prompts, found)

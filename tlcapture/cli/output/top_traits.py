@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tlcapture.cli.output.answers import show_answers, show_without_rises
 from tlcapture.cli.output.console import Console
 from tlcapture.cli.output.tables import Cell, Column
-from tlcapture.names import split_name
+from tlcapture.errors import StorageError
+from tlcapture.names import Trait, split_name
 from tlcapture.storage.experiments.command_lines import command_line
 from tlcapture.text import counted
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from tlcapture.names import PromptId
     from tlcapture.runs.report import RunReport
     from tlcapture.storage.experiments.layout import Layout
+    from tlcapture.traits.verdicts import UsedVector
 
 _MOST_SHOWN = 200  # largest number of prompts whose projections are read at the end of a run
 
@@ -125,19 +128,33 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
 
 
 def _remedy(layout: Layout, summary: Summary) -> str:
-    """What makes the reference that is missing: an evaluation of the experiment that the vectors are from."""
+    """What gives chance levels: projecting again, after an evaluation of the vectors' experiment if it lacks one."""
     from tlcapture.traits.vector_sources.packaged import vectors_layout
 
     names = {vector.experiment for vector in summary.vectors}
-    if names <= {layout.experiment} or len(names) > 1:
-        commands = command_line(layout, "evaluate"), command_line(layout, "project", "--all-prompt-sets")
-    else:
-        source = vectors_layout(layout.root, name := names.pop())
-        if any(source.reference(vector.component).is_file() for vector in summary.vectors):
-            return f"the reference of experiment {name!r} is of a model of another shape"
-        options = ("--all-prompt-sets", "--vector-experiment", name)
-        commands = command_line(source, "evaluate"), command_line(layout, "project", *options)
-    return "run '{}', then '{}'".format(*commands)
+    others = () if names <= {layout.experiment} or len(names) > 1 else ("--vector-experiment", *names)
+    project = command_line(layout, "project", "--all-prompt-sets", *others)
+    fits = [_reference_fits(vectors_layout(layout.root, each.experiment), each) for each in summary.vectors]
+    if fits and all(fits):
+        return f"run '{project}'"
+    if others and None not in fits:
+        return f"the reference of experiment {others[1]!r} is of a model of another shape"
+    source = vectors_layout(layout.root, *names) if others else layout
+    return f"run '{command_line(source, 'evaluate')}', then '{project}'"
+
+
+def _reference_fits(source: Layout, vector: UsedVector) -> bool | None:
+    """Whether the reference beside a vector is of a model of its shape; `None` without a readable one."""
+    from tlcapture.traits.statistics.reference import read_reference
+    from tlcapture.traits.vector_files import VectorFiles
+
+    with suppress(StorageError):
+        reference = read_reference(source, vector.component)
+        if reference is None:
+            return None
+        made = VectorFiles(source, Trait.parse(vector.trait)).metadata(vector.component, vector.method)
+        return reference.fits(made.get("num_layers", 0), made.get("hidden_dim", 0))
+    return None
 
 
 def _doubts(layout: Layout, summary: Summary) -> Iterator[str]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.commands.capturing.options import CaptureOptions
+from tlcapture.commands.capturing.size import LackingProjections, projected_onto
 from tlcapture.commands.capturing.tasks import CaptureTask
 from tlcapture.commands.projecting.projections import without_projection
 from tlcapture.commands.prompt_files.known_files import KnownFiles
 from tlcapture.commands.prompt_files.outputs import Outputs
-from tlcapture.errors import InputError, StorageError
+from tlcapture.errors import StorageError
 from tlcapture.names import PromptId, file_name
 from tlcapture.runs.report import Failed
 from tlcapture.storage.compact.projection_shards import shard_of_prompt
 from tlcapture.storage.experiments.layout import Layout, derived_files
 from tlcapture.traits.choice import VectorChooser
-from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 
 
 @dataclass
@@ -28,14 +27,13 @@ class AffectedFiles:
     Attributes:
         replaced: files that will be written again.
         removed: other files derived from captures that will be replaced; they are kept where the tokens stay the same.
-        projected: saved captures that will be projected, each with the number of projections, and whether other files
-            are added to it as well.
+        projected: saved captures that will be projected.
         failures: saved captures with a projection that cannot be read, and so are not completed.
     """
 
     replaced: list[Path] = field(default_factory=list)
     removed: list[Path] = field(default_factory=list)
-    projected: list[tuple[KnownCapture, int, bool]] = field(default_factory=list)
+    projected: list[LackingProjections] = field(default_factory=list)
     failures: list[Failed] = field(default_factory=list)
 
     @classmethod
@@ -44,9 +42,8 @@ class AffectedFiles:
         found, chooser = cls(), VectorChooser(layout, options.vectors)
         for task in tasks:
             name = task.capture_set
-            for prompt in task.batched:
-                if prompt.name in task.fresh:
-                    found._add_fresh(layout, options, name, prompt.name, options.outputs(n_layers))
+            for prompt in task.fresh_prompts:
+                found._add_fresh(layout, options, name, prompt.name, options.outputs(n_layers))
             files = KnownFiles(layout, name, len(task.saved))
             for prompt_id, wanted in task.saved.items():
                 found._add_saved(options, files, prompt_id, wanted, chooser)
@@ -60,7 +57,10 @@ class AffectedFiles:
         if not existing:
             return
         written = {raw} if wanted.raw else set()
-        written |= {*wanted.add_on_files(layout, name, prompt_id), *_projections(layout, options, name, prompt_id)}
+        written |= {*wanted.add_on_files(layout, name, prompt_id)}
+        for trait, component in projected_onto(layout, options):
+            written.add(layout.projection(trait, component, name, prompt_id))
+            written.add(shard_of_prompt(layout.shards(component, name), file_name(prompt_id)))
         self.replaced += [path for path in existing if path in written]
         self.removed += [path for path in existing if path not in written]
 
@@ -84,21 +84,7 @@ class AffectedFiles:
             self.failures.append(Failed(f"{name}/{prompt_id}", str(error)))
             return
         if chosen:
-            self.projected.append((capture, len(chosen), bool(wanted)))
+            self.projected.append(LackingProjections(capture, len(chosen), bool(wanted)))
         traits = ((each.vector.trait, each.vector.component) for each in chosen)
         paths = (files.layout.projection(*each, name, prompt_id) for each in traits)
         self.replaced += [path for path in paths if path.is_file()]
-
-
-def _projections(layout: Layout, options: CaptureOptions, name: str, prompt_id: PromptId) -> Iterator[Path]:
-    """The projection files that a capture writes, whether they exist or not."""
-    source = options.vectors.layout(layout)
-    try:
-        traits = traits_with_vectors(source, options.vectors.traits) if options.projects else []
-    except InputError:  # there are no vectors
-        return
-    for trait in traits:
-        for component in options.components:
-            if VectorFiles(source, trait).available(component):
-                yield layout.projection(trait, component, name, prompt_id)
-                yield shard_of_prompt(layout.shards(component, name), file_name(prompt_id))

@@ -96,21 +96,21 @@ def check_same_interventions(files: KnownFiles, options: CaptureOptions) -> None
         return
     asked = identity(options.intervention_records)
     for metadata in _metadata_of(files):
-        if identity(metadata.get("interventions")) != asked:
-            held = "; ".join(map(described, metadata.get("interventions") or ())) or "no intervention"
-            raise InputError(
-                f"{capture_set} holds captures under other interventions ({held}): choose another --variant, or "
-                f"{OVERWRITE}"
-            )
-        for what, present, wanted in (
-            ("adapter", metadata.get("adapter"), options.adapter),
-            ("responses from", _source(metadata), None if options.responses_from is None else "other captures"),
-        ):
-            if (present is None) != (wanted is None) or (what == "adapter" and present != wanted):
-                raise InputError(
-                    f"{capture_set} holds captures with {what} {present or 'none'}: choose another --variant, or "
-                    f"{OVERWRITE}"
-                )
+        if (held := _made_otherwise(metadata, options, asked)) is not None:
+            raise InputError(f"{capture_set} holds captures {held}: choose another --variant, or {OVERWRITE}")
+
+
+def _made_otherwise(metadata: Mapping[str, Any], options: CaptureOptions, asked: object) -> str | None:
+    """How a capture was made, by its metadata, if not as is asked for; `asked` identifies the interventions."""
+    if identity(metadata.get("interventions")) != asked:
+        held = "; ".join(map(described, metadata.get("interventions") or ())) or "no intervention"
+        return f"under other interventions ({held})"
+    if (adapter := metadata.get("adapter")) != options.adapter:
+        return f"with adapter {adapter or 'none'}"
+    source = _source(metadata)
+    if (source is None) != (options.responses_from is None):
+        return f"with responses from {source or 'none'}"
+    return None
 
 
 def _source(metadata: Mapping[str, Any]) -> str | None:

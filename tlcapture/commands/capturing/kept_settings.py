@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from tlcapture.captures.capture import Capture
 from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.commands.capturing.options import CaptureOptions
 from tlcapture.generation.sampling.checkpoint_sampling import is_recorded
@@ -11,29 +13,41 @@ from tlcapture.models.loading import Model, ModelOutline
 from tlcapture.names import PromptId
 from tlcapture.prompts.response_lengths import THINKING_TOKENS
 from tlcapture.runs.model_loader import ModelLoader
+from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import counted, dtype_name
 
 
-def other_sampling(kept: Mapping[PromptId, KnownCapture], options: CaptureOptions) -> list[PromptId]:
-    """Names of kept captures whose responses were sampled with other settings; none if tokens are given."""
-    if options.responses_from is not None:
-        return []
-    return [name for name, capture in kept.items() if _is_sampled_otherwise(capture, options)]
+def notes_of_kept(
+    layout: Layout,
+    capture_set: str,
+    kept: Mapping[PromptId, KnownCapture],
+    options: CaptureOptions,
+    load: ModelLoader,
+    model: Model | ModelOutline | None,
+) -> list[str]:
+    """Warnings about kept captures of a set that were made with other settings.
 
-
-def other_computation(
-    kept: Mapping[PromptId, KnownCapture], load: ModelLoader, model: Model | ModelOutline
-) -> list[PromptId]:
-    """Names of kept captures whose activations were computed in another dtype or on another engine.
-
-    Without the weights of the model, only an engine and a dtype that are named can be compared.
+    The computation is compared only with that of new captures, which `model` makes. Without its weights, only an engine
+    and a dtype that are named can be compared.
     """
-    asked = {"engine": model.engine, "dtype": dtype_name(model.dtype)} if isinstance(model, Model) else load.named
-    return [
-        name
-        for name, capture in kept.items()
-        if any(capture.metadata.get(each) not in (None, value) for each, value in asked.items())
-    ]
+    sampled = {} if options.responses_from is not None else kept
+    names = [name for name, capture in sampled.items() if _is_sampled_otherwise(capture, options)]
+    notes = _note(capture_set, names, "made with another temperature, seed, sampling or --max-new-tokens")
+    if model is not None:
+        asked = {"engine": model.engine, "dtype": dtype_name(model.dtype)} if isinstance(model, Model) else load.named
+        names = [name for name, capture in kept.items() if _is_computed_otherwise(capture, asked)]
+        notes += _note(capture_set, names, "computed in another dtype or on another engine")
+    if options.save_dtype != "auto":
+        names = [name for name in kept if _is_stored_otherwise(layout.residual(capture_set, name), options.save_dtype)]
+        notes += _note(capture_set, names, f"stored in another dtype than --save-dtype {options.save_dtype}")
+    return notes
+
+
+def _note(capture_set: str, names: Sequence[PromptId], how: str) -> list[str]:
+    if not names:
+        return []
+    captures = f"{len(names)} captures" if len(names) > 1 else f"the capture of prompt {names[0]}"
+    return [f"{capture_set}: kept {captures} {how}: leave out --skip-existing to capture again"]
 
 
 def other_weights(kept: Mapping[PromptId, KnownCapture], model: Model | ModelOutline) -> str | None:
@@ -48,6 +62,15 @@ def other_weights(kept: Mapping[PromptId, KnownCapture], model: Model | ModelOut
         f"--skip-existing would put new captures beside {counted(n_others, 'capture')} of a model of the same name "
         "with other weights: use another --experiment, or leave out --skip-existing to capture all prompts again"
     )
+
+
+def _is_computed_otherwise(saved: KnownCapture, asked: Mapping[str, str]) -> bool:
+    return any(saved.metadata.get(name) not in (None, value) for name, value in asked.items())
+
+
+def _is_stored_otherwise(raw: Path, dtype: str) -> bool:
+    """Whether a raw file holds activations in another dtype; not if there is none, as with `--projections-only`."""
+    return raw.is_file() and dtype_name(Capture.open(raw).prompt.residual.points.dtype) != dtype
 
 
 def _is_sampled_otherwise(saved: KnownCapture, options: CaptureOptions) -> bool:

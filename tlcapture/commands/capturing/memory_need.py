@@ -17,7 +17,7 @@ from tlcapture.commands.capturing.options import CaptureOptions
 from tlcapture.commands.capturing.tasks import CaptureTask
 from tlcapture.commands.prompt_files.outputs import Outputs
 from tlcapture.commands.prompt_files.replay import one_layer_at_a_time
-from tlcapture.commands.prompt_files.view_files import weights_in_memory
+from tlcapture.commands.prompt_files.view_files import n_attention_weights, weights_in_memory
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import DTYPES, Model, pick_device
 from tlcapture.models.memory import BatchBytes, batch_bytes, free_memory
@@ -93,13 +93,12 @@ def _in_main_memory(measures: Measures, each: Sequence[BatchBytes], wanted: Outp
     recorded = sum(found.recorded + found.patterns for found in each)
     if not wanted.attention:
         return recorded
-    n_layers = len(wanted.parts.attention_layers) or measures.n_attention_layers or measures.n_layers
-    json = n_layers * measures.n_heads * sum(token + 1 for token in tokens.kept) * PER_WEIGHT
+    json = n_attention_weights(measures, wanted.parts, tokens) * PER_WEIGHT
     return recorded + (0 if is_written_compact(wanted.parts.form, json) else int(_JSON_COPIES * json))
 
 
 @dataclass(frozen=True)
-class PromptSize:
+class PromptLength:
     """The tokens of a prompt, or of a capture to be read again, and the outputs wanted of it."""
 
     name: str
@@ -115,68 +114,73 @@ class PromptSize:
 
 def check_memory(tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, model: Model | Sized) -> None:
     """Raise `InputError` if the largest prompt does not fit in the memory that is free, even alone."""
-    check_sizes(prompt_sizes(tasks, layout, options, model.n_layers), model)
+    check_they_fit(prompt_lengths(tasks, layout, options, model.n_layers), model)
 
 
-def check_sizes(sizes: Sequence[PromptSize], model: Model | Sized) -> None:
+def check_they_fit(lengths: Sequence[PromptLength], model: Model | Sized) -> None:
     """Raise `InputError` if a prompt does not fit in the memory that is free in this process's machine, even alone."""
-    for size in _that_fit_the_context(sizes, model):
-        need = size.need(model)
+    for prompt in _that_fit_the_context(lengths, model):
+        need = prompt.need(model)
         device, main = free_memory(model.device), free_memory(torch.device("cpu"))
         is_main = model.device.type != "cuda"
         if (need.n_bytes > main) if is_main else (need.device > device or need.main > main):
             free = main if is_main or need.main > main else device
             raise InputError(
-                f"{size.name}: {size.n_tokens} tokens would take about {format_bytes(need.n_bytes)} of memory, "
-                f"{format_bytes(free)} are free: {_advice(size.wanted, size.replay)}"
+                f"{prompt.name}: {prompt.n_tokens} tokens would take about {format_bytes(need.n_bytes)} of memory, "
+                f"{format_bytes(free)} are free: {_advice(prompt.wanted, prompt.replay)}"
             )
 
 
 def most_memory(tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, model: Model | Sized) -> int:
     """The bytes that the largest prompt takes while it runs alone, without the weights."""
-    sizes = _that_fit_the_context(prompt_sizes(tasks, layout, options, model.n_layers), model)
-    return max((size.need(model).n_bytes for size in sizes), default=0)
+    lengths = _that_fit_the_context(prompt_lengths(tasks, layout, options, model.n_layers), model)
+    return max((prompt.need(model).n_bytes for prompt in lengths), default=0)
 
 
-def prompt_sizes(
+def prompt_lengths(
     tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, n_layers: int
-) -> list[PromptSize]:
+) -> list[PromptLength]:
     """The prompts to be run and the captures to be read again, one of each length, the longest first."""
-    return [size for task in tasks for found in _sizes(task, layout, options, n_layers) for size in _by_length(found)]
+    found: list[PromptLength] = []
+    for task in tasks:
+        found += _by_length(_of_fresh(task, options, n_layers))
+        found += _by_length(_of_saved(task, layout))
+    return found
 
 
-def _sizes(
-    task: CaptureTask, layout: Layout, options: CaptureOptions, n_layers: int
-) -> tuple[list[PromptSize], list[PromptSize]]:
-    wanted = options.outputs(n_layers) if task.fresh else None
-    fresh = [
-        PromptSize(f"{task.capture_set}/{each.name}", wanted, len(each.token_ids), _n_at_most(each, task), False)
-        for each in task.batched
-        if wanted is not None and each.name in task.fresh
+def _of_fresh(task: CaptureTask, options: CaptureOptions, n_layers: int) -> list[PromptLength]:
+    if not task.fresh:
+        return []
+    wanted = options.outputs(n_layers)
+    return [
+        PromptLength(f"{task.capture_set}/{each.name}", wanted, len(each.token_ids), _n_at_most(each, task), False)
+        for each in task.fresh_prompts
     ]
-    saved = [
-        PromptSize(f"{task.capture_set}/{prompt_id}", lacking, length, length, True)
-        for prompt_id, lacking in task.saved.items()
-        if lacking.needs_pass
-        for length in [_n_tokens(layout, task.capture_set, prompt_id)]
-    ]
-    return fresh, saved
 
 
-def _by_length(sizes: Sequence[PromptSize]) -> list[PromptSize]:
-    found: dict[int, PromptSize] = {}
-    for size in sizes:
-        found.setdefault(size.n_tokens, size)
+def _of_saved(task: CaptureTask, layout: Layout) -> list[PromptLength]:
+    found = []
+    for name, lacking in task.saved.items():
+        if lacking.needs_pass:
+            length = _n_tokens(layout, task.capture_set, name)
+            found.append(PromptLength(f"{task.capture_set}/{name}", lacking, length, length, True))
+    return found
+
+
+def _by_length(lengths: Sequence[PromptLength]) -> list[PromptLength]:
+    found: dict[int, PromptLength] = {}
+    for prompt in lengths:
+        found.setdefault(prompt.n_tokens, prompt)
     return [found[n_tokens] for n_tokens in sorted(found, reverse=True)]
 
 
-def _that_fit_the_context(sizes: Sequence[PromptSize], model: Model | Sized) -> list[PromptSize]:
+def _that_fit_the_context(lengths: Sequence[PromptLength], model: Model | Sized) -> list[PromptLength]:
     """The longest prompt of each set to run, and to read again; prompts too long for the context fail anyway."""
     most = getattr(model, "n_ctx", None) or 2**62
-    found: dict[tuple[str, bool], PromptSize] = {}
-    for size in sizes:
-        if size.replay or size.n_tokens <= most:
-            found.setdefault((size.name.rpartition("/")[0], size.replay), size)
+    found: dict[tuple[str, bool], PromptLength] = {}
+    for prompt in lengths:
+        if prompt.replay or prompt.n_tokens <= most:
+            found.setdefault((prompt.name.rpartition("/")[0], prompt.replay), prompt)
     return list(found.values())
 
 

@@ -13,6 +13,7 @@ from tlcapture.models.checkpoints.embedded import NAME as EMBEDDED
 from tlcapture.names import PromptId, capture_name
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt
+from tlcapture.runs.report import Failed
 from tlcapture.storage.experiments.command_lines import command_line
 from tlcapture.storage.experiments.config import read_config
 from tlcapture.storage.experiments.layout import Layout
@@ -53,7 +54,7 @@ class NotCapturedError(PromptError):
 
 def not_captured(
     layout: Layout, options: CaptureOptions, model: str, places: Sequence[Place], n_places: int
-) -> list[tuple[str, str]]:
+) -> list[Failed]:
     """The failure of all prompts of a set that are to be replayed and have no capture: a name, and the reason.
 
     The reason names the command that makes the captures, unless it would need the options of a variant.
@@ -66,7 +67,7 @@ def not_captured(
     command = command_line(layout, "capture", "--prompt-set", places[0].prompt_set.name, *words, "--skip-existing")
     remedy = f"run '{command}' first" if options.variant is None else "capture them first, as the others of the variant"
     missing = f"{len(places)} of {n_places} {'is' if len(places) == 1 else 'are'} missing"
-    return [(places[0].capture_set, f"--replay needs saved captures, and {missing}: {remedy}")]
+    return [Failed(places[0].capture_set, f"--replay needs saved captures, and {missing}: {remedy}")]
 
 
 def chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:

@@ -18,8 +18,10 @@ from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.commands.capturing.options import CaptureOptions
 from tlcapture.commands.capturing.tasks import CaptureTask
 from tlcapture.commands.prompt_files.outputs import Outputs, wanted_positions
+from tlcapture.commands.prompt_files.view_files import n_attention_weights
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.sizes import Measures
+from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.report import Failed
 from tlcapture.storage.compact.compact_files import PER_PREDICTION, PER_SCORE, PER_WEIGHT, is_written_compact
@@ -44,6 +46,15 @@ _PER_POSITION = 5  # the index of a token
 _PER_SPAN = 110  # twice in a raw file, with its mean and velocity in a projection
 _N_SPANS = 6  # of a question, its answer, and the template around them
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
+
+
+@dataclass(frozen=True)
+class LackingProjections:
+    """The number of projections that a saved capture lacks, and whether it lacks other files as well."""
+
+    capture: KnownCapture
+    n_projections: int
+    lacks_more: bool
 
 
 @dataclass
@@ -80,33 +91,33 @@ class CaptureSize:
         `n_vectors` is the number of vectors that new captures are projected onto; by default all that may fit.
         """
         total = cls()
-        n_vectors = n_projections(layout, options) if n_vectors is None else n_vectors
+        n_vectors = len(projected_onto(layout, options)) if n_vectors is None else n_vectors
         for task in tasks:
             name = task.capture_set
-            total.failures += [Failed(*each) for each in task.failing]
-            for prompt in task.batched:
-                if prompt.name in task.fresh:
-                    n_prompt = len(prompt.token_ids)
-                    kept = kept_of(options.tokens, n_prompt, n_prompt + task.max_new_tokens)
-                    wanted = options.outputs(measures().n_layers)
-                    total.n_prompts += 1
-                    total.replaces.append(layout.residual(name, prompt.name))
-                    total._add(sizes(measures(), kept, wanted, options, n_vectors, _labels(prompt)))
+            total.failures += task.failing
+            for prompt in task.fresh_prompts:
+                n_prompt = len(prompt.token_ids)
+                kept = kept_of(options.tokens, n_prompt, n_prompt + task.max_new_tokens)
+                wanted = options.outputs(measures().n_layers)
+                total.n_prompts += 1
+                total.replaces.append(layout.residual(name, prompt.name))
+                total._add(file_sizes(measures(), kept, wanted, options, n_vectors, _labels(prompt)))
             for saved, wanted in task.saved.items():
                 if wanted:
                     total.n_completed += 1
                     kept = _kept_of_saved(layout.residual(name, saved), options.tokens)
-                    total._add(sizes(measures(), kept, wanted, options, 0))
+                    total._add(file_sizes(measures(), kept, wanted, options, 0))
         return total
 
     def add_projections(
-        self, projected: Sequence[tuple[KnownCapture, int, bool]], options: CaptureOptions, measures: Measures
+        self, projected: Sequence[LackingProjections], options: CaptureOptions, measures: Measures
     ) -> None:
-        """Count the projections that saved captures lack; see `AffectedFiles.projected`."""
-        for capture, count, is_counted in projected:
-            self.n_completed += not is_counted
+        """Count the projections that saved captures lack."""
+        for each in projected:
+            self.n_completed += not each.lacks_more
+            capture = each.capture
             wanted = Outputs(capture.kept, residual=False, attn_out=capture.has_attn_out, parts=options.parts)
-            self._add(sizes(measures, capture.positions, wanted, options, count))
+            self._add(file_sizes(measures, capture.positions, wanted, options, each.n_projections))
 
     @property
     def n_files(self) -> int:
@@ -141,7 +152,7 @@ class CaptureSize:
             self.by_kind[kind] = (count + 1, before + round(size))
 
 
-def sizes(
+def file_sizes(
     measures: Measures,
     tokens: Positions,
     wanted: Outputs,
@@ -209,8 +220,7 @@ def _tensors(
 def _views(m: Measures, tokens: Positions, wanted: Outputs) -> Iterator[tuple[str, float]]:
     parts, head = wanted.parts, _PER_FILE + _positions(tokens)
     if wanted.attention:
-        n_layers = len(parts.attention_layers) or (m.n_attention_layers or m.n_layers)
-        n_weights = n_layers * m.n_heads * sum(token + 1 for token in tokens.kept)
+        n_weights = n_attention_weights(m, parts, tokens)
         is_compact = is_written_compact(parts.form, n_weights * PER_WEIGHT)
         yield "attention", head + n_weights * (_PER_COMPACT_WEIGHT if is_compact else PER_WEIGHT)
     if wanted.logit_lens:
@@ -223,18 +233,17 @@ def _views(m: Measures, tokens: Positions, wanted: Outputs) -> Iterator[tuple[st
             yield "logit lens", head + n_predictions * PER_PREDICTION
 
 
-def n_projections(layout: Layout, options: CaptureOptions) -> int:
-    """The number of vectors that each capture will be projected onto."""
+def projected_onto(layout: Layout, options: CaptureOptions) -> list[tuple[Trait, str]]:
+    """The traits, each with a component, whose vectors new captures will be projected onto if these fit."""
     if not options.projects:
-        return 0
+        return []
     source = options.vectors.layout(layout)
     try:
         traits = traits_with_vectors(source, options.vectors.traits)
-    except InputError:
-        return 0
-    return sum(
-        bool(VectorFiles(source, trait).available(component)) for trait in traits for component in options.components
-    )
+    except InputError:  # there are no vectors
+        return []
+    pairs = ((trait, component) for trait in traits for component in options.components)
+    return [(trait, component) for trait, component in pairs if VectorFiles(source, trait).available(component)]
 
 
 def _kept_of_saved(raw: Path, tokens: KeptTokens | None) -> Positions:

@@ -8,38 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
 
-from tlcapture.captures.known_capture import KnownCapture, conversation_of
+from tlcapture.captures.known_capture import KnownCapture
+from tlcapture.commands.capturing.decisions import CaptureDecider, Decision
 from tlcapture.commands.capturing.given_responses import most_new_tokens, prompt_of
 from tlcapture.commands.capturing.interventions import check_same_interventions
-from tlcapture.commands.capturing.kept_settings import other_computation, other_sampling, other_weights
+from tlcapture.commands.capturing.kept_settings import notes_of_kept, other_weights
 from tlcapture.commands.capturing.options import CaptureOptions
 from tlcapture.commands.capturing.places import NotCapturedError, Place, PromptError, batches, chunks, not_captured
-from tlcapture.commands.projecting.projections import without_projection
-from tlcapture.commands.prompt_files.known_files import KnownFiles, PromptFiles
+from tlcapture.commands.capturing.prompt_wording import PromptWording
+from tlcapture.commands.prompt_files.known_files import KnownFiles
 from tlcapture.commands.prompt_files.outputs import Outputs
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.samples import check_names
 from tlcapture.models.loading import Model, ModelOutline
 from tlcapture.names import PromptId, of_variant, split_name
-from tlcapture.prompts.chat_template import NO_ARGS, check_renders, uses_chat_template
+from tlcapture.prompts.chat_template import check_renders, uses_chat_template
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.response_lengths import THINKING_TOKENS
-from tlcapture.prompts.template_args import template_args
-from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize_prompt
-from tlcapture.runs.existing_files import OVERWRITE, REPLACE, check_replaceable
+from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.model_loader import ModelLoader
-from tlcapture.storage.experiments.command_lines import command_line
+from tlcapture.runs.report import Failed
 from tlcapture.storage.experiments.config import read_config
 from tlcapture.storage.experiments.file_index import Learn
-from tlcapture.storage.experiments.layout import Layout, derived_files
-from tlcapture.traits.choice import VectorChooser
-from tlcapture.traits.interventions.records import identity
-from tlcapture.traits.projections.saved import merged_files
+from tlcapture.storage.experiments.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -52,24 +46,20 @@ class CaptureTask:
             the same to the last bit.
         fresh: names of captures to generate: ids of prompts, or of their samples.
         saved: names of captures that exist, with the outputs that they lack.
-        refused: names of prompts that cannot be captured as asked, with the reasons.
-        unreadable: names of prompts with a raw file that cannot be read and is not to be replaced, with the reasons.
+        failing: prompts that fail before any work is done, with the reasons.
+        notes: warnings about captures that are kept although they were made with other settings.
         max_new_tokens: the maximum length of a response, as far as the model's context allows it by default.
         longest: the number of tokens of the longest prompt of the set.
         variant: the variant whose captures they are, if any.
         norm_prompts: all prompts of the set, where typical norms are measured on them.
-        other_sampling: names of captures that are kept although they were made with other sampling settings.
-        other_computation: names of those that are kept beside new ones of another dtype or engine.
     """
 
     prompt_set: PromptSet
-    batched: Sequence[TokenizedPrompt]
-    fresh: frozenset[PromptId]
-    saved: Mapping[PromptId, Outputs]
-    refused: Sequence[tuple[str, str]]
-    unreadable: Sequence[tuple[str, str]] = ()
-    other_sampling: Sequence[PromptId] = ()
-    other_computation: Sequence[PromptId] = ()
+    batched: Sequence[TokenizedPrompt] = ()
+    fresh: frozenset[PromptId] = frozenset()
+    saved: Mapping[PromptId, Outputs] = field(default_factory=dict)
+    failing: Sequence[Failed] = ()
+    notes: Sequence[str] = ()
     max_new_tokens: int = 50
     longest: int = 0
     variant: str | None = None
@@ -81,9 +71,9 @@ class CaptureTask:
         return of_variant(self.prompt_set.name, self.variant)
 
     @property
-    def failing(self) -> Sequence[tuple[str, str]]:
-        """Names of all prompts that fail before any work is done, with the reasons."""
-        return [*self.refused, *self.unreadable]
+    def fresh_prompts(self) -> Sequence[TokenizedPrompt]:
+        """The prompts, and samples of prompts, in `fresh`."""
+        return [prompt for prompt in self.batched if prompt.name in self.fresh]
 
     @property
     def has_work(self) -> bool:
@@ -101,14 +91,40 @@ class CaptureTask:
         """
         ordered = sorted(self.batched, key=lambda prompt: len(prompt.token_ids), reverse=True)
         only_name = PromptSet.model_construct(name=self.prompt_set.name, prompts=[])
-        same = {name: getattr(self, name) for name in ("max_new_tokens", "longest", "variant")}
-        bare = CaptureTask(only_name, (), frozenset(), {}, (), **same)
+        bare = CaptureTask(only_name, max_new_tokens=self.max_new_tokens, longest=self.longest, variant=self.variant)
         parts = [
             replace(bare, batched=batch, fresh=fresh)
             for batch in batches(ordered, most)
             if (fresh := self.fresh & {prompt.name for prompt in batch})
         ]
         return parts + [replace(bare, saved=dict(chunk)) for chunk in chunks(list(self.saved.items()), most)]
+
+
+@dataclass
+class _Decided:
+    """The decisions about the prompts of a set.
+
+    Attributes:
+        fresh, saved: as in a `CaptureTask`.
+        kept: captures that `--skip-existing` keeps, by name.
+        refused: prompts that cannot be captured as asked, with the reasons.
+        unreadable: prompts with a file that cannot be read and is not to be replaced, with the reasons.
+    """
+
+    fresh: set[PromptId] = field(default_factory=set)
+    saved: dict[PromptId, Outputs] = field(default_factory=dict)
+    kept: dict[PromptId, KnownCapture] = field(default_factory=dict)
+    refused: list[Failed] = field(default_factory=list)
+    unreadable: list[Failed] = field(default_factory=list)
+
+    def add(self, name: PromptId, decision: Decision) -> None:
+        """Take in the decision about a prompt or sample."""
+        if decision.lacking is None:
+            self.fresh.add(name)
+        else:
+            self.saved[name] = decision.lacking
+        if decision.kept is not None:
+            self.kept[name] = decision.kept
 
 
 class TaskPlanner:
@@ -127,72 +143,68 @@ class TaskPlanner:
     ):
         self._layout = layout
         self._options = options
-        self._config = read_config(layout)
         self._load = load
         self._model = model
         self._learn = learn
-        self._kept: dict[PromptId, KnownCapture] = {}
-        self._chooser = VectorChooser(layout, options.vectors)
+        self._wording = PromptWording(options, read_config(layout), model)
+        self._decider = CaptureDecider(layout, options, load, model, self._wording)
 
     def tasks(self, prompt_sets: Sequence[PromptSet]) -> list[CaptureTask]:
         """A task for each prompt set; raises `InputError` if the request is wrong, whatever the prompts."""
-        return [self.task(prompt_set) for prompt_set in prompt_sets]
+        return [self._task(prompt_set) for prompt_set in prompt_sets]
 
-    def task(self, prompt_set: PromptSet) -> CaptureTask:
-        """The task for a prompt set; prompts that cannot be captured as asked are in its `refused`."""
-        capture_set = self._options.capture_set(prompt_set.name)
-        limited = prompts = prompt_set.prompts[: self._options.limit]
-        if self._options.shard is not None:
-            prompts = list(self._options.shard.of(prompts))
-        check_names(prompt_set.name, [prompt.id for prompt in prompt_set.prompts], self._options.samples)
+    def _task(self, prompt_set: PromptSet) -> CaptureTask:
+        """The task for a prompt set; prompts that cannot be captured as asked are in its `failing`."""
+        options, capture_set = self._options, self._options.capture_set(prompt_set.name)
+        limited = prompts = prompt_set.prompts[: options.limit]
+        if options.shard is not None:
+            prompts = list(options.shard.of(prompts))
+        check_names(prompt_set.name, [prompt.id for prompt in prompt_set.prompts], options.samples)
         files = KnownFiles(self._layout, capture_set, len(prompts), self._learn)
-        check_same_interventions(files, self._options)
-        saved: dict[PromptId, Outputs] = {}
-        refused: list[tuple[str, str]] = []
-        bare: list[Place] = []
-        unreadable: list[tuple[str, str]] = []
-        fresh: set[PromptId] = set()
-        self._kept = {}
+        check_same_interventions(files, options)
         samples = self._samples(prompt_set, prompts)
         places = [[Place(prompt_set, each, sample, capture_set) for sample in samples[each.id]] for each in prompts]
-        for place in chain.from_iterable(places):
-            try:
-                wanted = self._wanted(place, files.of(place.name))
-            except StorageError as error:
-                unreadable.append((str(place), str(error)))
-            except NotCapturedError:
-                bare.append(place)
-            except PromptError as error:
-                refused.append((str(place), str(error)))
-            else:
-                if wanted.residual:
-                    fresh.add(place.name)
-                else:
-                    saved[place.name] = wanted
-        refused += not_captured(self._layout, self._options, self._load.name, bare, sum(map(len, places)))
+        decided = self._decided(list(chain.from_iterable(places)), files)
+        fresh, saved, kept = decided.fresh, decided.saved, decided.kept
         batched, not_tokenized = self._batched(prompt_set, places, fresh) if fresh else ([], [])
-        refused += not_tokenized
-        if fresh and (reason := other_weights(self._kept, self._model())) is not None:
-            refused.append((capture_set, reason))
-            batched, fresh, saved, self._kept = [], set(), {}, {}
+        failing = [*decided.refused, *not_tokenized]
+        if fresh and (reason := other_weights(kept, self._model())) is not None:
+            failing.append(Failed(capture_set, reason))
+            batched, fresh, saved, kept = [], set(), {}, {}
         return CaptureTask(
             prompt_set,
             batched,
             frozenset(fresh),
             saved,
-            refused=refused,
-            unreadable=unreadable,
-            other_sampling=other_sampling(self._kept, self._options),
-            other_computation=other_computation(self._kept, self._load, self._model()) if fresh else (),
+            failing=[*failing, *decided.unreadable],
+            notes=notes_of_kept(self._layout, capture_set, kept, options, self._load, self._model() if fresh else None),
             max_new_tokens=self._most_tokens(batched),
             longest=max((len(prompt.token_ids) for prompt in batched), default=0),
-            variant=self._options.variant,
+            variant=options.variant,
             norm_prompts=self._norm_prompts(prompt_set, limited) if fresh else (),
         )
 
+    def _decided(self, places: Sequence[Place], files: KnownFiles) -> _Decided:
+        """The decisions about the prompts and samples of a set."""
+        found = _Decided()
+        bare: list[Place] = []
+        for place in places:
+            try:
+                decision = self._decider.decide(place, files.of(place.name))
+            except StorageError as error:
+                found.unreadable.append(Failed(str(place), str(error)))
+            except NotCapturedError:
+                bare.append(place)
+            except PromptError as error:
+                found.refused.append(Failed(str(place), str(error)))
+            else:
+                found.add(place.name, decision)
+        found.refused += not_captured(self._layout, self._options, self._load.name, bare, len(places))
+        return found
+
     def _batched(
         self, prompt_set: PromptSet, prompts: Sequence[Sequence[Place]], fresh: set[PromptId]
-    ) -> tuple[list[TokenizedPrompt], list[tuple[str, str]]]:
+    ) -> tuple[list[TokenizedPrompt], list[Failed]]:
         """The samples of prompts that can be tokenized, and the others with reasons, which leave `fresh`.
 
         Raises `InputError` for what no prompt can be rendered with, which is not the failure of a prompt.
@@ -200,18 +212,18 @@ class TaskPlanner:
         tokenizer, given = self._model().tokenizer, self._options.responses_from
         if given is not None:
             given.check_tokenizer(tokenizer, prompt_set)
-        is_templated = given is None and uses_chat_template(tokenizer, self.asked_template)
-        _ = self._all_template_args  # raises for values that the template cannot take, whatever the prompt
-        batched, refused = list[TokenizedPrompt](), list[tuple[str, str]]()
+        is_templated = given is None and uses_chat_template(tokenizer, self._wording.chat_template)
+        _ = self._wording.template_args  # raises for values that the template cannot take, whatever the prompt
+        batched, refused = list[TokenizedPrompt](), list[Failed]()
         for places in filter(None, prompts):
             try:
                 batched += self._tokenized(prompt_set, places[0].prompt, [place.sample for place in places])
             except InputError as error:
                 reason = str(error).removeprefix(f"prompt {prompt_set.name}/{places[0].prompt.id}: ")
-                refused += [(str(place), reason) for place in places if place.name in fresh]
+                refused += [Failed(str(place), reason) for place in places if place.name in fresh]
                 fresh -= {place.name for place in places}
         if refused and not batched and is_templated:
-            check_renders(tokenizer, self._all_template_args)
+            check_renders(tokenizer, self._wording.template_args)
         return batched, refused
 
     def _norm_prompts(self, prompt_set: PromptSet, prompts: Sequence[Prompt]) -> Sequence[TokenizedPrompt]:
@@ -240,19 +252,6 @@ class TaskPlanner:
             by_prompt.setdefault(prompt_id, []).append(sample)
         return {prompt.id: by_prompt.get(str(prompt.id), [None]) for prompt in prompts}
 
-    def _wanted(self, place: Place, files: PromptFiles) -> Outputs:
-        """The outputs to make: all, or those that a saved capture lacks; raises `StorageError` or `PromptError`."""
-        options = self._options
-        advice = "capture it again with --overwrite" if options.replay else REPLACE
-        existing = files.capture(overwrite=options.overwrite, advice=advice)
-        if existing is not None and existing.sample != place.sample:
-            raise StorageError(
-                f"{files.raw}: the capture of another prompt, {existing.prompt_id}: rename one of the prompts"
-            )
-        wanted = self._lacking(place, files, existing)
-        self._check_replaceable(place, files, wanted, existing)
-        return wanted
-
     def _most_tokens(self, prompts: Sequence[TokenizedPrompt]) -> int:
         """The maximum length of a response to prompts, some of which may begin with thinking."""
         if self._options.responses_from is not None:
@@ -260,125 +259,10 @@ class TaskPlanner:
         asked, thinks = self._options.max_new_tokens, any(prompt.thinks for prompt in prompts)
         return max(asked, THINKING_TOKENS) if thinks and self._options.longer_where_thinking else asked
 
-    def _check_replaceable(self, place: Place, files: PromptFiles, wanted: Outputs, saved: KnownCapture | None) -> None:
-        """Raise `StorageError` if a file cannot be read that would be replaced, removed, or passed over as present."""
-        if wanted.residual:
-            paths = [*derived_files(self._layout, *place.where), *merged_files(self._layout, place.capture_set)]
-        else:  # projections of a capture that was not saved have all been read
-            asked = files.add_ons() if saved is None else self._options.outputs(saved.n_layers).existing_add_ons(files)
-            paths = [each.path for each in asked if each.view is None]
-        advice = f"leave out --replay and {OVERWRITE}" if self._options.replay else OVERWRITE
-        for path in paths:
-            check_replaceable(self._layout, path, overwrite=self._options.overwrite, advice=advice)
-
-    def _lacking(self, place: Place, files: PromptFiles, saved: KnownCapture | None) -> Outputs:
-        """The outputs that a prompt lacks, given its saved capture; raises `PromptError` where it cannot have them."""
-        options = self._options
-        if options.replay and saved is None:
-            raise NotCapturedError
-        if options.projections_only:
-            return self._lacking_projections(place, files, saved)
-        if saved is None or not (options.skip_existing or options.replay):
-            return options.outputs(self._n_layers())
-        wanted = options.outputs(saved.n_layers)
-        if not options.skip_existing or not (options.replay or self._is_whole_and_of(saved, place, files)):
-            return wanted
-        lacking = wanted.missing(files, saved, self._d_vocab, overwrite=options.overwrite)
-        if lacking.logit_lens and not (saved.kept.has_outputs(lacking.parts.lens_layers) or options.replay):
-            return wanted  # the logit lens needs layers that were not kept
-        if not lacking.residual and not options.replay:
-            self._kept[place.name] = saved
-        return lacking
-
-    def _lacking_projections(self, place: Place, files: PromptFiles, saved: KnownCapture | None) -> Outputs:
-        """The outputs that a prompt lacks where only projections are kept; raises like `_lacking`."""
-        options = self._options
-        if saved is None:
-            is_free = not files.captured_ns  # a file that cannot be read is replaced, with all files derived from it
-            projected = files.made_from() if options.skip_existing and is_free else None
-            wanted = options.outputs(self._n_layers() if projected is None else projected.n_layers)
-            is_done = (
-                projected is not None
-                and self._is_whole_and_of(projected, place, files)
-                and projected.kept.includes(wanted.kept)
-                and projected.holds(wanted.tokens)
-                and not wanted.lacking(files, self._d_vocab, overwrite=options.overwrite)
-                and not any(
-                    without_projection(files, self._chooser.vectors(projected, component), options.existing)
-                    for component in options.components
-                )
-            )
-            if projected is not None and is_done:
-                self._kept[place.name] = projected
-            return wanted.lacking(files, self._d_vocab) if is_done else wanted
-        if options.skip_existing and self._is_whole_and_of(saved, place, files):
-            wanted = options.outputs(saved.n_layers)
-            lacking = wanted.missing(files, saved, self._d_vocab, overwrite=options.overwrite)
-            return replace(lacking, residual=False)
-        project = command_line(self._layout, "project", "--prompt-set", place.capture_set)
-        raise PromptError(
-            f"--projections-only would leave projections of one run next to the raw capture of another, {files.raw}: "
-            f"remove it, or run '{project}'"
-        )
-
-    def _is_whole_and_of(self, saved: KnownCapture, place: Place, files: PromptFiles) -> bool:
-        """Whether a capture is complete and of this prompt: the same text, system prompt, template and model."""
-        asked, given, prompt = self.asked_template, self._options.responses_from, place.prompt
-        is_of_this_model = (
-            not files.is_unfinished
-            and identity(saved.metadata.get("interventions")) == identity(self._options.intervention_records)
-            and saved.metadata["inference_model"] == self._load.name
-            and saved.metadata.get("adapter") == self._options.adapter
-        )
-        if not is_of_this_model or given is not None:
-            source = (place.prompt_set.name, prompt.id, place.sample)
-            return is_of_this_model and given is not None and given.are_tokens_of(saved, *source)
-        return (
-            "tokens_from" not in saved.metadata
-            and saved.conversation == conversation_of(prompt.text, prompt.messages)
-            and saved.metadata.get("template_args", {}) == self._all_template_args
-            and saved.metadata.get("system_prompt") == self._system_prompt(place.prompt_set, prompt)
-            and asked in (None, saved.metadata.get("chat_template"))
-        )
-
-    @property
-    def asked_template(self) -> bool | None:
-        """Whether the chat template is used, by option or config; `None` where neither decides it."""
-        option = self._options.chat_template
-        return self._config.use_chat_template if option is None else option
-
-    def _system_prompt(self, prompt_set: PromptSet, prompt: Prompt) -> str | None:
-        if self._options.system_prompt is not None:
-            return self._options.system_prompt
-        return prompt_set.system_prompt_of(prompt, self._config.system_prompt)
-
     def _tokenized(self, prompt_set: PromptSet, prompt: Prompt, samples: Sequence[int | None]) -> list[TokenizedPrompt]:
         """A prompt once for each of its samples, or the responses that are given to it."""
         given = self._options.responses_from
         if given is not None:
             return [prompt_of(given.capture(prompt_set.name, prompt.id, sample)) for sample in samples]
-        tokenized = tokenize_prompt(
-            self._model().tokenizer,
-            prompt,
-            prompt_set.name,
-            system_prompt=self._system_prompt(prompt_set, prompt),
-            chat_template=self.asked_template,
-            template_args=self._all_template_args,
-        )
+        tokenized = self._wording.tokenized(prompt_set, prompt)
         return [replace(tokenized, sample=sample) for sample in samples]
-
-    def _n_layers(self) -> int:
-        """The model's layers; from its config where some are named, which are checked before the weights are loaded."""
-        return self._load.outline.n_layers if self._options.names_layers else self._model().n_layers
-
-    def _d_vocab(self) -> int:
-        return self._load.outline.measures.d_vocab
-
-    @cached_property
-    def _all_template_args(self) -> Mapping[str, Any]:
-        options = self._options
-        if options.thinking is None and not options.template_args:
-            return NO_ARGS
-        return template_args(
-            self._model().tokenizer, options.thinking, options.template_args, chat_template=self.asked_template
-        )

@@ -23,7 +23,7 @@ from tlcapture.captures.from_generation import capture_of
 from tlcapture.captures.provenance import dropped_warning, no_answer_warning
 from tlcapture.commands.capturing.given_responses import generate_or_force, longest_forced
 from tlcapture.commands.capturing.interventions import with_norms
-from tlcapture.commands.capturing.memory_need import PromptSize, check_sizes
+from tlcapture.commands.capturing.memory_need import PromptLength, check_they_fit
 from tlcapture.commands.capturing.options import CaptureOptions
 from tlcapture.commands.capturing.projections import CaptureProjections
 from tlcapture.commands.capturing.tasks import CaptureTask
@@ -87,8 +87,8 @@ class _Fresh:
 class CaptureWorker:
     """Carries out tasks with a model that is loaded when it is first needed.
 
-    `norm_prompts` are the prompts of each set on which typical norms are measured; `sizes` are those of the prompts,
-    if they have to fit in the memory of this machine.
+    `norm_prompts` are the prompts of each set on which typical norms are measured; `lengths` are those of the
+    prompts, if they have to fit in the memory of this machine.
     """
 
     def __init__(
@@ -97,14 +97,14 @@ class CaptureWorker:
         run: Run,
         load: Callable[[], Model] | None,
         norm_prompts: Mapping[str, Sequence[TokenizedPrompt]] = MappingProxyType({}),
-        sizes: Sequence[PromptSize] = (),
+        lengths: Sequence[PromptLength] = (),
     ):
         self.run = run
         self.layout = run.layout
         self.options = options
         self._load = load
         self._norm_prompts = norm_prompts
-        self._sizes = sizes
+        self._lengths = lengths
         self._processes = Processes.of_context()
         self._projections = CaptureProjections(options, run, self._processes)
         self._lock = Lock()  # for what the threads of the writer share
@@ -122,10 +122,15 @@ class CaptureWorker:
 
     def prepare(self) -> None:
         """Load the model; raises `InputError` if a prompt does not fit in this machine's memory."""
-        check_sizes(self._sizes, self.model)
+        check_they_fit(self._lengths, self.model)
 
     def do(self, task: CaptureTask) -> None:
-        """Capture the fresh prompts of a task and complete its saved ones."""
+        """Complete the saved prompts of a task and capture its fresh ones.
+
+        In this order: where a run is stopped, the next one finds as many saved prompts to read again, and puts them
+        into the same batches.
+        """
+        self._complete(task)
         if task.fresh:
             try:
                 self._generate(task)
@@ -138,7 +143,6 @@ class CaptureWorker:
                         no_answer_warning(sorted(self._unanswered, key=named.__getitem__), has_switch=can_be_off)
                     )
                 self._removed, self._unanswered = [], []
-        self._complete(task)
 
     # -- fresh prompts ----------------------------------------------------------------------------
 

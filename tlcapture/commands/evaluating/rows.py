@@ -31,6 +31,7 @@ from tlcapture.storage.experiments.layout import Layout
 from tlcapture.storage.files import FileState
 from tlcapture.storage.rounding import rounded_or_none
 from tlcapture.text import layers_named
+from tlcapture.traits.evaluation_files import EvaluationRow
 from tlcapture.traits.statistics.critical_values import critical_value
 from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles
 from tlcapture.traits.vectors import TraitVector, read_vector
@@ -125,26 +126,27 @@ def _nested_record(nested: NestedScore) -> dict[str, Any]:
     }
 
 
-def doubts(rows: Sequence[Row]) -> list[str]:
+def doubts(rows: Sequence[EvaluationRow]) -> list[str]:
     """At which layers vectors are no better than chance, one note per method and component.
 
     Where shuffled labels separate the held-out examples perfectly, no vector can be better, and intervals are wide: one
     note per component.
     """
-    perfect = dict.fromkeys(row["component"] for row in rows if (row["null_auroc_p95"] or 0) >= 1)
+    perfect = dict.fromkeys(row.component for row in rows if (row.null_auroc_p95 or 0) >= 1)
     no_better: dict[str, list[int]] = {}
     with_zero: dict[str, list[int]] = {}
     undefined: dict[str, list[int]] = {}
     for row in rows:
-        name = f"{row['component']} {row['method']}"
-        low, high = row["val_effect_size_interval"]
-        known = None not in (row["null_auroc_p95"], row["val_auroc"])
-        if known and row["component"] not in perfect and row["val_auroc"] <= row["null_auroc_p95"]:
-            no_better.setdefault(name, []).append(row["layer"])
+        name = f"{row.component} {row.method}"
+        low, high = row.val_effect_size_interval or (None, None)
         if low is None or high is None:
-            undefined.setdefault(name, []).append(row["layer"])
-        elif low <= 0 <= high and row["component"] not in perfect:
-            with_zero.setdefault(name, []).append(row["layer"])
+            undefined.setdefault(name, []).append(row.layer)
+        elif low <= 0 <= high and row.component not in perfect:
+            with_zero.setdefault(name, []).append(row.layer)
+        if row.null_auroc_p95 is None or row.val_auroc is None or row.component in perfect:
+            continue
+        if row.val_auroc <= row.null_auroc_p95:
+            no_better.setdefault(name, []).append(row.layer)
     notes = [
         f"too few examples to tell whether {name} vectors are better than chance: a vector of shuffled labels, too, "
         "separates all held-out examples; write more pairs"

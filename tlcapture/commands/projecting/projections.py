@@ -103,7 +103,7 @@ def report_choice(run: Run, chosen: ChosenVectors) -> None:
         run.failed(str(trait), error)
     if chosen.warning:
         run.warn(chosen.warning)
-    _warn_together([(each.vector.trait, each.selection.warning) for each in chosen.vectors], run)
+    warn_together([(each.vector.trait, each.selection.warning) for each in chosen.vectors], run)
 
 
 @dataclass
@@ -198,9 +198,9 @@ def project_capture(
     projections = project(prompt, response, pairs, random=random, centre=centre, held=held, scores=scores)
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, texts in zip(chosen, notes, strict=True) for note in texts]
-    _warn_together(doubts, run)
+    warn_together(doubts, run)
     in_spans = span_dynamics(projections, capture)
-    shared, folder = _OfCapture.of(layout, capture, with_metadata=with_metadata), layout.folder.as_posix()
+    shared, folder = _CaptureContent.of(layout, capture, with_metadata=with_metadata), layout.folder.as_posix()
     in_json = projections_to_json(projections, kept or held)
     for path, projection, texts, of_spans, values in zip(paths, projections, notes, in_spans, in_json, strict=True):
         content = shared.content(projection, values, texts, of_spans, kept or held)
@@ -278,7 +278,7 @@ def massive_line(centred: Sequence[tuple[Trait, Centred]]) -> str:
     return f"massive dimensions ({named or 'none'}) carry of the variance: {', '.join(shares)}"
 
 
-def _warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None:
+def warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None:
     """Warn once for all traits that the same doubt applies to."""
     by_text: dict[str, list[str]] = {}
     for trait, text in doubts:
@@ -290,8 +290,14 @@ def _warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None
 
 
 @dataclass(frozen=True)
-class _OfCapture:
-    """The content shared by a capture's projection files: its two parts as JSON, and the beginning of the metadata."""
+class _CaptureContent:
+    """The content that all projection files of a capture share.
+
+    Attributes:
+        heads: text and tokens of prompt and response, as JSON.
+        names: the beginning of the metadata: model, experiment, prompt.
+        metadata: the metadata of the capture where no raw file holds it.
+    """
 
     heads: Mapping[str, Any]
     names: Mapping[str, Any]
@@ -300,7 +306,7 @@ class _OfCapture:
     metadata: Mapping[str, Any] | None
 
     @classmethod
-    def of(cls, layout: Layout, capture: Capture, *, with_metadata: bool) -> _OfCapture:
+    def of(cls, layout: Layout, capture: Capture, *, with_metadata: bool) -> _CaptureContent:
         parts = {"prompt": capture.prompt, "response": capture.response}
         heads = {
             name: as_json({"text": part.text, "tokens": part.tokens, "n_tokens": len(part.tokens)})
@@ -326,8 +332,7 @@ class _OfCapture:
         kept: Positions,
     ) -> dict[str, Any]:
         """The content of a projection's file; `values` are `projections` and `dynamics`."""
-        named = [f"{projection.vector.trait}: {note}" for note in notes]
-        content = {**self.heads, **values, "metadata": _metadata(self, projection, named, kept)}
+        content = {**self.heads, **values, "metadata": self._metadata(projection, notes, kept)}
         if self.spans:
             content["spans"] = self.spans
             content["dynamics"]["by_span"] = in_spans
@@ -335,23 +340,22 @@ class _OfCapture:
             content["metadata"]["capture"] = self.metadata
         return content
 
-
-def _metadata(shared: _OfCapture, projection: Projection, notes: list[str], kept: Positions) -> dict[str, Any]:
-    metadata: dict[str, Any] = {
-        **shared.names,
-        "vector_source": projection.source(),
-        "layers": projection.layers,
-        "sublayers": projection.sublayers,
-        "definitions": DEFINITIONS,
-        "projection_date": shared.date,
-        **kept.record(),
-    }
-    if projection.still_from is not None or not kept.is_all:
-        metadata["means"] = projection.means()
-    if projection.chance is not None:
-        metadata["chance"] = as_json(projection.chance.to_json())
-    if projection.centred is not None:
-        metadata["centered"] = projection.centred.to_json()
-    if notes:
-        metadata["warnings"] = notes
-    return metadata
+    def _metadata(self, projection: Projection, notes: Sequence[str], kept: Positions) -> dict[str, Any]:
+        metadata: dict[str, Any] = {
+            **self.names,
+            "vector_source": projection.source(),
+            "layers": projection.layers,
+            "sublayers": projection.sublayers,
+            "definitions": DEFINITIONS,
+            "projection_date": self.date,
+            **kept.record(),
+        }
+        if projection.still_from is not None or not kept.is_all:
+            metadata["means"] = projection.means()
+        if projection.chance is not None:
+            metadata["chance"] = as_json(projection.chance.to_json())
+        if projection.centred is not None:
+            metadata["centered"] = projection.centred.to_json()
+        if notes:
+            metadata["warnings"] = [f"{projection.vector.trait}: {note}" for note in notes]
+        return metadata

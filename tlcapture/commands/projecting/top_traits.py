@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan, nan
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -27,9 +27,15 @@ _ROUNDING = 1e-5  # of projections, which files keep with 6 digits
 _TIE = 0.005  # standard deviations within which two rises are equal: files keep random ones with 4 digits
 
 _Values = NDArray[np.float64]
-_Prompt = tuple[str, bool]  # the id of a prompt, and whether its captures are samples
-_ByPrompt = dict[_Prompt, list[Summarised]]
 _OnProblem = Callable[[StorageError], object]
+
+
+class _Prompt(NamedTuple):
+    id: str
+    has_samples: bool  # whether its captures are samples of it
+
+
+_ByPrompt = dict[_Prompt, list[Summarised]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,6 @@ class TopTrait:
     response: str
     samples: OverSamples | None = None
     pieces: Sequence[tuple[str, float | None]] = ()
-
     rises: Mapping[str, float] = field(default_factory=dict)
     own_id: PromptId | None = None
     unmeasured: Mapping[str, float] = field(default_factory=dict)
@@ -186,7 +191,7 @@ def summary_of(
             written = known.get(saved.json_path.as_posix().removeprefix(folder))
             if content := _read(saved, written, on_problem):
                 found = Summarised.of(content, str(saved.trait), component, found)
-                prompt = (name if found.sample is None else str(found.prompt_id), found.sample is not None)
+                prompt = _Prompt(name if found.sample is None else str(found.prompt_id), found.sample is not None)
                 prompts[prompt] = None
                 by_trait.setdefault(str(saved.trait), {}).setdefault(prompt, []).append(found)
     rises = {trait: _rises(contents) for trait, contents in by_trait.items()}
@@ -200,8 +205,7 @@ def summary_of(
             tops.append(_top(prompt, top, measured, others, by_trait[top][prompt]))
     projections = [each for contents in by_trait.values() for found in contents.values() for each in found]
     vectors = {each.vector: None for each in projections}
-    is_against_set = len(prompts) >= FEWEST_TO_COMPARE
-    return Summary(tops, _findings(projections), is_against_set, [each for each in vectors if each])
+    return Summary(tops, _findings(projections), len(prompts) >= FEWEST_TO_COMPARE, list(filter(None, vectors)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,17 +334,27 @@ def _top(
     is_known = len(random) == len(candidates) and len({len(each) for each in random}) == 1
     by_prompts = max(each.critical(len(candidates)) for each in candidates.values())
     chance = max(float(critical_value(np.max(random, axis=0))), by_prompts) if is_known else None
-    (prompt_id, has_samples), first, rise = prompt, contents[0], candidates[trait]
-    rises = {name: each.own for name, each in candidates.items()}
+    first, rise = contents[0], candidates[trait]
     commits = [each.commits_clearly for each in contents]
-    point, token = (first.commitment_point, first.token) if commits[0] and not has_samples else (None, None)
+    is_shown = commits[0] and not prompt.has_samples
     scales = [(each.calibration, each.response_mean) for each in contents]
     values = np.array([float(scale.calibrated(np.float64(mean))) for scale, mean in scales if scale is not None])
-    calibrated = float(values.mean()) if len(values) == len(contents) else None
-    samples = OverSamples(len(contents), sum(commits), rise.spread, _spread(values)) if has_samples else None
-    response, pieces = first.response.text, pieces_of(first.response.text, first.response.tokens, first.scaled)
-    of_prompt = (response, samples, pieces, rises, first.prompt_id)
-    return TopTrait(prompt_id, trait, rise.own, chance, point, token, calibrated, *of_prompt, unmeasured)
+    samples = OverSamples(len(contents), sum(commits), rise.spread, _spread(values)) if prompt.has_samples else None
+    return TopTrait(
+        prompt.id,
+        trait,
+        rise.own,
+        chance,
+        commitment_point=first.commitment_point if is_shown else None,
+        token=first.token if is_shown else None,
+        calibrated=float(values.mean()) if len(values) == len(contents) else None,
+        response=first.response.text,
+        samples=samples,
+        pieces=pieces_of(first.response.text, first.response.tokens, first.scaled),
+        rises={name: each.own for name, each in candidates.items()},
+        own_id=first.prompt_id,
+        unmeasured=unmeasured,
+    )
 
 
 def pieces_of(text: str, tokens: Sequence[str], scores: Sequence[float | None]) -> list[tuple[str, float | None]]:

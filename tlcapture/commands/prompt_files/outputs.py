@@ -118,18 +118,7 @@ class Outputs:
         ]
         return [each for each in present if each is not None]
 
-    def missing(
-        self, files: PromptFiles, saved: KnownCapture, d_vocab: Callable[[], int], *, overwrite: bool = False
-    ) -> Outputs:
-        """The requested outputs that do not exist or are older than the saved capture.
-
-        With `overwrite`, files of add-ons that cannot be read count as missing.
-        """
-        if not self.is_held_by(saved):
-            return self
-        return self.lacking(files, d_vocab, since=files.captured_ns, overwrite=overwrite, captured=saved.positions)
-
-    def lacking(
+    def missing_add_ons(
         self,
         files: PromptFiles,
         d_vocab: Callable[[], int],

@@ -21,7 +21,7 @@ from tlcapture.names import PromptId
 from tlcapture.storage.experiments.layout import Layout
 from tlcapture.traits.projections.saved import all_saved
 from tlcapture.views.kept_points import KeptPoints
-from tlcapture.views.kept_tokens import KeptTokens, Positions, kept_of, stated_positions
+from tlcapture.views.kept_tokens import Positions, stated_positions
 
 SAME_FOR_A_RUN = (
     "inference_model",
@@ -107,11 +107,6 @@ class CaptureRecord(CaptureNames):
             and is_same_computation(self.metadata, other.metadata)
             and all(self.metadata.get(key) == other.metadata.get(key) for key in SAME_FOR_A_RUN)
         )
-
-    def holds(self, tokens: KeptTokens | None) -> bool:
-        """Whether the projections of all chosen tokens were kept; without a choice, of all tokens."""
-        held = self.positions
-        return held is not None and held.includes(kept_of(tokens, held.n_prompt, held.n_tokens))
 
     def is_like(self, capture: Capture) -> bool:
         """Whether a capture has the same tokens, computed by the same model in the same way."""

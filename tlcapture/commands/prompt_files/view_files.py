@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.commands.prompt_files.view_parts import ViewParts
+from tlcapture.models.sizes import Measures
 from tlcapture.storage.compact.compact_files import (
     MOST_JSON,
     PER_PREDICTION,
@@ -41,6 +42,12 @@ def weights_in_memory(form: str | None) -> int | None:
     Up to this number the file may be JSON, which is made in memory; requested JSON always is.
     """
     return None if form == "json" else int(MOST_JSON / PER_WEIGHT)
+
+
+def n_attention_weights(measures: Measures, parts: ViewParts, tokens: Positions) -> int:
+    """The number of attention weights that are kept of some tokens, in all layers or in those of `parts`."""
+    n_layers = len(parts.attention_layers) or measures.n_attention_layers or measures.n_layers
+    return n_layers * measures.n_heads * sum(token + 1 for token in tokens.kept)
 
 
 def write_attention_file(
