@@ -65,7 +65,7 @@ $(DOCS_READY): $(READY)
 test: $(READY) chromium ## Run all tests
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder $(FLAGS)
 
-test-tl4: $(READY_TL4) ## Run the tests of the model with TransformerLens 4, in an environment of its own
+test-tl4: $(READY_TL4) ## Run the tests of the model with TransformerLens 4, in .venv-tl4
 	$(VENV_TL4)/bin/python -m pytest $(TESTS_TL4) $(FLAGS)
 
 # What `pip install` gives today: the newest versions that setup.cfg allows, and then those of README's command, with
@@ -114,7 +114,7 @@ TESTS_PRETEND_CUDA := $(TESTS_CUDA) tests/test_out_of_memory.py tests/test_inter
 test-cuda: $(READY) ## Run the tests of the model on a CUDA device
 	TLCAPTURE_TEST_DEVICE=cuda $(BIN)/python -m pytest $(TESTS_CUDA) $(FLAGS)
 
-test-pretend-cuda: $(READY) ## Run them without one, on tensors that claim to be on a GPU
+test-pretend-cuda: $(READY) ## Run the tests of test-cuda without a GPU, on tensors that claim to be on one
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope -p tests.pretend_cuda.plugin $(TESTS_PRETEND_CUDA) $(FLAGS)
 
 models-page: $(READY) $(READY_TL4) ## Compare tiny models of many families with Hugging Face, with both versions of TransformerLens, into docs/models.md
@@ -132,7 +132,7 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-packaged-vectors: $(READY) ## Extract and evaluate again the vectors that come with the package (ten minutes)
+packaged-vectors: $(READY) ## Make the packaged vectors again (ten minutes)
 	rm -rf build/packaged && mkdir -p build/packaged
 	$(BIN)/tlcapture extract --root build/packaged --experiment packaged --component residual
 	$(BIN)/tlcapture evaluate --root build/packaged --experiment packaged --component residual
@@ -146,7 +146,7 @@ demo: $(READY) ## Extract and evaluate one trait, and watch all ten in answers o
 bench: $(BENCH_READY) ## Measure all workloads and write benchmarks/RESULTS.md (half an hour)
 	$(BIN)/python benchmarks/bench.py $(FLAGS)
 
-bench-quick: $(BENCH_READY) ## Measure most of them in two minutes, on the screen only
+bench-quick: $(BENCH_READY) ## Measure most workloads in two minutes, on the screen only
 	$(BIN)/python benchmarks/bench.py --quick $(FLAGS)
 
 bench-page: $(READY) chromium ## Measure time and memory of the page on 200 prompts
@@ -222,7 +222,7 @@ docs: $(DOCS_READY) ## Build the documentation, build/docs/index.html; a warning
 notebooks: $(READY) ## Run the notebooks of docs/ again and store their outputs
 	$(BIN)/python -m docs.run_notebooks
 
-examples: $(READY) ## Run the examples of the tutorial and of one answer again and store their outputs (three minutes)
+examples: $(READY) ## Run the examples of the pages of docs/ that show outputs again, and store these (three minutes)
 	$(BIN)/python -m docs.run_examples
 
 module-index: $(READY) ## Write the list of modules in CONTRIBUTING.md, from their docstrings
