@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,16 @@ from torch.utils.serialization import config
 from tests.input.strategies import check_refusal
 from tests.input.test_capture_index import ALL, SOME, check_same, made
 from tests.input.test_safetensors_files import FILES
-from tests.page.conftest import attention, logit_lens, projection
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.checksums import row_sums
 from tlcapture.errors import StorageError
 from tlcapture.explore.internals import stored_internals
 from tlcapture.names import Trait
-from tlcapture.storage.files import read_json, read_tensors, write_json, write_tensors
+from tlcapture.storage.files import read_tensors, write_tensors
 from tlcapture.storage.tensor_arrays import read_arrays
 from tlcapture.traits.projections.projection import project
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
-from tlcapture.views.json_files import AttentionHead, head_of
-from tlcapture.views.saved_attention import read_attention
-from tlcapture.views.saved_lens import read_lens
 
 
 def flipped(path: Path, position: int) -> Path:
@@ -123,42 +117,6 @@ def test_a_checksum_is_the_sum_of_the_words_of_a_row(shape: tuple[int, ...], dty
     assert row_sums(tensor) == [sum(found) % 2**64 for found in words]
 
 
-def all_of_attention(path: Path) -> Any:
-    saved = read_attention(path)
-    return saved.head, [saved.entry(token) for token in saved.token_indices]
-
-
-def all_of_lens(path: Path) -> Any:
-    saved = read_lens(path)
-    return saved.head, [saved.entry(token) for token in saved.token_indices]
-
-
-JSON_FILES: dict[str, tuple[Callable[[], Any], Callable[[Path], Any]]] = {
-    "1_attention": (attention, all_of_attention),
-    "1_logit_lens": (logit_lens, all_of_lens),
-    "1": (lambda: projection(1), read_json),
-}
-
-
-@pytest.mark.parametrize("name", JSON_FILES)
-def test_a_changed_byte_of_a_json_file_is_an_error(tmp_path: Path, name: str) -> None:
-    content, read = JSON_FILES[name]
-    path = write_json(tmp_path / f"{name}.json", content()).path
-    whole = read(path)
-    assert "crc32" not in str(whole)
-    n_noticed = 0
-    for position in some_positions(path, 16):
-        other = tmp_path / f"flipped-{position}" / path.name
-        other.parent.mkdir(exist_ok=True)
-        shutil.copy(flipped(path, position), other)
-        try:
-            assert read(other) == whole, position
-        except StorageError as error:
-            check_refusal(error, other)
-            n_noticed += "does not match its checksum" in str(error)
-    assert n_noticed > 3
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_changed_byte_of_a_compact_file_is_an_error(tmp_path: Path, name: str) -> None:
     write, read = FILES[name]
@@ -174,23 +132,3 @@ def test_a_changed_byte_of_a_compact_file_is_an_error(tmp_path: Path, name: str)
             assert read(other) == whole, position
         except StorageError as error:
             check_refusal(error, other)
-
-
-def test_an_edited_file_is_refused_until_its_checksum_is_removed(tmp_path: Path) -> None:
-    path = write_json(tmp_path / "1_attention.json", attention()).path
-    assert head_of(path).n_layers
-    with path.open("a") as file:  # as editors end a file
-        file.write("\n")
-    AttentionHead.check_file(path)
-    assert all_of_attention(path)
-    edited = json.loads(path.read_bytes())
-    for content in ({**edited, "n_prompt_tokens": 1}, dict(sorted(edited.items()))):
-        path.write_text(json.dumps(content))
-        with pytest.raises(StorageError, match=r"or edited, .* make it again, or remove its key"):
-            all_of_attention(path)
-        with pytest.raises(StorageError, match="remove its key crc32"):
-            read_json(path)
-    del edited["crc32"]
-    path.write_text(json.dumps(edited))
-    assert all_of_attention(path)
-    assert read_json(path) == edited

@@ -21,9 +21,8 @@ from tlcapture.errors import StorageError
 from tlcapture.page.contents import Contents
 from tlcapture.storage.compact.compact_files import is_written_compact, open_compact
 from tlcapture.storage.compact.projection_shards import Shard, readable_shards, sharded_texts, single_shards
-from tlcapture.storage.compact.safetensors_files import TensorFile, TensorSpec, write_safetensors
+from tlcapture.storage.compact.safetensors_files import CHECKSUM, TensorFile, TensorSpec, write_safetensors
 from tlcapture.storage.compact.shard_writing import merge_shards, take_out, write_prompt
-from tlcapture.storage.json_text import CHECKSUM
 from tlcapture.views.kept_tokens import Positions
 from tlcapture.views.saved_attention import read_attention, write_attention
 from tlcapture.views.saved_lens import read_lens, write_lens

@@ -23,7 +23,7 @@ import orjson
 
 from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.storage.archives import Archive, Buffer, MoreRecords, archive_of, storages_of
-from tlcapture.storage.json_text import parsed, with_checksum
+from tlcapture.storage.json_text import parsed
 from tlcapture.storage.regular_files import check_regular, in_place_of_folder
 from tlcapture.storage.remote.object_stores import is_url
 from tlcapture.storage.remote.roots import discard, is_remote, local, publish
@@ -99,20 +99,16 @@ def fsyncing(*, asked: bool = True) -> Iterator[None]:
 def write_json(path: Path, value: Any, *, indent: bool = False) -> Written:
     """Write `value` (plain values and C-contiguous numpy arrays) as UTF-8 JSON.
 
-    With `indent` for people to read and edit. Without it an object has a checksum, which `read_json` checks.
-
     Raises:
         StorageError: the file cannot be written, or the value is nested too deeply.
     """
     option = orjson.OPT_SERIALIZE_NUMPY | (orjson.OPT_INDENT_2 if indent else 0)
     try:
-        data = orjson.dumps(value, option=option)
+        return write_bytes(path, orjson.dumps(value, option=option))
     except orjson.JSONEncodeError as error:
         if "Recursion limit" not in str(error):
             raise
         raise StorageError(f"{path}: cannot be written: nested too deeply") from None
-    has_checksum = not indent and data[:1] == b"{" and len(data) > len(b"{}")
-    return _write_pieces(path, with_checksum(data) if has_checksum else [data])
 
 
 def as_json(value: Any) -> Any:
@@ -121,9 +117,7 @@ def as_json(value: Any) -> Any:
 
 
 def read_json(path: Path, *, exact: bool = False) -> Any:
-    """Read a JSON file; raises `StorageError` with file, line and reason if it cannot be read, is not JSON, or changed.
-
-    A checksum is compared, and left out of the value.
+    """Read a JSON file; raises `StorageError` with file, line and reason if it cannot be read or is not JSON.
 
     With `exact`, JSON that cannot be read without losing something is refused too; see `json_text.lost`.
     """

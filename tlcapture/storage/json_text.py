@@ -1,17 +1,9 @@
-"""JSON as text: its checksum, reading what others write, finding what reading would lose, and JSON kept in memory.
-
-The last key of a file that nobody is meant to edit, `crc32`, has the CRC-32 of the bytes before it, as 8 digits:
-
-    {"tokens": ..., "attention": [...],"crc32":"1c291ca3"}
-"""
+"""Reading JSON that others write, finding what reading would lose, and JSON that is kept in memory."""
 
 from __future__ import annotations
 
 import json
-import re
-import zlib
 from collections import Counter
-from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +17,6 @@ _OTHERS = {
     b"\xff\xfe": "it is UTF-16: save it as UTF-8",
     b"\xfe\xff": "it is UTF-16: save it as UTF-8",
 }
-CHECKSUM = "crc32"
-_AT_THE_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\s*\Z')
-_LONGEST_END = 64  # bytes, with line breaks that an editor adds
 _LEAST, _MOST = -(2**63), 2**64 - 1  # the integers that are written as they were read
 
 
@@ -41,39 +30,11 @@ def parsed(data: bytes, path: Path, *, exact: bool = False) -> Any:
         value = orjson.loads(text)
         if exact and (reason := lost(text)):
             raise StorageError(f"{path}: {reason}")
-        if isinstance(value, dict) and value.pop(CHECKSUM, None) is not None:
-            check_checksum(text, path)
         return value
     except orjson.JSONDecodeError as error:
         raise StorageError(f"{path}: {_reason(data, error)}") from None
     except RecursionError:
         raise StorageError(f"{path}: not valid JSON: nested too deeply") from None
-
-
-def with_checksum(data: bytes) -> list[memoryview | bytes]:
-    """The JSON of an object that has any keys, in pieces, with its checksum as the last key."""
-    begin = memoryview(data)[:-1]
-    return [begin, b',"%s":"%08x"}' % (CHECKSUM.encode(), zlib.crc32(begin))]
-
-
-def without_checksum(data: bytes) -> bytes:
-    """The JSON of an object, or its end, without a checksum."""
-    return _AT_THE_END.sub(b"}", data)
-
-
-def check_checksum(data: bytes | mmap, path: Path) -> None:
-    """Raise `StorageError` for JSON with a checksum that does not end in the checksum of what comes before."""
-    end = _AT_THE_END.search(data, max(0, len(data) - _LONGEST_END))
-    if end is None or zlib.crc32(memoryview(data)[: end.start()]) != int(end[1], 16):
-        raise changed(path, f"remove its key {CHECKSUM}")
-
-
-def changed(path: Path, accept: str) -> StorageError:
-    """The error for a file that does not match its checksum; `accept` is how to accept a change made on purpose."""
-    return StorageError(
-        f"{path}: damaged or edited, since it does not match its checksum: make it again, or {accept} "
-        "if it was edited on purpose"
-    )
 
 
 def kept_json(value: Any) -> bytes:

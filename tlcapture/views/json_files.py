@@ -19,7 +19,6 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.names import COMPACT, base_set, capture_name
 from tlcapture.storage.compact.compact_files import is_compact, open_compact
 from tlcapture.storage.files import read_json
-from tlcapture.storage.json_text import without_checksum
 from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.remote.roots import local
 from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem, not_valid
@@ -148,7 +147,7 @@ def _without_entries(path: Path) -> Any:
             return None
         with local(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             first = _FIRST_ENTRY.search(data)
-            end = without_checksum(data[-_TAIL:]).translate(None, b" \t\r\n")
+            end = data[-_TAIL:].translate(None, b" \t\r\n")
             if first is None or not end.endswith(b"]}]}"):  # of a list, an entry, all entries, the file
                 return None
             return orjson.loads(data[: first.start()] + b"]}")

@@ -19,7 +19,6 @@ from typing import Any
 import orjson
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.storage.json_text import CHECKSUM, check_checksum
 from tlcapture.storage.remote.roots import local
 
 _LISTS = ("attention", "predictions")  # the keys of the entries
@@ -40,9 +39,7 @@ class TokenEntries:
     @property
     def rest(self) -> dict[str, Any]:
         """The content of the file without its entries."""
-        found = _parse(self.path, self._rest)
-        found.pop(CHECKSUM, None)
-        return found
+        return _parse(self.path, self._rest)
 
     @property
     def token_indices(self) -> list[int]:
@@ -86,17 +83,13 @@ def _scan(path: Path, _modified: int, size: int, _inode: int) -> tuple[dict[int,
     try:
         with local(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             starts = [(match.start(), int(match[1])) for match in _ENTRY_START.finditer(data)]
-            begin = end = len(data)
-            if starts:
-                begin, last = starts[0][0], starts[-1][0]
-                end = last + _length_of_first_value(data[last:])
-            rest = data[:begin] + data[end:]
-            others = _parse(path, rest)
-            if CHECKSUM in others:
-                check_checksum(data, path)
             if not starts:
-                return {}, rest
-            stops, tokens = [start for start, _ in starts[1:]] + [end], [token for _, token in starts]
+                return {}, bytes(data)
+            last = starts[-1][0]
+            end = last + _length_of_first_value(data[last:])
+            stops = [start for start, _ in starts[1:]] + [end]
+            tokens, rest = [token for _, token in starts], data[: starts[0][0]] + data[end:]
+            others = _parse(path, rest)
             if all(others.get(name) != [] for name in _LISTS):
                 raise StorageError(f"{path}: its entries do not lie in a list under {' or '.join(_LISTS)}")
             if tokens != list(range(len(starts))) and not _are_kept(tokens, others):

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 
 from tlcapture.errors import StorageError
 from tlcapture.storage.files import Written, write_stream
-from tlcapture.storage.json_text import CHECKSUM, changed
 from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.remote.roots import local
 
@@ -35,6 +34,7 @@ _DTYPES = {"U8": "u1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "
 _MOST_HEADER = 2**26  # bytes; a longer one is not parsed
 _LENGTH = 8  # bytes that state the header's length
 _METADATA = "__metadata__"
+CHECKSUM = "crc32"
 
 Pieces = Iterable[NDArray[Any]]
 
@@ -254,7 +254,7 @@ def _sums_in(path: Path, head: bytes, metadata: Mapping[str, str], names: Sequen
 
 
 def _changed(path: Path) -> StorageError:
-    return changed(path, f"remove {CHECKSUM} from its metadata")
+    return StorageError(f"{path}: damaged or edited, since it does not match its checksum: make it again")
 
 
 def _damaged(path: Path, problem: str) -> StorageError:

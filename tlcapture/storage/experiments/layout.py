@@ -37,14 +37,7 @@ from tlcapture.names import (
     is_safe_name,
 )
 from tlcapture.storage.experiments.projection_places import STREAM_FOLDERS, place_of_projection
-from tlcapture.storage.folders import (
-    folders_in,
-    holds_any,
-    natural,
-    stems_in,
-    subfolders,
-    while_unchanged,
-)
+from tlcapture.storage.folders import folders_in, holds_any, natural, stems_in, subfolders, while_unchanged
 from tlcapture.storage.regular_files import check_open, is_folder
 from tlcapture.storage.remote.roots import check_complete, list_experiment, refresh
 from tlcapture.text import beside
