@@ -57,7 +57,7 @@ class ExportOptions:
     format: Format = "datasets"
     prompt_sets: tuple[str, ...] = ()
     wanted: ChosenActivations = field(default_factory=ChosenActivations)
-    shard_bytes: int = 500 * 10**6
+    shard_bytes: int = 500 * 2**20
     overwrite: bool = False
 
 
