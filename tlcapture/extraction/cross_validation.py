@@ -126,7 +126,7 @@ def cross_validate(
 
 def fold_aurocs(
     scores: Float[Tensor, "*vectors n_examples"], labels: Labels, outer: Training
-) -> Float[Tensor, "n_folds ..."]:
+) -> Float[Tensor, "n_scored_folds ..."]:
     """The AUROC of the examples that each fold leaves out, of all examples together if no fold leaves out both sides.
 
     `scores` are each example's in the fold that left it out.
