@@ -102,3 +102,11 @@ def test_the_commands_advised_have_these_options(tmp_path: Path) -> None:
             command = main.get_command(context, words[0])
             assert command is not None
             command.make_context(words[0], words[1:], parent=context).close()
+
+
+def test_extracting_a_trait_without_examples_is_not_advised(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "exp")
+    assert "run 'tlcapture extract" in str(no_vectors_of_trait(layout, Trait("style", "formality")))
+    line = str(no_vectors_of_trait(layout, Trait("style", "formalit")))
+    assert "nor are there examples, in datasets/traits/style/formalit: did you mean 'style/formality'?" in line
+    assert "tlcapture extract" not in line

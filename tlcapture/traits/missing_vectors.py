@@ -10,7 +10,7 @@ from tlcapture.names import Trait
 from tlcapture.storage.cache_folder import cache_folder
 from tlcapture.storage.experiments.command_lines import command_line
 from tlcapture.storage.experiments.config import read_config
-from tlcapture.storage.experiments.datasets import shipped_datasets
+from tlcapture.storage.experiments.datasets import Datasets, shipped_datasets
 from tlcapture.storage.experiments.layout import Layout
 from tlcapture.text import as_ranges, beside, did_you_mean, listed
 
@@ -51,13 +51,20 @@ def no_vectors_of_trait(layout: Layout, trait: Trait, packaged: str = f"vector e
     Where the package has vectors of the trait, `packaged` says how to take them.
     """
     traits = [*map(str, layout.traits())]
-    extract = "" if did_you_mean(str(trait), traits) else f"; {how_to_extract(layout, [trait])}"
+    extract = "" if did_you_mean(str(trait), traits) else f"; {_how_to_get(layout, trait)}"
     if extract and has_packaged(layout, trait):
         extract += f", or take those that come with the package, {packaged}"
     return InputError(
         f"no vectors for trait {str(trait)!r} in {_source(layout)}{beside(str(trait), traits, 'available traits')}"
         f"{extract}"
     )
+
+
+def _how_to_get(layout: Layout, trait: Trait) -> str:
+    examples = [*map(str, Datasets(layout.root).traits())]
+    if is_in_package(layout) or str(trait) in examples:
+        return how_to_extract(layout, [trait])
+    return f"nor are there examples, in datasets/traits/{trait}{beside(str(trait), examples, 'traits with examples')}"
 
 
 def has_packaged(layout: Layout, trait: Trait) -> bool:
